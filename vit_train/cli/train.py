@@ -1,0 +1,247 @@
+"""`vit-train`: compose the configuration, build the run, train, say how it went."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from vit_train.build import Launch, Run, build_run, config_dir
+from vit_train.errors import Interrupted, OutOfMemoryError, VitTrainError, suggest
+
+if TYPE_CHECKING:
+    from vit_train.guard import Stop
+    from vit_train.tracker import Plan
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def main() -> None:
+    """Entry point of `vit-train` and `python -m vit_train`. Exits with the codes of errors.py."""
+    wants_traceback = os.environ.get(_FULL_ERROR) == "1"
+    os.environ[_FULL_ERROR] = "1"  # Hydra then raises instead of printing and exiting
+    failures: list[VitTrainError] = []
+
+    def task(cfg: DictConfig) -> float | None:
+        # Hydra announces an exception in a line of its own, and a sweep would end with it: kept until the end
+        try:
+            return train(cfg)
+        except Interrupted as stopped:  # said so already; ends a sweep too
+            sys.exit(stopped.exit_code)
+        except VitTrainError as error:
+            if wants_traceback:
+                traceback.print_exc()
+            print(f"vit-train: error: {error}", file=sys.stderr)
+            failures.append(error)
+            return None
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except HydraException as error:
+        if wants_traceback:
+            traceback.print_exc()
+        print(f"vit-train: error: {explain(error)}", file=sys.stderr)
+        sys.exit(2)
+    if failures:
+        sys.exit(failures[0].exit_code)
+
+
+def train(cfg: DictConfig) -> float | None:
+    """One job: what Hydra calls with the composed configuration. Returns the best validation top-1."""
+    built = build_run(cfg, _launch())
+    if isinstance(built, Path):
+        print(f"{built} is finished: nothing to do. Its figures:  vit-eval {built}")
+        return None
+    result = execute(built)
+    return None if result is None else result["best/val/top1"]
+
+
+def _launch() -> Launch:
+    hydra_config = HydraConfig.get()
+    sources = hydra_config.runtime.config_sources
+    folders = [Path(source.path) for source in sources if source.provider == "command-line"]
+    sweeping = hydra_config.mode == RunMode.MULTIRUN
+    return Launch(
+        overrides=list(hydra_config.overrides.task),
+        choices={str(k): str(v) for k, v in hydra_config.runtime.choices.items() if v is not None},
+        job_dir=Path(hydra_config.runtime.output_dir) if sweeping else None,
+        user_config_dirs=folders,
+    )
+
+
+def execute(run: Run) -> dict[str, Any] | None:
+    """Trains, and leaves a complete run directory behind whatever happens.
+
+    Returns:
+        The closing figures, or None where the run was stopped by a limit.
+
+    Raises:
+        Interrupted: a signal stopped it; everything is saved.
+        VitTrainError: it failed.
+    """
+    import torch
+    import yaml
+
+    from vit_train.guard import Stop
+    from vit_train.report.history import draw_history
+    from vit_train.report.record import open_run_dir, write_facts
+    from vit_train.report.summary import summary
+
+    trainer, run_dir = run.trainer, run.run_dir
+    data, device = trainer.parts.data, trainer.strategy.describe()
+    open_run_dir(run_dir, run.config)
+    run.console.log_to(run_dir / "train.log")
+    trainer.parts.checkpointer.remove_partial()
+    write_facts(run_dir, device=device, fingerprint=data.fingerprint(), threads=torch.get_num_threads())
+    run.console.say(summary(run))
+    trainer.tracker.start(_plan(run))
+    trainer.tracker.text("config", yaml.safe_dump(run.config, sort_keys=False))
+    try:
+        outcome = trainer.fit()
+        return _stopped(run, outcome) if isinstance(outcome, Stop) else _finish(run, outcome)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(_memory_advice(run, error)) from error
+    except VitTrainError as error:
+        if not isinstance(error, Interrupted):
+            run.console.log(f"error: {error}")
+        raise
+    finally:
+        trainer.tracker.close()
+        data.close()
+        draw_history(run_dir, f"{run.config['name']}, {run_dir}")
+        run.console.close()
+
+
+def _plan(run: Run) -> Plan:
+    from vit_train.tracker import Plan
+
+    trainer = run.trainer
+    data, evaluations = trainer.parts.data, 1 if trainer.ema is None else 2
+    return Plan(
+        first_step=trainer.state.step,
+        total_steps=trainer.total_steps,
+        steps_per_epoch=trainer.steps_per_epoch,
+        batch_size=min(run.config["data"]["batch_size"], data.sizes["train"]),
+        eval_images_per_epoch=evaluations * data.sizes["val"] // trainer.eval_every_epochs,
+        mean=data.mean,
+        std=data.std,
+    )
+
+
+def _stopped(run: Run, stop: Stop) -> dict[str, Any] | None:
+    message = f"{stop.reason}; step {run.trainer.state.step} is saved. Continue with:"
+    run.console.say(f"{message}\n  vit-train resume={run.run_dir}")
+    if stop.signum is not None:
+        raise Interrupted(message, stop.signum)
+    return None
+
+
+def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
+    import json
+
+    from vit_train.report.pictures import sheet_of_predictions
+    from vit_train.report.record import closing_figures, write_text
+    from vit_train.report.summary import closing_table, hyperparameters
+
+    trainer, run_dir = run.trainer, run.run_dir
+    result = closing_figures(
+        state=trainer.state,
+        test=test,
+        steps_per_epoch=trainer.steps_per_epoch,
+        batch_size=min(run.config["data"]["batch_size"], trainer.parts.data.sizes["train"]),
+        seed=run.config["seed"],
+    )
+    step = trainer.state.step
+    trainer.tracker.test(step, test)
+    sheet = sheet_of_predictions(trainer)
+    if sheet is not None:
+        trainer.tracker.figure("predictions", sheet, step)
+    final = {k: v for k, v in result.items() if isinstance(v, float) and "/top1" in k}
+    trainer.tracker.hparams(hyperparameters(run.config), final)
+    write_text(run_dir / "result.json", json.dumps(result, indent=1))
+    run.console.say(closing_table(result))
+    run.console.say(
+        f"run directory  {run_dir}\n"
+        f"curves         tensorboard --logdir {run_dir.parent}\n"
+        f"evaluate       vit-eval {run_dir}\n"
+        f"train longer   vit-train resume={run_dir} trainer.epochs={2 * trainer.total_epochs}"
+    )
+    return result
+
+
+def _memory_advice(run: Run, error: Exception) -> str:
+    batch = run.config["data"]["batch_size"]
+    pieces = run.config["trainer"]["grad_accum_steps"]
+    first = " ".join(str(error).split("\n")[0].split())
+    return (
+        f"out of memory with data.batch_size={batch} in {pieces} micro-batches ({first}); type a smaller "
+        f"data.batch_size, or trainer.grad_accum_steps={2 * pieces} for the same batch in half the memory"
+    )
+
+
+# ------------------------------------------------------------------------------------ what Hydra means to say
+def explain(error: BaseException) -> str:
+    """One line for an error Hydra raised while composing."""
+    missing = next((e for e in _chain(error) if isinstance(e, MissingConfigException)), None)
+    if missing is not None and missing.options:
+        group, _, choice = str(missing.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
+        choices = sorted(str(option) for option in missing.options)
+        group = group or "config"
+        return f"{group}={choice}: no such {group}{suggest(choice, choices)} (choices: {', '.join(choices)})"
+    text = " ".join(" ".join(str(e) for e in _chain(error)).split())
+    match = re.search(r"Could not override '([^']+)'", text)
+    if match and "must be" not in text:
+        key = match.group(1)
+        return f"{key}: there is no such key{_suggest_key(key)}; `vit-train --cfg job` shows all"
+    return " ".join(str(error).split())
+
+
+def _suggest_key(key: str) -> str:
+    """A did-you-mean from the configuration as composed with the typed groups alone."""
+    from hydra import compose
+    from omegaconf import OmegaConf
+
+    groups = [
+        a for a in sys.argv[1:] if re.match(r"^[a-z_]+=[A-Za-z0-9_]+$", a) and _is_group(a.split("=")[0])
+    ]
+    try:
+        # Hydra is still initialised by hydra.main
+        plain = OmegaConf.to_container(compose("train", overrides=groups), resolve=False)
+    except Exception:
+        return ""
+    parent, _, name = key.rpartition(".")
+    node: Any = plain
+    for part in parent.split(".") if parent else []:
+        node = node.get(part, {}) if isinstance(node, dict) else {}
+    known = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, dict) else []
+    guess = suggest(f"{name}", known)
+    if guess or not known:
+        return guess if not parent else guess.replace("'", f"'{parent}.", 1)
+    return f" ({parent or 'root'} has: {', '.join(known)})"
+
+
+def _is_group(name: str) -> bool:
+    return (config_dir() / name).is_dir()
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found = []
+    while error is not None:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+if __name__ == "__main__":
+    main()

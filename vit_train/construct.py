@@ -1,0 +1,323 @@
+"""The constructor is the schema: nodes of plain data become objects, and are checked against signatures.
+
+A node is a dict with `_target_` (the dotted path of a class or factory); every other key is one of its
+keyword arguments. `_partial_: true` makes a `functools.partial` that waits for run-time objects as positional
+arguments. `check` reports everything that would go wrong without building anything; `make` builds. Both see
+only plain dicts and lists, so nothing here knows where a configuration came from.
+
+Types are read with pydantic, strict for scalars ("3", 2.0 and True are not an int) inside lax containers (a
+YAML list becomes the tuple that was annotated).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge
+from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
+
+from vit_train.errors import ConfigError, suggest
+
+TARGET, PARTIAL = "_target_", "_partial_"
+# Whole numbers with a bound, for constructors whose arguments users type
+Positive = Annotated[int, Strict(), Ge(1)]
+NotNegative = Annotated[int, Strict(), Ge(0)]
+_SCALARS = (int, float, bool, str)
+
+
+def is_node(value: object) -> bool:
+    """Whether `value` is a dict that names a `_target_`."""
+    return isinstance(value, Mapping) and TARGET in value
+
+
+def locate(path: str) -> Any:
+    """Imports the object a dotted path names.
+
+    Raises:
+        ConfigError: nothing importable has that name; a close name in the same module is suggested.
+    """
+    if not isinstance(path, str) or "." not in path:
+        raise ConfigError(f"{path!r} is not a dotted path such as vit_train.models.ViT")
+    module_path, name = path.rsplit(".", 1)
+    module: Any
+    try:
+        module = importlib.import_module(module_path)
+    except ImportError as error:
+        # A nested class: `package.module.Outer.Inner`
+        try:
+            module = locate(module_path) if "." in module_path else None
+        except ConfigError:
+            module = None
+        if module is None:
+            raise ConfigError(f"cannot import {module_path!r}: {error}") from error
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        public = [n for n in dir(module) if not n.startswith("_")]
+        raise ConfigError(f"{module_path!r} has no {name!r}{suggest(name, public)}") from None
+
+
+def make(node: Any, *, key: str = "", allow: Iterable[str] | None = None) -> Any:
+    """Builds the objects a node describes, innermost first.
+
+    Args:
+        node: a node, or any plain value (returned with the nodes inside it built).
+        key: where the node stands in the configuration, for messages.
+        allow: package prefixes `_target_` may come from; None allows everything (the user's own config).
+
+    Raises:
+        ConfigError: the target cannot be found, is not allowed, or refused its arguments.
+    """
+    if isinstance(node, list | tuple):
+        return [make(value, key=f"{key}[{i}]", allow=allow) for i, value in enumerate(node)]
+    if not isinstance(node, Mapping):
+        return node
+    if TARGET not in node:
+        return {name: make(value, key=_join(key, name), allow=allow) for name, value in node.items()}
+    path = node[TARGET]
+    if allow is not None:
+        _refuse_outsiders(path, tuple(allow), key)
+    try:
+        target = locate(path)
+    except ConfigError as error:
+        raise ConfigError(f"{_join(key, TARGET)}: {error}") from error
+    if allow is not None and not _defined_inside(target, tuple(allow)):
+        raise ConfigError(f"{_join(key, TARGET)}: {path} is not defined in {', '.join(allow)}: not built")
+    hints = _hints(target)
+    arguments = {}
+    for name, value in node.items():
+        if name in (TARGET, PARTIAL):
+            continue
+        built = make(value, key=_join(key, name), allow=allow)
+        arguments[name] = _converted(hints.get(name, Any), built, value)
+    if node.get(PARTIAL, False):
+        return functools.partial(target, **arguments)
+    try:
+        return target(**arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def check(node: Any, *, key: str = "", pending: frozenset[str] = frozenset()) -> list[str]:
+    """Every error in a tree of nodes, as lines that start with the full key. Builds nothing.
+
+    Args:
+        node: a node, or plain data that may hold nodes.
+        key: where it stands in the configuration.
+        pending: full keys whose values arrive at run time (class count, image size) and are not checked.
+    """
+    if isinstance(node, list | tuple):
+        return [
+            line for i, value in enumerate(node) for line in check(value, key=f"{key}[{i}]", pending=pending)
+        ]
+    if not isinstance(node, Mapping):
+        return []
+    if TARGET not in node:
+        return [
+            line
+            for name, value in node.items()
+            for line in check(value, key=_join(key, str(name)), pending=pending)
+        ]
+    errors = []
+    for name, value in node.items():
+        errors += check(value, key=_join(key, str(name)), pending=pending)
+    try:
+        target = locate(node[TARGET])
+    except ConfigError as error:
+        return [*errors, f"{_join(key, TARGET)}: {error}"]
+    if not callable(target):
+        return [*errors, f"{_join(key, TARGET)}: {node[TARGET]} is not a class or function"]
+    return errors + _check_arguments(target, node, key, pending)
+
+
+def _check_arguments(
+    target: Callable[..., Any], node: Mapping[str, Any], key: str, pending: frozenset[str]
+) -> list[str]:
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # a builtin without a signature
+        return []
+    hints = _hints(target)
+    keywords = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    partial = node.get(PARTIAL, False)
+    errors = []
+    if not isinstance(partial, bool):
+        errors.append(f"{_join(key, PARTIAL)}: expected true or false, got {partial!r}")
+    for name, value in node.items():
+        full = _join(key, str(name))
+        if name in (TARGET, PARTIAL) or full in pending:
+            continue
+        if name in keywords:
+            errors += _check_value(full, hints.get(name, Any), value)
+        elif not takes_any:
+            known = ", ".join(keywords)
+            owner = node[TARGET].rsplit(".", 1)[-1]
+            errors.append(f"{full}: {owner} has no such key{suggest(str(name), keywords)} (it has: {known})")
+    for name, parameter in parameters.items():
+        required = parameter.default is parameter.empty and name in keywords
+        arrives_later = partial and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if required and name not in node and not arrives_later:
+            errors.append(f"{_join(key, name)}: missing, {node[TARGET].rsplit('.', 1)[-1]} needs it")
+    return errors
+
+
+def _check_value(full: str, hint: Any, value: Any) -> list[str]:
+    if is_node(value):
+        return _check_child(full, hint, value)
+    if _holds_node(value):
+        return []  # walked already; what the container holds exists only once it is built
+    try:
+        _adapter(hint).validate_python(value)
+    except ValidationError as error:
+        return [_explain(full, hint, value, error)]
+    return []
+
+
+def _check_child(full: str, hint: Any, node: Mapping[str, Any]) -> list[str]:
+    """A child node is compared by class where the annotation is a class and the child is one."""
+    try:
+        target = locate(node[TARGET])
+    except ConfigError:
+        return []  # reported by the walk
+    members = [t for t in _members(hint) if t is not type(None)]
+    accepted = [t for t in members if inspect.isclass(t) and t not in (Any, object) and not _is_protocol(t)]
+    open_ended = len(accepted) < len(members)
+    if not accepted or open_ended or not inspect.isclass(target) or node.get(PARTIAL, False):
+        return []
+    if issubclass(target, tuple(accepted)):
+        return []
+    names = " or ".join(t.__name__ for t in accepted)
+    return [f"{full}: expected {names}, got {target.__name__} ({node[TARGET]})"]
+
+
+def _explain(full: str, hint: Any, value: Any, error: ValidationError) -> str:
+    choices = [str(c) for t in _members(hint) if get_origin(t) is Literal for c in get_args(t)]
+    if choices:
+        others = [_name(t) for t in _members(hint) if get_origin(t) is not Literal and t is not type(None)]
+        return f"{full}: {value!r} is not one of {', '.join(choices + others)}{suggest(str(value), choices)}"
+    problem = error.errors()[0]
+    if problem["type"] == "greater_than_equal":
+        return f"{full}: must be at least {problem['ctx']['ge']}, got {value!r}"
+    where = ".".join(str(part) for part in problem["loc"] if isinstance(part, int))
+    inside = f" (at position {where})" if where else ""
+    return f"{full}: expected {_name(hint)}, got {value!r} ({type(value).__name__}){inside}"
+
+
+def _name(hint: Any) -> str:
+    if hint is type(None):
+        return "null"
+    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
+        return " or ".join(_name(t) for t in get_args(hint))
+    return hint.__name__ if inspect.isclass(hint) and not get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _holds_node(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return TARGET in value or any(_holds_node(v) for v in value.values())
+    return isinstance(value, list | tuple) and any(_holds_node(v) for v in value)
+
+
+def _converted(hint: Any, built: Any, value: Any) -> Any:
+    """Plain values become the annotated types (list -> tuple); built objects pass as they are."""
+    if _holds_node(value):
+        return tuple(built) if get_origin(hint) is tuple and isinstance(built, list) else built
+    try:
+        return _adapter(hint).validate_python(built)
+    except ValidationError:
+        return built  # `check` reports it; here the constructor has the last word
+
+
+def _refuse_outsiders(path: Any, allow: tuple[str, ...], key: str) -> None:
+    # Before importing: importing a module already runs code.
+    if not isinstance(path, str) or not any(path.startswith(f"{prefix}.") for prefix in allow):
+        raise ConfigError(f"{_join(key, TARGET)}: stored data may name only {', '.join(allow)}, not {path!r}")
+
+
+def _defined_inside(target: Any, allow: tuple[str, ...]) -> bool:
+    """`vit_train.models.vit.torch.load` starts with an allowed prefix and is not ours."""
+    module = getattr(target, "__module__", "") or ""
+    return callable(target) and any(module == p or module.startswith(f"{p}.") for p in allow)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
+        return get_args(hint)
+    return (hint,)
+
+
+def _is_protocol(hint: Any) -> bool:
+    return inspect.isclass(hint) and getattr(hint, "_is_protocol", False)
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations of a callable, argument by argument: one that cannot be resolved counts as Any."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:
+        return {}
+    owner = target.__init__ if inspect.isclass(target) else target
+    owner = inspect.unwrap(owner)
+    module = sys.modules.get(getattr(owner, "__module__", ""), None)
+    scope = {**vars(typing), **(getattr(owner, "__globals__", None) or (vars(module) if module else {}))}
+    hints = {}
+    for name, parameter in parameters.items():
+        annotation = parameter.annotation
+        if isinstance(annotation, str):
+            try:
+                annotation = eval(annotation, scope)  # our own source, as typing.get_type_hints does
+            except Exception:
+                annotation = Any
+        hints[name] = Any if annotation is parameter.empty else annotation
+    return hints
+
+
+def _strict(hint: Any) -> Any:
+    """The same annotation with strict scalars inside lax containers; what cannot be checked becomes Any."""
+    if inspect.isclass(hint) and not get_args(hint):
+        if hint in _SCALARS or issubclass(hint, Enum):
+            return Annotated[hint, Strict()]
+        if _is_protocol(hint) or (hint.__module__.split(".")[0] == "torch" and hint.__name__ == "Tensor"):
+            return Any
+        return hint
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is None or origin is Literal or origin is type or not arguments:
+        return hint
+    if origin is Annotated:
+        return hint
+    if isinstance(hint, types.UnionType) or origin is Union:
+        return Union[tuple(_strict(a) for a in arguments)]  # noqa: UP007 - built from a tuple
+    if origin is Callable:
+        return Any
+    if _is_protocol(origin):
+        return Any
+    return origin[tuple(a if a is Ellipsis else _strict(a) for a in arguments)]
+
+
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    try:
+        return _cached_adapter(hint)
+    except TypeError:  # unhashable annotation
+        return _new_adapter(hint)
+
+
+def _new_adapter(hint: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(_strict(hint), config=ConfigDict(arbitrary_types_allowed=True))
+    except Exception:
+        return TypeAdapter(Any)
+
+
+_cached_adapter = functools.lru_cache(maxsize=None)(_new_adapter)

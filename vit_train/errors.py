@@ -1,0 +1,78 @@
+"""What can go wrong for a user, and the exit code each kind of failure ends in.
+
+Every error a user can cause is raised as one of these classes with a one-line message that says what is
+wrong, where, and what to type instead. The entry point prints the message and exits with `exit_code`;
+anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VitTrainError(Exception):
+    """Base of every error that ends a command with one clear line."""
+
+    exit_code = 1
+
+
+class ConfigError(VitTrainError):
+    """The composed configuration cannot be run."""
+
+    exit_code = 2
+
+
+class DataError(VitTrainError):
+    """The dataset is missing, unreadable or does not fit what was asked for."""
+
+    exit_code = 3
+
+
+class CheckpointError(VitTrainError):
+    """No valid checkpoint where one was needed."""
+
+    exit_code = 4
+
+
+class SaveError(VitTrainError):
+    """A checkpoint could not be written."""
+
+    exit_code = 5
+
+
+class NonFiniteError(VitTrainError):
+    """The loss or a gradient became NaN or infinite."""
+
+    exit_code = 6
+
+
+class OutOfMemoryError(VitTrainError):
+    """The accelerator ran out of memory."""
+
+    exit_code = 7
+
+
+class WorkerLostError(VitTrainError):
+    """A data worker or a rank died."""
+
+    exit_code = 8
+
+
+class Interrupted(VitTrainError):  # noqa: N818 - not an error: the run was saved and can be continued
+    """The run was stopped by a signal after it was saved."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+def suggest(word: str, choices: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` when a close match exists, else an empty string.
+
+    Args:
+        word: what the user typed.
+        choices: what would have been accepted.
+    """
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

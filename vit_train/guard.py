@@ -1,0 +1,123 @@
+"""Whether to go on: signals, deadlines and non-finite values, answered once per step.
+
+The loop asks `Guard.answer` just before the optimizer moves; that is the only point of a step where the host
+waits for the device. What was asked for by signal or clock is reduced over ranks together with the
+non-finite flag, so every rank takes the same branch at the same step.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from vit_train.errors import NonFiniteError
+from vit_train.strategy import SingleDevice
+
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run ends early: a signal (exit 128 + n) or a limit the user set (exit 0)."""
+
+    reason: str
+    signum: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one step has to know."""
+
+    nonfinite: bool
+    stop: Stop | None
+
+
+class Guard:
+    """Context manager that owns the signal handlers while a run lasts.
+
+    Args:
+        strategy: reduces the flags over ranks.
+        stop_at_step: stop once this many steps are done.
+        stop_after_minutes: stop once this much wall time has passed since the run started.
+    """
+
+    def __init__(
+        self, strategy: SingleDevice, *, stop_at_step: int | None, stop_after_minutes: float | None
+    ) -> None:
+        self.strategy = strategy
+        self.stop_at_step = stop_at_step
+        self.deadline = None if stop_after_minutes is None else time.monotonic() + 60 * stop_after_minutes
+        self.minutes = stop_after_minutes
+        self.signum = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for name in _SIGNALS:
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """The first signal sets a flag; a second one ends the process at once."""
+        del frame
+        if self.signum:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        self.signum = signum
+
+    def answer(self, nonfinite: Tensor, *, step: int) -> Answer:
+        """The one host read of a step.
+
+        Args:
+            nonfinite: scalar bool on the device: whether the loss or a gradient is NaN or infinite.
+            step: number of steps done once this one is.
+        """
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        asked = torch.full((), 2.0 * self.signum + float(late), device=nonfinite.device)
+        bad, code = self.strategy.max(torch.stack((nonfinite.float(), asked))).tolist()
+        return Answer(bool(bad), self._stop(int(code), step))
+
+    def signalled(self) -> bool:
+        """Whether a signal has arrived, without asking other ranks or the device."""
+        return bool(self.signum)
+
+    def _stop(self, code: int, step: int) -> Stop | None:
+        signum, late = divmod(code, 2)
+        if signum:
+            return Stop(f"stopped by {signal.Signals(signum).name}", signum)
+        if late:
+            return Stop(f"stopped after {self.minutes:g} minutes (trainer.stop_after_minutes)")
+        if self.stop_at_step is not None and step >= self.stop_at_step:
+            return Stop(f"stopped at step {step} (trainer.stop_at_step)")
+        return None
+
+
+def nonfinite_error(step: int, loss: float, norm: float, files: list[str]) -> NonFiniteError:
+    """The error of a step whose loss or gradient is NaN or infinite.
+
+    Args:
+        step: its number, from 1.
+        loss: mean loss of the batch.
+        norm: total gradient norm.
+        files: where the samples of the batch come from.
+    """
+    what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    return NonFiniteError(
+        f"{what} at step {step}; the update was not made. Try a lower optimizer.lr, "
+        f"trainer.grad_clip_norm=1 or trainer.precision=fp32. The batch held {shown}"
+    )

@@ -1,0 +1,103 @@
+"""What is minimised: a module that runs the model and returns (scalar loss, logits).
+
+The loss is a plain mean over the samples of per-sample values, so the mean over micro-batches, weighted by
+their size, is the mean over the batch: accumulation and device splits change nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Forward = Callable[[Tensor], "Tensor | tuple[Tensor, Tensor]"]
+
+
+class CrossEntropy(nn.Module):
+    """Softmax cross entropy with label smoothing and class weights.
+
+    Label smoothing as in Szegedy et al. 2016 (arXiv 1512.00567), equation 7.
+
+    Args:
+        class_names: K names, the model's own order.
+        class_counts: training images per class.
+        label_smoothing: share of the target spread evenly over all classes.
+        class_weights: null; "auto" (n / (K * count), so the mean weight over the training set is 1); or a
+            weight by class name, 1 for those not named.
+
+    Raises:
+        ValueError: a weight names a class the data does not have, or a value is out of range.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        class_names: list[str],
+        class_counts: list[int],
+        *,
+        label_smoothing: float = 0.0,
+        class_weights: Literal["auto"] | dict[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing}")
+        self.label_smoothing = label_smoothing
+        weights = _class_weights(class_names, class_counts, class_weights)
+        self.weighted = weights is not None
+        self.register_buffer("weight", torch.tensor(weights or [1.0] * len(class_names)), persistent=False)
+
+    def forward(self, model: Forward, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs the model and averages over its heads.
+
+        Args:
+            model: images -> logits (B, K), or a pair of them from a model with two heads in training.
+            images: (B, C, H, W) float.
+            targets: (B,) class ids or (B, K) probabilities.
+
+        Returns:
+            The mean loss, a scalar, and the logits (B, K), averaged over heads, detached.
+        """
+        outputs = model(images)
+        heads = outputs if isinstance(outputs, tuple) else (outputs,)
+        losses = [self._training_loss(head.float(), targets) for head in heads]
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        logits = heads[0].detach() if len(heads) == 1 else torch.stack([h.detach() for h in heads]).mean(0)
+        return loss, logits.float()
+
+    def _training_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if not self.weighted:
+            return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        losses = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing, reduction="none")
+        # torch's own weighting divides by the sum of the weights of the batch at hand, which would make the
+        # loss depend on how the batch is cut
+        sample_weight = self.weight[targets] if targets.ndim == 1 else targets @ self.weight
+        return (losses * sample_weight).mean()
+
+    def per_sample(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Unsmoothed, unweighted cross entropy (B,): the validation loss."""
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _class_weights(
+    names: list[str], counts: list[int], weights: Literal["auto"] | dict[str, float] | None
+) -> list[float] | None:
+    if weights is None:
+        return None
+    if weights == "auto":
+        empty = [name for name, count in zip(names, counts) if count == 0]
+        if empty:
+            raise ValueError(f"class_weights=auto needs training images of every class; none of {empty[0]!r}")
+        return [sum(counts) / (len(counts) * count) for count in counts]
+    unknown = sorted(set(weights) - set(names))
+    if unknown:
+        raise ValueError(
+            f"class_weights names {unknown[0]!r}, which is not a class; classes: {', '.join(names)}"
+        )
+    negative = sorted(name for name, weight in weights.items() if weight < 0)
+    if negative:
+        raise ValueError(f"class_weights of {negative[0]!r} is {weights[negative[0]]}, below 0")
+    return [float(weights.get(name, 1.0)) for name in names]

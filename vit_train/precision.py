@@ -1,0 +1,52 @@
+"""Numeric precision: what `auto` means on this hardware, the autocast context, the loss scaler."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """`auto` becomes bf16 where the hardware computes in it (the CPU included), else fp32.
+
+    Raises:
+        ValueError: fp16 on a CPU, where it is slower than fp32 and has no loss scaling worth using.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision fp16 needs a GPU; on a CPU type trainer.precision=bf16 or fp32")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        return "bf16" if _cpu_computes_bf16() else "fp32"
+    return "fp32"  # mps: autocast covers too few operators to gain
+
+
+def _cpu_computes_bf16() -> bool:
+    """AVX-512 BF16 or AMX on x86, the bf16 extension on Arm Linux.
+
+    Emulated bf16 (every other CPU) is several times slower than fp32.
+    """
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and " bf16" in cpuinfo.read_text(errors="replace")
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The context forward passes run in."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def grad_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaling for fp16; for everything else a disabled scaler, which is a no-op."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

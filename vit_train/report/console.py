@@ -1,0 +1,44 @@
+"""The console, and train.log: every line said goes to both."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import rich.console
+from rich.console import RenderableType
+from tqdm import tqdm
+
+_PLAIN_WIDTH = 110  # columns where the output is no terminal, so that logs do not wrap at 80
+
+
+class Console:
+    """Says things on stdout and, once `log_to` was called, in train.log as well."""
+
+    def __init__(self) -> None:
+        terminal = sys.stdout.isatty()
+        self._out = rich.console.Console(width=None if terminal else _PLAIN_WIDTH, highlight=False)
+        self._log: rich.console.Console | None = None
+
+    def log_to(self, path: Path) -> None:
+        """Appends everything said from now on to a file."""
+        file = path.open("a", encoding="utf-8", buffering=1)
+        self._log = rich.console.Console(file=file, width=_PLAIN_WIDTH, highlight=False)
+
+    def say(self, what: RenderableType = "") -> None:
+        """Prints a line, a table or anything else rich renders. Square brackets are not markup."""
+        with tqdm.external_write_mode(file=sys.stdout):
+            self._out.print(what, markup=False)
+        if self._log is not None:
+            self._log.print(what, markup=False)
+
+    def log(self, text: str) -> None:
+        """A line for train.log alone: what stderr gets anyway."""
+        if self._log is not None:
+            self._log.print(text, markup=False)
+
+    def close(self) -> None:
+        """Closes train.log."""
+        if self._log is not None:
+            self._log.file.close()
+            self._log = None

@@ -1,0 +1,157 @@
+"""Pictures of what the model sees and says: a training batch, a sheet of predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.utils import make_grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from vit_train.trainer import Trainer
+
+_SHOWN = 64
+_MIN_SIDE = 64  # pixels a picture is enlarged to, so that 8-pixel digits can be looked at
+
+
+def _as_shown(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised (B, C, H, W) -> (B, 3, h, w) in [0, 1], enlarged without smoothing."""
+    images = images.float().cpu()
+    offset, scale = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
+    pixels = (images * scale + offset).clamp(0, 1)
+    if pixels.shape[1] == 1:
+        pixels = pixels.expand(-1, 3, -1, -1)
+    factor = max(1, -(-_MIN_SIDE // pixels.shape[-1]))
+    return F.interpolate(pixels, scale_factor=factor, mode="nearest") if factor > 1 else pixels
+
+
+def batch_grid(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """A training batch exactly as the model gets it, as one (3, H, W) image in [0, 1].
+
+    Args:
+        images: (B, C, H, W) normalised; the first 64 are shown.
+        mean: per channel, as used for normalisation.
+        std: per channel.
+    """
+    return make_grid(_as_shown(images[:_SHOWN], mean, std), nrow=8, padding=2)
+
+
+@torch.no_grad()
+def sheet_of_predictions(trainer: Trainer) -> Figure | None:
+    """`prediction_sheet` of the first test (else validation) images, by the weights that were tested."""
+    from vit_train.precision import autocast
+
+    data, device = trainer.parts.data, trainer.strategy.device
+    splits = [split for split in ("test", "val") if data.sizes[split]]
+    if not splits:
+        return None
+    model = (trainer.model if trainer.ema is None else trainer.ema.module).eval()
+    shown: list[Tensor] = []
+    answers: list[Tensor] = []
+    truths: list[Tensor] = []
+    for batch in [data.examples(splits[0], _SHOWN)]:
+        images, targets = trainer.parts.eval_transform(trainer.strategy.to_device(batch), 0, 0)
+        with autocast(trainer.precision, device):
+            logits = model(images)
+        shown.append(images)
+        truths.append(targets)
+        answers.append(logits.float().softmax(1))
+    return prediction_sheet(
+        torch.cat(shown), torch.cat(truths), torch.cat(answers), data.class_names, data.mean, data.std
+    )
+
+
+def prediction_sheet(
+    images: Tensor,
+    targets: Tensor,
+    probabilities: Tensor,
+    class_names: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Figure:
+    """Up to 64 images titled with what was predicted: green where right, red (with the truth) where not.
+
+    Args:
+        images: (B, C, H, W) normalised.
+        targets: (B,) class ids.
+        probabilities: (B, K).
+        class_names: in any script; numbers are shown where no installed font has the glyphs.
+        mean: per channel, as used for normalisation.
+        std: per channel.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = _as_shown(images[:_SHOWN], mean, std)
+    count, columns = len(shown), 8
+    rows = -(-count // columns)
+    families = fonts_for(class_names)
+    names = list(class_names) if families else [str(i) for i in range(len(class_names))]
+    figure = Figure(figsize=(1.55 * columns, 1.8 * rows + 0.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    for cell in cells:
+        cell.axis("off")
+    confidence, predicted = probabilities.float().cpu().max(1)
+    for cell, image, target, guess, share in zip(
+        cells, shown, targets.tolist(), predicted.tolist(), confidence.tolist()
+    ):
+        right = target == guess
+        title = f"{_short(names[guess])} {share:.0%}" + ("" if right else f"\nis {_short(names[target])}")
+        cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+        cell.set_title(
+            title,
+            fontsize=8,
+            color="#1a7f37" if right else "#cf222e",
+            family=families or ["DejaVu Sans"],
+            parse_math=False,
+        )
+    hits = int((predicted[:count] == targets[:count].cpu()).sum())
+    figure.suptitle(f"{hits} of {count} right; red: wrong, with the true class below", fontsize=9)
+    return figure
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else f"{name[:15]}..."
+
+
+def fonts_for(texts: Iterable[str]) -> list[str] | None:
+    """Font families that together have a glyph for every character, or None where none do."""
+    missing = {ord(c) for text in texts for c in text if not c.isspace()} | {ord(".")}
+    families = []
+    for family, path in _installed_fonts():
+        covered = missing & _glyphs(path)
+        if covered:
+            families.append(family)
+            missing -= covered
+        if not missing:
+            return families
+    return None
+
+
+@lru_cache(maxsize=1)
+def _installed_fonts() -> list[tuple[str, str]]:
+    from matplotlib import font_manager
+
+    found: dict[str, str] = {}
+    for entry in font_manager.fontManager.ttflist:
+        if entry.style == "normal" and entry.weight in (400, "normal", "regular", "book"):
+            found.setdefault(entry.name, entry.fname)
+    # matplotlib's own font first: most names need no other
+    return sorted(found.items(), key=lambda item: (item[0] != "DejaVu Sans", item[0]))
+
+
+@lru_cache(maxsize=64)
+def _glyphs(path: str) -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(path).get_charmap())
+    except (RuntimeError, OSError):
+        return frozenset()

@@ -1,0 +1,116 @@
+"""The small files of a run directory: config.yaml, run.json, result.json. Each appears whole or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vit_train.errors import ConfigError
+
+_PACKAGES = ("vit-train", "torch", "torchvision", "numpy", "pillow", "safetensors", "hydra-core")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes aside, then renames."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def open_run_dir(run_dir: Path, config: Mapping[str, Any]) -> None:
+    """Makes the run directory with its config.yaml; drops the result of a run that goes on.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        (run_dir / "result.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror or error}") from error
+
+
+def write_facts(run_dir: Path, *, device: str, fingerprint: str, threads: int) -> None:
+    """run.json: what is needed to repeat the run, with a line for each time it was started."""
+    path = run_dir / "run.json"
+    started: list[Any] = read_facts(run_dir).get("started", [])
+    facts = {
+        "started": [*started, {"time": datetime.now(UTC).isoformat(), "argv": sys.argv, "device": device}],
+        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "git": git_state(Path(__file__).resolve().parent),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "device": device,
+        "threads": threads,
+        "dataset_fingerprint": fingerprint,
+    }
+    write_text(path, json.dumps(facts, indent=1))
+
+
+def read_facts(run_dir: Path) -> dict[str, Any]:
+    """run.json, or nothing where it is missing or damaged."""
+    try:
+        facts = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether the tree has changes; None outside a checkout of this package."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, env=environment, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # a wheel in somebody else's checkout is not in it
+        return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def closing_figures(
+    *, state: Any, test: Mapping[str, float], steps_per_epoch: int, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """The content of result.json: best and last validation, test, and the cost. Accuracies are fractions."""
+    val = ("val/loss", "val/top1", "val/top5")
+    best, last = state.best or {}, state.last
+    figures: dict[str, Any] = {f"best/{name}": best.get(name) for name in val}
+    figures |= {"best/epoch": best.get("epoch")}
+    figures |= {f"last/{name}": last.get(name) for name in val}
+    figures |= {"last/epoch": state.closed_epochs}
+    figures |= {name: test.get(name) for name in ("test/loss", "test/top1", "test/top5")}
+    figures |= {name: value for name, value in test.items() if name.startswith("test_raw/")}
+    return figures | {
+        "epochs": state.closed_epochs,
+        "steps": state.step,
+        "seconds": state.seconds,
+        "images_per_second": state.step * batch_size / state.seconds if state.seconds else None,
+        "steps_per_epoch": steps_per_epoch,
+        "stopped_early": state.stopped_early,
+        "seed": seed,
+    }

@@ -1,0 +1,145 @@
+"""Tables before the first step and after the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import nn
+
+from vit_train.tracker import duration
+
+if TYPE_CHECKING:
+    from vit_train.build import Run
+
+_CLASSES_SHOWN = 12
+
+
+def multiply_adds(model: nn.Module, *, in_channels: int, img_size: int) -> int:
+    """Multiply-adds of one forward pass of one image, attention included.
+
+    Half of what torch's FLOP counter says. Papers print this number as "FLOPs" (17.6 G for ViT-B/16).
+
+    Args:
+        model: best on the meta device, where nothing is computed.
+        in_channels: of the image.
+        img_size: side in pixels.
+
+    Raises:
+        ValueError: the model does not take such images.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(model.parameters()).device
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.empty(1, in_channels, img_size, img_size, device=device))
+    return int(counter.get_total_flops()) // 2
+
+
+def summary(run: Run) -> Table:
+    """What is about to happen: model, data, device, batch, budget, where from, where to."""
+    config, origin, trainer = run.config, run.origins, run.trainer
+    data, parts = trainer.parts.data, trainer.parts
+    node, settings = config["model"], config["trainer"]
+    parameters = sum(p.numel() for p in parts.model.parameters())
+    batch, pieces = min(config["data"]["batch_size"], data.sizes["train"]), settings["grad_accum_steps"]
+    split = f" = {pieces} micro-batches of {batch // pieces}" if pieces > 1 else ""
+    optimizer = config["optimizer"]
+    side = data.img_size
+    rows = {
+        "model": f"{node['_target_'].rsplit('.', 1)[-1]}, {parameters / 1e6:.2f}M parameters, "
+        f"{run.multiply_adds / 1e9:.3f} GFLOPs an image (multiply-adds)  [{origin['model']}]",
+        "data": ", ".join(
+            f"{split_name} {size:,}" if size else f"no {split_name}"
+            for split_name, size in data.sizes.items()
+        )
+        + f" images of {data.in_channels} x {side} x {side}  [data={origin['data']}]",
+        "classes": f"{data.num_classes}: {class_table(data.class_names, data.class_counts)}",
+        "augmentation": origin["augment"],
+        "device": f"{trainer.strategy.describe()}, {trainer.precision}"
+        + (", compiled" if settings["compile"] else ""),
+        "batch": f"{batch}{split}, {count(trainer.steps_per_epoch, 'step')} an epoch  "
+        f"[{origin['data.batch_size']}]",
+        "optimizer": f"{optimizer['_target_'].rsplit('.', 1)[-1]}, lr {optimizer['lr']:g}  "
+        f"[{origin['optimizer.lr']}]",
+        "schedule": origin["schedule"],
+        "budget": f"{count(trainer.total_epochs, 'epoch')}, {count(trainer.total_steps, 'step')}  "
+        f"[{origin['trainer.epochs']}]",
+        "run directory": str(run.run_dir),
+    }
+    if trainer.state.step:
+        rows["continues"] = f"after step {trainer.state.step:,}, epoch {trainer.state.closed_epochs + 1}"
+    for i, note in enumerate(run.notes):
+        rows["note" if not i else f"note {i + 1}"] = note
+    return key_value_table(rows)
+
+
+def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The scalars of the recipe, for TensorBoard's table of runs."""
+    groups = ("model", "data", "objective", "optimizer", "schedule", "trainer")
+    skipped = ("root", "num_workers", "stop_at_step", "stop_after_minutes", "save_every_steps", "seed")
+    flat = {
+        f"{group}.{key}": value
+        for group in groups
+        for key, value in config[group].items()
+        if isinstance(value, bool | int | float | str) and not key.startswith("_") and key not in skipped
+    }
+    return {"seed": config["seed"], **flat}
+
+
+def key_value_table(rows: Mapping[str, str]) -> Table:
+    """Two columns without lines."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in rows.items():
+        table.add_row(key, value)
+    return table
+
+
+def count(number: int, noun: str) -> str:
+    """1 image, 2 images, 1 class, 3 classes."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def class_table(names: Sequence[str], counts: Sequence[int]) -> str:
+    """Training images per class in one line; the ends of the list where there are many."""
+    pairs = [f"{name} {number:,}" for name, number in zip(names, counts)]
+    if len(pairs) > _CLASSES_SHOWN:
+        pairs = [*pairs[: _CLASSES_SHOWN // 2], "...", *pairs[-_CLASSES_SHOWN // 2 :]]
+    return ", ".join(pairs)
+
+
+def percent(value: float | None) -> str:
+    """97.22 of 0.9722; a dash where there is no figure."""
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def closing_table(result: Mapping[str, Any]) -> Table:
+    """The figures of result.json as the user sees them."""
+    table = Table(box=SIMPLE_HEAD, title=None, pad_edge=False)
+    table.add_column("")
+    for heading in ("loss", "top-1 %", "top-5 %", "epoch"):
+        table.add_column(heading, justify="right")
+    rows = (("best val", "best/val"), ("last val", "last/val"), ("test", "test"))
+    for label, key in rows:
+        if result.get(f"{key}/loss") is None:
+            continue
+        epoch = result.get(f"{key.split('/')[0]}/epoch", result.get("best/epoch"))
+        table.add_row(
+            label,
+            f"{result[f'{key}/loss']:.4f}",
+            percent(result[f"{key}/top1"]),
+            percent(result.get(f"{key}/top5")),
+            "-" if epoch is None else f"{epoch:g}",
+        )
+    table.caption = (
+        f"{result['epochs']:g} epochs, {result['steps']:,} steps in {duration(result['seconds'])}, "
+        f"{result['images_per_second']:,.0f} images/s"
+    )
+    table.caption_justify = "left"
+    return table

@@ -1,0 +1,47 @@
+"""Randomness as a function, not a state.
+
+Every random draw is seeded from what it is *for* - (seed, purpose, epoch, index, ...) - immediately before it
+happens. Nothing has to be saved to resume bit for bit, worker count cannot change a batch, and skipping
+ahead costs nothing. This module is the only place that touches a global generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+import torch
+
+_MAX_NUMPY_SEED = 2**32
+
+
+def mix(*parts: int | str) -> int:
+    """Hashes the parts into one 63-bit seed.
+
+    blake2b rather than `hash()` (salted per process) or a sum (collides): the same parts give the same seed
+    on every machine and in every worker, and neighbouring parts give unrelated seeds.
+    """
+    text = ",".join(str(part) for part in parts)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_cpu(*parts: int | str) -> None:
+    """Seeds torch's CPU generator, `random` and numpy from the parts (about 7 us).
+
+    For CPU-side sample transforms. `torch.manual_seed` would cost ten times as much, because it also walks
+    every accelerator.
+    """
+    seed = mix(*parts)
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % _MAX_NUMPY_SEED)
+
+
+def seed_device(device: torch.device, *parts: int | str) -> None:
+    """Seeds the generators a forward pass on `device` draws from (dropout, drop path, weight init)."""
+    seed = mix(*parts)
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed_all(seed)

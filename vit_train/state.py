@@ -1,0 +1,96 @@
+"""What a trainer is made of (the parts build.py hands over) and where it stands (what a resume restores)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vit_train.checkpoint import Checkpointer
+from vit_train.data import Batch, DataModule
+from vit_train.optim import Schedule
+from vit_train.strategy import SingleDevice
+from vit_train.tracker import NullTracker
+
+Transform = Callable[[Batch, int, int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything the trainer works with.
+
+    Attributes:
+        make_optimizer: model -> optimizer.
+        make_schedule: (steps per epoch, total steps) -> schedule.
+        train_transform, eval_transform: (uint8 batch, epoch, step) -> (float images, targets), on the device.
+        about: plain data stored with every checkpoint beside the state: configuration, class names ...
+    """
+
+    model: nn.Module
+    data: DataModule
+    objective: Any
+    make_optimizer: Callable[[nn.Module], Optimizer]
+    make_schedule: Callable[[int, int], Schedule]
+    train_transform: Transform
+    eval_transform: Transform
+    strategy: SingleDevice
+    tracker: NullTracker
+    checkpointer: Checkpointer
+    seed: int
+    about: dict[str, Any]
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: all of it but the tensors. Kept in state.json."""
+
+    step: int = 0  # optimizer steps done
+    closed_epochs: int = 0  # epochs evaluated, observed and saved
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)  # of the open epoch: loss, hits, images
+    best: dict[str, float] | None = None  # metrics of the best epoch, and which it was
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+    seconds: float = 0.0  # wall time of training and evaluation, interruptions not counted
+    last: dict[str, float] = field(default_factory=dict)  # metrics of the newest closed epoch
+    schedule: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+    def judge(self, metrics: dict[str, float], epoch: int) -> bool:
+        """Whether these validation metrics are the best so far, and remembers them if so.
+
+        By top-1, then by the lower loss: on a small split many epochs tie.
+        """
+        rank = (metrics["val/top1"], -metrics["val/loss"])
+        if self.best is not None and rank <= (self.best["val/top1"], -self.best["val/loss"]):
+            self.evaluations_since_best += 1
+            return False
+        self.evaluations_since_best = 0
+        self.best = {**metrics, "epoch": epoch + 1, "step": self.step}
+        return True
+
+
+def check_listeners(
+    schedule: Schedule, early_stop_patience: int | None, sizes: Mapping[str, int], *, ema: bool
+) -> None:
+    """The schedule and early stopping can only listen to what a run measures.
+
+    Args:
+        schedule: its `monitor` is the name of a metric, or None.
+        early_stop_patience: None where early stopping is off.
+        sizes: images per split.
+        ema: whether averaged weights are evaluated beside the raw ones.
+
+    Raises:
+        ValueError: they could not.
+    """
+    splits = ["train"] + (["val"] if sizes["val"] else []) + (["val_raw"] if sizes["val"] and ema else [])
+    known = [f"{split}/{name}" for split in splits for name in ("loss", "top1")]
+    if schedule.monitor is not None and schedule.monitor not in known:
+        raise ValueError(
+            f"schedule.monitor={schedule.monitor} is not measured here; choose {', '.join(known)}"
+        )
+    if early_stop_patience is not None and not sizes["val"]:
+        raise ValueError("trainer.early_stop_patience needs a validation split; set data.val_fraction")

@@ -1,0 +1,293 @@
+"""Where figures go while a run lasts: TensorBoard, metrics.jsonl, the console.
+
+The trainer calls these methods and knows nothing of what they do; `NullTracker` does nothing. Everything is
+logged against the optimizer step, so that after a resume one cut (`purge_step`) removes what the
+continuation will write again.
+
+Tags: `train_step/{loss,lr,grad_norm,images_per_second}` while an epoch lasts; `train/...`, `val/...`,
+`val_raw/...` (raw weights beside an average) and `test/...` with loss, top1, top5; `epoch`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from vit_train.report import pictures
+from vit_train.report.console import Console
+from vit_train.report.history import read_events
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from vit_train.data import Batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the tracker has to know of the run before it starts."""
+
+    first_step: int
+    total_steps: int
+    steps_per_epoch: int
+    batch_size: int
+    eval_images_per_epoch: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class NullTracker:
+    """Does nothing: the base class, and the tracker of other ranks and of benchmarks."""
+
+    def start(self, plan: Plan) -> None:
+        """Before the first step, once it is known where the run continues."""
+
+    def first_batch(self, model: nn.Module, images: Tensor, targets: Tensor) -> None:
+        """The very first training batch, as the model gets it."""
+
+    def begin_epoch(self, epoch: int, done: int, steps: int, sums: list[float]) -> None:
+        """An epoch starts (or continues after `done` of its `steps`) with these running sums."""
+
+    def after_step(self, step: int, images: int, optimizer: Optimizer, sums: Tensor, norm: Tensor) -> None:
+        """One optimizer step is done. `sums`: loss, top-1 hits, top-5 hits, images of the open epoch."""
+
+    def after_epoch(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """An epoch was closed with these metrics."""
+
+    def progress(self, batches: Iterable[Batch], label: str) -> Iterable[Batch]:
+        """The same batches, with a bar where someone watches."""
+        del label
+        return batches
+
+    def test(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The closing figures."""
+
+    def text(self, tag: str, content: str) -> None:
+        """A text for TensorBoard."""
+
+    def figure(self, tag: str, figure: Figure, step: int) -> None:
+        """A matplotlib figure for TensorBoard."""
+
+    def hparams(self, parameters: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Hyperparameters with the final metrics."""
+
+    def flush(self) -> None:
+        """Brings everything logged so far to disk."""
+
+    def close(self) -> None:
+        """Ends logging."""
+
+
+class Tracker(NullTracker):
+    """TensorBoard event files, metrics.jsonl, progress bars and one line an epoch.
+
+    Args:
+        run_dir: where the files go.
+        console: says the lines.
+        tensorboard: whether event files are written.
+        log_every_steps: how often the running figures are read from the device and logged.
+        progress: bars; null shows them where stderr is a terminal.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        console: Console,
+        *,
+        tensorboard: bool = True,
+        log_every_steps: int = 10,
+        progress: bool | None = None,
+    ) -> None:
+        if log_every_steps < 1:
+            raise ValueError(f"log_every_steps must be at least 1, not {log_every_steps}")
+        self.run_dir, self.console = run_dir, console
+        self.tensorboard, self.log_every_steps = tensorboard, log_every_steps
+        self.show_bars = sys.stderr.isatty() if progress is None else progress
+        self.writer: Any = None
+        self.bar: tqdm[Any] | None = None
+        self.file: IO[str] | None = None
+
+    def start(self, plan: Plan) -> None:
+        """Opens the files; on a continuation drops what was logged after the checkpoint."""
+        self.plan = plan
+        self.estimated = False
+        metrics_file = self.run_dir / "metrics.jsonl"
+        kept = [event for event in read_events(metrics_file) if event["step"] <= plan.first_step]
+        aside = self.run_dir / ".metrics.jsonl"
+        aside.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+        aside.replace(metrics_file)
+        self.file = metrics_file.open("a", encoding="utf-8")
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = plan.first_step + 1 if plan.first_step else None
+            self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge, flush_secs=10)
+
+    def first_batch(self, model: nn.Module, images: Tensor, targets: Tensor) -> None:
+        """Logs the picture of an augmented batch and the model's graph."""
+        del targets
+        if self.writer is None:
+            return
+        self.writer.add_image("train_batch", pictures.batch_grid(images, self.plan.mean, self.plan.std), 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tracing warns about every shape it fixes
+            try:
+                self.writer.add_graph(model.eval(), images[:1])
+            except Exception as error:  # a picture of the model is not worth a run
+                self.console.say(f"no graph in TensorBoard: {str(error).splitlines()[0]}")
+            finally:
+                model.train()
+
+    def begin_epoch(self, epoch: int, done: int, steps: int, sums: list[float]) -> None:
+        """Opens the bar and the first window of running figures."""
+        self.epoch = epoch
+        self.window_start, self.window_sums, self.window_time = done, sums, time.perf_counter()
+        self.epoch_images, self.epoch_time = 0, time.perf_counter()
+        if self.show_bars:
+            total = -(-self.plan.total_steps // self.plan.steps_per_epoch)
+            self.bar = tqdm(
+                total=steps, initial=done, desc=f"epoch {epoch + 1}/{total}", unit="step", leave=False
+            )
+
+    def after_step(self, step: int, images: int, optimizer: Optimizer, sums: Tensor, norm: Tensor) -> None:
+        """Reads and logs the running figures every `log_every_steps`."""
+        self.epoch_images += images
+        if self.bar is not None:
+            self.bar.update(1)
+        if step % self.log_every_steps and step != self.plan.first_step + 1:
+            return
+        values, lr = sums.tolist(), float(optimizer.param_groups[0]["lr"])
+        now = time.perf_counter()
+        loss, top1, _, count = (new - old for new, old in zip(values, self.window_sums))
+        rate = count / (now - self.window_time)
+        self.window_sums, self.window_time = values, now
+        event = {
+            "loss": loss / count,
+            "lr": lr,
+            "grad_norm": float(norm),
+            "images_per_second": rate,
+        }
+        self._write("step", step, {**event, "epoch_float": step / self.plan.steps_per_epoch})
+        if self.writer is not None:
+            for name, value in event.items():
+                self.writer.add_scalar(f"train_step/{name}", value, step)
+        if self.bar is not None:
+            self.bar.set_postfix_str(
+                f"loss {loss / count:.3f} top-1 {top1 / count:.1%} lr {lr:.1e} {rate:,.0f} images/s",
+                refresh=False,
+            )
+        self._estimate(step, rate)
+
+    def _estimate(self, step: int, rate: float) -> None:
+        """Says once, after the first steps, how long the run will take."""
+        if self.estimated or step < self.plan.first_step + min(20, self.log_every_steps + 1):
+            return
+        self.estimated = True
+        plan = self.plan
+        left = plan.total_steps - step
+        # an image costs a third in evaluation: forward only
+        images = left * plan.batch_size + left / plan.steps_per_epoch * plan.eval_images_per_epoch / 3
+        seconds = images / rate
+        advice = ""
+        if seconds > 2 * 3600:
+            advice = "; for a quick look type data.limit=5000, fewer trainer.epochs or a smaller model"
+        self.console.say(f"about {duration(seconds)} to go, at {rate:,.0f} images/s{advice}")
+
+    def after_epoch(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Logs the epoch's metrics and says them in one line."""
+        elapsed = time.perf_counter() - getattr(self, "epoch_time", time.perf_counter())
+        self._close_bar()
+        self._write("epoch", step, {"epoch": epoch + 1, **metrics})
+        self._scalars(step, {**metrics, "epoch": epoch + 1})
+        total = -(-self.plan.total_steps // self.plan.steps_per_epoch)
+        parts = [f"epoch {epoch + 1:{len(str(total))}d}/{total}"]
+        for split in ("train", "val", "val_raw"):
+            if f"{split}/top1" in metrics:
+                label = split.replace("_raw", " (raw weights)")
+                parts.append(
+                    f"{label} loss {metrics[f'{split}/loss']:.4f} top-1 {metrics[f'{split}/top1']:.2%}"
+                )
+        self.console.say(" | ".join([*parts, duration(elapsed)]))
+
+    def progress(self, batches: Iterable[Batch], label: str) -> Iterable[Batch]:
+        """The same batches under a bar."""
+        self._close_bar()
+        if not self.show_bars:
+            return batches
+        return tqdm(batches, desc=label.replace("_raw", " (raw weights)"), unit="batch", leave=False)
+
+    def test(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs the test figures."""
+        self._write("test", step, metrics)
+        self._scalars(step, metrics)
+
+    def text(self, tag: str, content: str) -> None:
+        """Logs a text as a code block."""
+        if self.writer is not None:
+            self.writer.add_text(tag, "\n".join(f"    {line}" for line in content.splitlines()), 0)
+
+    def figure(self, tag: str, figure: Figure, step: int) -> None:
+        """Logs a figure."""
+        if self.writer is not None:
+            self.writer.add_figure(tag, figure, step, close=False)
+
+    def hparams(self, parameters: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Logs to this run itself; SummaryWriter.add_hparams would make a run of its own."""
+        if self.writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        simple = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in parameters.items()}
+        for summary in hparams(simple, dict(metrics)):
+            self.writer.file_writer.add_summary(summary)
+
+    def flush(self) -> None:
+        """Flushes both files."""
+        if self.file is not None:
+            self.file.flush()
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Closes bar and files."""
+        self._close_bar()
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+    def _scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.writer is not None:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
+
+    def _write(self, event: str, step: int, values: Mapping[str, float]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+
+    def _close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def duration(seconds: float) -> str:
+    """1.2s, 3m04s, 2h05m."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"

@@ -1,0 +1,290 @@
+"""The training loop, top to bottom: fit -> train_epoch -> train_step, then close_epoch.
+
+One step: batch to the device -> transform (uint8 -> float, targets) -> cut into micro-batches -> forward,
+backward -> one host read (`Guard.answer`) -> optimizer, schedule, EMA. An epoch is *closed* once it was
+evaluated, the schedule and early stopping have seen it and its checkpoint is written; a run continues from
+(step, closed_epochs) alone, because every random draw is a function of its position (rng.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vit_train.checkpoint import Checkpoint, load
+from vit_train.construct import NotNegative, Positive
+from vit_train.data import Batch
+from vit_train.ema import Ema
+from vit_train.evaluation import TOP_K, evaluate, hits
+from vit_train.guard import Guard, Stop, nonfinite_error
+from vit_train.optim import set_lr
+from vit_train.precision import Precision, autocast, grad_scaler
+from vit_train.rng import seed_device
+from vit_train.state import Parts, TrainState, check_listeners
+
+
+class Trainer:
+    """Trains one model on one dataset.
+
+    Args:
+        parts: the objects it works with.
+        epochs: passes over the training split; the schedule spans them.
+        max_steps: the budget in optimizer steps instead of epochs.
+        stop_at_step: stop for now once this many steps are done; the schedule does not change.
+        stop_after_minutes: stop for now after this much wall time.
+        precision: fp32, bf16, fp16 or auto (bf16 where the hardware computes in it).
+        grad_accum_steps: micro-batches one batch is cut into; must divide data.batch_size.
+        grad_clip_norm: gradients are scaled down to this total norm.
+        ema_decay: of the averaged weights that are evaluated and saved beside the raw ones; null for none.
+        compile: torch.compile the model (costs a minute at the start; gains on a GPU).
+        eval_every_epochs: how often the validation split is evaluated; the last epoch always is.
+        early_stop_patience: stop when this many evaluations in a row brought no better validation top-1.
+        save_every_epochs: how often a checkpoint is written at the end of an epoch; the last always is.
+        save_every_steps: how often one is written inside an epoch.
+        keep_checkpoints: how many of the newest stay on disk beside the best.
+
+    Raises:
+        ValueError: two settings contradict each other, with both values.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        epochs: Positive,
+        max_steps: Positive | None = None,
+        stop_at_step: NotNegative | None = None,
+        stop_after_minutes: float | None = None,
+        precision: Precision = "auto",
+        grad_accum_steps: Positive = 1,
+        grad_clip_norm: float | None = None,
+        ema_decay: float | None = None,
+        compile: bool = False,  # noqa: A002 - the key users type
+        eval_every_epochs: Positive = 1,
+        early_stop_patience: Positive | None = None,
+        save_every_epochs: Positive = 1,
+        save_every_steps: Positive | None = None,
+        keep_checkpoints: Positive = 2,
+    ) -> None:
+        assert precision != "auto", "build.py resolves it"
+        self.parts, self.strategy, self.tracker = parts, parts.strategy, parts.tracker
+        self.precision, self.grad_accum_steps = precision, grad_accum_steps
+        self.grad_clip_norm, self.keep_checkpoints = grad_clip_norm, keep_checkpoints
+        self.eval_every_epochs, self.early_stop_patience = eval_every_epochs, early_stop_patience
+        self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
+        self.stop_at_step, self.stop_after_minutes = stop_at_step, stop_after_minutes
+
+        self.train_loader = parts.data.loader("train")
+        self.steps_per_epoch = len(self.train_loader)
+        self.total_steps = epochs * self.steps_per_epoch if max_steps is None else max_steps
+        self.total_epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+
+        device = self.strategy.device
+        self.model = parts.model.to(device).train()
+        self.ema = Ema(self.model, decay=ema_decay) if ema_decay is not None else None
+        if compile:
+            self.model.compile()  # in place: parameter names stay clean
+        self.forward = self.strategy.wrap(self.model)
+        self.objective = parts.objective.to(device)
+        self.optimizer = parts.make_optimizer(self.model)
+        self.schedule = parts.make_schedule(self.steps_per_epoch, self.total_steps)
+        check_listeners(self.schedule, early_stop_patience, parts.data.sizes, ema=self.ema is not None)
+        self.scaler = grad_scaler(precision, device)
+        self.state = TrainState()
+        self.sums = self._wide(self.state.sums)
+
+    # ------------------------------------------------------------------------------------------- the run
+    def fit(self) -> Stop | dict[str, float]:
+        """Trains to the end, or until it is asked to stop. Either way everything is saved on return.
+
+        Returns:
+            Why it stopped, or the test metrics (empty without a test split).
+
+        Raises:
+            NonFiniteError: the loss or a gradient became NaN or infinite; nothing was updated.
+            SaveError: a checkpoint could not be written.
+        """
+        limits = {"stop_at_step": self.stop_at_step, "stop_after_minutes": self.stop_after_minutes}
+        with Guard(self.strategy, **limits) as self.guard:  # type: ignore[arg-type]
+            self.resumed_at, self.started = self.state.seconds, time.monotonic()
+            stop = self._asked_to_stop()
+            if stop is not None:  # before the first step, or a limit that was reached already
+                if self.state.step == 0:
+                    self.save(best=False)
+                return stop
+            while self.state.closed_epochs < self.total_epochs and not self.state.stopped_early:
+                epoch = self.state.closed_epochs
+                stop = self.train_epoch(epoch) or self.close_epoch(epoch)
+                if stop is not None:
+                    return stop
+            return self.test()
+
+    def train_epoch(self, epoch: int) -> Stop | None:
+        """The remaining steps of one epoch; saves and returns the reason where it was asked to stop."""
+        first = epoch * self.steps_per_epoch
+        last = min(first + self.steps_per_epoch, self.total_steps)
+        if self.state.step == last:  # interrupted while the epoch was being closed
+            return None
+        self.train_loader.set_position(epoch, self.state.step - first)
+        self.tracker.begin_epoch(epoch, self.state.step - first, last - first, self.state.sums)
+        for batch in self.train_loader:
+            stop = self.train_step(batch, epoch)
+            self.tracker.after_step(self.state.step, len(batch.targets), self.optimizer, self.sums, self.norm)
+            if self.state.step == last:
+                return None  # close_epoch asks again
+            if stop is not None:
+                self.save(best=False)
+                return stop
+            if self.save_every_steps and self.state.step % self.save_every_steps == 0:
+                self.save(best=False)
+        raise AssertionError(f"the loader ended at step {self.state.step} instead of {last}")
+
+    def train_step(self, batch: Batch, epoch: int) -> Stop | None:
+        """One optimizer step on one batch, however many micro-batches it is cut into."""
+        step, strategy = self.state.step, self.strategy
+        set_lr(self.optimizer, self.schedule(step))
+        images, targets = self.parts.train_transform(strategy.to_device(batch), epoch, step)
+        if step == 0:
+            self.tracker.first_batch(self.model, images, targets)
+        sums = torch.zeros_like(self.sums)
+        pieces = min(self.grad_accum_steps, len(images))  # a tiny set may be one batch smaller than that
+        micro_batches = list(zip(images.tensor_split(pieces), targets.tensor_split(pieces)))
+        for i, (x, y) in enumerate(micro_batches):
+            seed_device(strategy.device, self.parts.seed, "step", step, i, strategy.rank)
+            with strategy.grad_sync(self.model, i == len(micro_batches) - 1):
+                with autocast(self.precision, strategy.device):
+                    loss, logits = self.objective(self.forward, x, y)
+                # weighted by size, so that the sum over micro-batches is the mean over the batch
+                self.scaler.scale(loss * (len(x) / len(images))).backward()
+            sums[0] += loss.detach() * len(x)
+            sums[1:3] += hits(logits, y)
+        sums[3] += len(images)
+
+        self.scaler.unscale_(self.optimizer)
+        self.norm = strategy.clip_grad_norm(self.model, self.grad_clip_norm)
+        # under loss scaling an infinite gradient is routine: the scaler skips the update and scales less
+        finite = sums[0].isfinite() & (self.norm.isfinite() | self.scaler.is_enabled())
+        answer = self.guard.answer(~finite, step=step + 1)
+        if answer.nonfinite:
+            files = [self.parts.data.source("train", int(index)) for index in batch.index]
+            raise nonfinite_error(step + 1, float(sums[0]) / len(images), float(self.norm), files)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model, step)
+        self.sums += sums
+        self.state.step += 1
+        return answer.stop
+
+    def close_epoch(self, epoch: int) -> Stop | None:
+        """Evaluates, lets schedule and early stopping see it, saves; the run may then be at its end."""
+        state, last_epoch = self.state, epoch + 1 == self.total_epochs
+        loss, top1, top5, images = self.strategy.sum(self.sums).tolist()
+        metrics = {"train/loss": loss / images, "train/top1": top1 / images}
+        if self.parts.data.num_classes > TOP_K:
+            metrics["train/top5"] = top5 / images
+        is_best = False
+        due = last_epoch or (epoch + 1) % self.eval_every_epochs == 0
+        if due and self.parts.data.sizes["val"]:
+            measured = self.evaluate_split("val")
+            if measured is None:  # asked to stop: evaluated again by the continuation
+                self.save(best=False)
+                return self._asked_to_stop()
+            metrics |= measured
+            is_best = state.judge(metrics, epoch)
+        if self.schedule.monitor in metrics:
+            self.schedule.observe(metrics)
+        state.last, state.sums, state.closed_epochs = metrics, [0.0] * 4, epoch + 1
+        self.sums = self._wide(state.sums)
+        patience = self.early_stop_patience
+        state.stopped_early = patience is not None and state.evaluations_since_best >= patience
+        ending = last_epoch or state.stopped_early
+        stop = None if ending else self._asked_to_stop()
+        self.tracker.after_epoch(state.step, epoch, metrics)
+        if ending or stop or is_best or (epoch + 1) % self.save_every_epochs == 0:
+            self.save(best=is_best or not self.parts.data.sizes["val"])
+        return stop
+
+    def test(self) -> Stop | dict[str, float]:
+        """Test metrics of the checkpoint a user would load: the best one. Leaves its weights in the model."""
+        if not self.parts.data.sizes["test"]:
+            return {}
+        path = self.parts.checkpointer.best_path()
+        if path is not None:
+            self.strategy.restore(load(path).tensors, self.model, self.ema, None)
+        metrics = self.evaluate_split("test")
+        # stopped by a signal: everything was saved before, the continuation tests again
+        return self._asked_to_stop() or {} if metrics is None else metrics
+
+    # --------------------------------------------------------------------------------------- the services
+    def evaluate_split(self, split: Literal["val", "test"]) -> dict[str, float] | None:
+        """Metrics of a split as `<split>/...`: of the averaged weights where there are any, and then also
+        of the raw ones as `<split>_raw/...`. None where a signal ended it."""
+        models: dict[str, nn.Module] = {split: self.model}
+        if self.ema is not None:
+            models = {split: self.ema.module, f"{split}_raw": self.model}
+        metrics: dict[str, float] = {}
+        loader = self.parts.data.loader(split)
+        for prefix, model in models.items():
+            result = evaluate(
+                model,
+                self.tracker.progress(loader, prefix),
+                objective=self.objective,
+                transform=self.parts.eval_transform,
+                strategy=self.strategy,
+                precision=self.precision,
+                num_classes=self.parts.data.num_classes,
+                should_stop=self.guard.signalled,
+            )
+            if result is None:
+                return None
+            metrics |= result.metrics(prefix)
+        return metrics
+
+    def save(self, *, best: bool) -> None:
+        """Writes a checkpoint of this very moment."""
+        state = self.state
+        state.sums, state.seconds = self.sums.tolist(), self.seconds
+        state.schedule, state.scaler = self.schedule.state_dict(), self.scaler.state_dict()
+        tensors = self.strategy.snapshot(self.model, self.ema, self.optimizer)
+        about = {**self.parts.about, "train": dataclasses.asdict(state)}
+        if tensors:
+            self.parts.checkpointer.save(
+                tensors, about, step=state.step, best=best, keep=self.keep_checkpoints
+            )
+        self.tracker.flush()
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint instead of from the start.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: it does not fit this model or this version.
+        """
+        self.strategy.restore(checkpoint.tensors, self.model, self.ema, self.optimizer)
+        self.state = TrainState(**checkpoint.state["train"])
+        # an epoch that trainer.max_steps cut short was closed; with a larger budget it is open again
+        self.state.closed_epochs = min(self.state.closed_epochs, self.state.step // self.steps_per_epoch)
+        self.sums = self._wide(self.state.sums)
+        self.schedule.load_state_dict(self.state.schedule)
+        self.scaler.load_state_dict(self.state.scaler)
+
+    def _asked_to_stop(self) -> Stop | None:
+        fine = torch.zeros((), dtype=torch.bool, device=self.strategy.device)
+        return self.guard.answer(fine, step=self.state.step).stop
+
+    def _wide(self, values: list[float]) -> Tensor:
+        """Sums in float64, which JSON keeps exactly; in float32 on mps, which has no float64."""
+        device = self.strategy.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return torch.tensor(values, device=device, dtype=dtype)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, interruptions not counted."""
+        return self.resumed_at + time.monotonic() - self.started
