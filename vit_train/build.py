@@ -83,9 +83,9 @@ class Root:
     trainer: Any
     tracker: Any
     seed: int
-    name: str | None = None
-    run_dir: str | None = None
-    resume: str | None = None
+    name: str | int | None = None
+    run_dir: str | int | None = None
+    resume: str | int | None = None
 
 
 @dataclass
@@ -196,10 +196,10 @@ def choose_run_dir(cfg: DictConfig, launch: Launch) -> Path:
     A requeued job has the id it had before, so the same command finds its run again.
     """
     if cfg.run_dir is not None:
-        return Path(cfg.run_dir)
+        return Path(str(cfg.run_dir))
     if launch.job_dir is not None:
         return launch.job_dir
-    home = Path("runs") / (cfg.name or default_name(launch.choices))
+    home = Path("runs") / str(cfg.name or default_name(launch.choices))
     array = [os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK")]
     job = "_".join(part for part in array if part) if all(array) else os.environ.get("SLURM_JOB_ID")
     job = job or os.environ.get("TORCHELASTIC_RUN_ID")
@@ -335,7 +335,7 @@ def build_run(cfg: DictConfig, launch: Launch) -> Run | Path:
     check_config(cfg)
     allow = None
     if cfg.resume is not None:
-        run_dir = find_run(cfg.resume)
+        run_dir = find_run(str(cfg.resume))
         stored = read_config(run_dir)
         _refuse_foreign_code(stored, run_dir)
         cfg, allow = _with_overrides(stored, launch.overrides), _STORED_CODE

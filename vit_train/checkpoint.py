@@ -18,12 +18,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vit_train.errors import CheckpointError, SaveError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# torch and safetensors are imported where tensors are read or written: the commands compare configurations
+# and find checkpoints before they need either.
 
 FORMAT = 1
 _KINDS = ("model", "ema", "optimizer")
@@ -123,6 +126,8 @@ class Checkpointer:
 
 
 def _write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    import safetensors.torch
+
     files = {}
     for kind in _KINDS:
         part = {name[len(kind) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{kind}/")}
@@ -180,6 +185,8 @@ def load(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: the directory is missing, incomplete or damaged; the message says which file and how.
     """
+    import safetensors.torch
+
     files = _listed_files(path)
     known = {f"{kind}.safetensors" for kind in _KINDS} | {_STATE}
     tensors: dict[str, Tensor] = {}

@@ -217,6 +217,8 @@ def _name(hint: Any) -> str:
         return "null"
     if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
         return " or ".join(_name(t) for t in get_args(hint))
+    if get_origin(hint) is Annotated:
+        return _name(get_args(hint)[0])
     return hint.__name__ if inspect.isclass(hint) and not get_args(hint) else str(hint).replace("typing.", "")
 
 

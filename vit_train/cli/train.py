@@ -93,6 +93,7 @@ def execute(run: Run) -> dict[str, Any] | None:
     import torch
     import yaml
 
+    from vit_train.data.loaders import worker_lost
     from vit_train.guard import Stop
     from vit_train.report.history import draw_history
     from vit_train.report.record import open_run_dir, write_facts
@@ -112,6 +113,11 @@ def execute(run: Run) -> dict[str, Any] | None:
         return _stopped(run, outcome) if isinstance(outcome, Stop) else _finish(run, outcome)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(_memory_advice(run, error)) from error
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        lost = worker_lost(error)  # torch raises it wherever the main thread happens to be
+        if lost is None:
+            raise
+        raise lost from error
     except VitTrainError as error:
         if not isinstance(error, Interrupted):
             run.console.log(f"error: {error}")

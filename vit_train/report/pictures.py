@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,27 +44,21 @@ def batch_grid(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 @torch.no_grad()
 def sheet_of_predictions(trainer: Trainer) -> Figure | None:
-    """`prediction_sheet` of the first test (else validation) images, by the weights that were tested."""
+    """`prediction_sheet` of test (else validation) images, by the weights that were tested."""
     from vit_train.precision import autocast
 
     data, device = trainer.parts.data, trainer.strategy.device
-    splits = [split for split in ("test", "val") if data.sizes[split]]
-    if not splits:
+    splits: tuple[Literal["test", "val"], ...] = ("test", "val")
+    split = next((name for name in splits if data.sizes[name]), None)
+    if split is None:
         return None
     model = (trainer.model if trainer.ema is None else trainer.ema.module).eval()
-    shown: list[Tensor] = []
-    answers: list[Tensor] = []
-    truths: list[Tensor] = []
-    for batch in [data.examples(splits[0], _SHOWN)]:
-        images, targets = trainer.parts.eval_transform(trainer.strategy.to_device(batch), 0, 0)
-        with autocast(trainer.precision, device):
-            logits = model(images)
-        shown.append(images)
-        truths.append(targets)
-        answers.append(logits.float().softmax(1))
-    return prediction_sheet(
-        torch.cat(shown), torch.cat(truths), torch.cat(answers), data.class_names, data.mean, data.std
-    )
+    batch = trainer.strategy.to_device(data.examples(split, _SHOWN))
+    images, targets = trainer.parts.eval_transform(batch, 0, 0)
+    with autocast(trainer.precision, device):
+        logits = model(images)
+    probabilities = logits.float().softmax(1)
+    return prediction_sheet(images, targets, probabilities, data.class_names, data.mean, data.std)
 
 
 def prediction_sheet(

@@ -1,0 +1,62 @@
+"""configs/data and configs/augment hold exactly what the constructors take."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from vit_train import construct
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
+AUGMENT = sorted(path.stem for path in (CONFIGS / "augment").glob("*.yaml"))
+
+
+def load(group, name):
+    return yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text())
+
+
+def data_node(name, augment):
+    """The data node with its interpolations resolved, as Hydra would."""
+    node = load("data", name)
+    node.pop("defaults")
+    assert node["seed"] == "${seed}"
+    assert node["sample_transform"] == "${augment.sample}"
+    return {**node, "seed": 0, "sample_transform": load("augment", augment)["sample"]}
+
+
+def test_the_groups_are_complete():
+    assert DATA == ["cifar10", "cifar100", "digits", "imagefolder"]
+    assert AUGMENT == ["light", "medium", "none", "shift"]
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_data_node_is_its_constructor(name):
+    node = data_node(name, "light")
+    assert construct.check(node, key="data") == []
+    parameters = inspect.signature(construct.locate(node["_target_"])).parameters
+    assert set(node) - {"_target_"} == set(parameters)
+    for key in set(node) - {"_target_", "seed", "sample_transform"}:
+        assert node[key] == parameters[key].default, key
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_data_config_brings_its_recipe(name):
+    defaults = {key: value for entry in load("data", name)["defaults"] for key, value in entry.items()}
+    chosen = {key.removeprefix("override /").split("@")[0]: value for key, value in defaults.items()}
+    assert set(chosen) == {"model", "augment", "trainer"}
+    assert chosen["augment"] in AUGMENT
+
+
+@pytest.mark.parametrize("name", AUGMENT)
+def test_an_augment_node_builds_and_trains_on_digits(name):
+    nodes = load("augment", name)
+    assert construct.check(nodes, key="augment") == []
+    data = construct.make(data_node("digits", name))
+    data.setup(device=torch.device("cpu"), rank=0, world_size=1)
+    transform = construct.make(nodes)["batch"](data.mean, data.std)
+    images, _ = transform(next(iter(data.loader("train"))), 0, 0)
+    assert images.shape == (64, 1, 8, 8)
+    assert abs(float(images.mean())) < 0.6

@@ -1,0 +1,101 @@
+"""CIFAR-10 and CIFAR-100: 50,000 training and 10,000 test images of 32 x 32 pixels, RGB.
+
+Source: A. Krizhevsky (2009), Learning Multiple Layers of Features from Tiny Images. torchvision fetches the
+files, checks their MD5 and reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from vit_train.data.base import ArraySource, Found, ImageData, Split
+from vit_train.errors import DataError
+
+
+class Cifar10(ImageData):
+    """CIFAR-10, downloaded into `root` when it is not there. Other arguments as for `ImageData`.
+
+    Validation is held out of train (5,000 images by default): the test images choose nothing.
+    """
+
+    dataset_class: ClassVar[type[CIFAR10]] = CIFAR10
+    name: ClassVar[str] = "cifar10"
+    # Per-channel statistics of the 50,000 training images.
+    default_mean: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
+    default_std: ClassVar[tuple[float, ...]] = (0.2470, 0.2435, 0.2616)
+
+    def __init__(
+        self,
+        *,
+        root: str = "data",
+        batch_size: int = 128,
+        num_workers: int | None = None,
+        img_size: int | None = 32,
+        in_channels: Literal[1, 3] = 3,
+        val_fraction: float = 0.1,
+        limit: int | None = None,
+        seed: int = 0,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        num_classes: int | None = None,
+        sample_transform: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            img_size=img_size,
+            in_channels=in_channels,
+            val_fraction=val_fraction,
+            limit=limit,
+            seed=seed,
+            mean=mean,
+            std=std,
+            num_classes=num_classes,
+            sample_transform=sample_transform,
+        )
+        self.root = Path(root).expanduser()
+
+    def load(self) -> Found:
+        """The arrays of train and test.
+
+        Raises:
+            DataError: the files are missing or damaged and the download fails.
+        """
+        sources: dict[Split, ArraySource] = {}
+        class_names: list[str] = []
+        for split in ("train", "test"):
+            dataset = self._open(train=split == "train")
+            targets = np.asarray(dataset.targets, dtype=np.int64)
+            pixels = torch.from_numpy(np.ascontiguousarray(dataset.data))
+            sources[split] = ArraySource(pixels, targets, f"{self.name} {split}", np.arange(len(targets)))
+            class_names = list(dataset.classes)
+        return Found(self.name, class_names, {**sources}, img_size=sources["train"].images.shape[1])
+
+    def _open(self, *, train: bool) -> Any:
+        dataset = self.dataset_class
+        folder = self.root / dataset.base_folder
+        try:
+            return dataset(self.root, train=train, download=True)
+        except (OSError, RuntimeError) as error:  # no network, no disk; a checksum that does not match
+            missing = f"{self.name} is not in {self.root}"
+            state = f"the files in {folder} are damaged" if folder.exists() else missing
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{state} and the download failed ({reason}): fetch {dataset.url}, "
+                f"put it at {self.root / dataset.filename}, or type data.root=/folder/that/holds/it"
+            ) from error
+
+
+class Cifar100(Cifar10):
+    """CIFAR-100 with its 100 fine classes; otherwise as `Cifar10`."""
+
+    dataset_class: ClassVar[type[CIFAR10]] = CIFAR100
+    name: ClassVar[str] = "cifar100"
+    default_mean: ClassVar[tuple[float, ...]] = (0.5071, 0.4865, 0.4409)
+    default_std: ClassVar[tuple[float, ...]] = (0.2673, 0.2564, 0.2762)

@@ -1,0 +1,24 @@
+"""The parts vision transformers are made of. Imports torch and nothing else."""
+
+from .attention import Attention, attend
+from .block import Block
+from .drop_path import DropPath, drop_path_schedule
+from .init import init_linear, init_projection
+from .mlp import Mlp
+from .patch_embed import ConvStem, GridEmbed, PatchEmbed
+from .window import WindowAttention
+
+__all__ = [
+    "Attention",
+    "Block",
+    "ConvStem",
+    "DropPath",
+    "GridEmbed",
+    "Mlp",
+    "PatchEmbed",
+    "WindowAttention",
+    "attend",
+    "drop_path_schedule",
+    "init_linear",
+    "init_projection",
+]

@@ -1,0 +1,177 @@
+"""From pixels to a grid of tokens.
+
+`PatchEmbed` is ViT's linear map of each patch (Dosovitskiy et al. 2020, google-research/vision_transformer);
+`ConvStem` the stack of small convolutions of "Early Convolutions Help Transformers See Better" (Xiao et al.
+2021). Anything with the interface of `GridEmbed` can take their place, such as a CNN.
+
+Shapes: (B, C, H, W) pixels -> (B, h, w, D) tokens, h = H / patch_size.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checks import require_divides
+from .init import init_projection
+
+
+class GridEmbed(nn.Module):
+    """What a model may know of its patch embedding: sizes. Subclasses add `forward`.
+
+    Args:
+        img_size: height and width of the images in pixels.
+        patch_size: pixels per token along one axis.
+        embed_dim: width D of the tokens.
+        grid_size: tokens (h, w) of an image of `img_size`.
+        any_size: whether images of other sizes are welcome.
+    """
+
+    def __init__(
+        self, *, img_size: int, patch_size: int, embed_dim: int, grid_size: tuple[int, int], any_size: bool
+    ) -> None:
+        super().__init__()
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.grid_size = grid_size
+        self.any_size = any_size
+
+    def check_size(self, images: Tensor) -> None:
+        """Raises ValueError for images (B, C, H, W) of a size this embedding was not made for."""
+        H, W = images.shape[-2:]
+        if self.any_size:
+            if min(H, W) < self.patch_size:
+                raise ValueError(f"images of {H}x{W} are smaller than one patch of {self.patch_size}")
+        elif not H == W == self.img_size:
+            raise ValueError(f"images are {H}x{W}, but the model was made for img_size {self.img_size}")
+
+
+def _patch_grid(img_size: int, patch_size: int, any_size: bool) -> tuple[int, int]:
+    if not any_size:
+        require_divides("patch_size", patch_size, "img_size", img_size)
+    elif not 1 <= patch_size <= img_size:
+        raise ValueError(f"patch_size {patch_size} is not between 1 and img_size {img_size}")
+    side = -(-img_size // patch_size)
+    return side, side
+
+
+class PatchEmbed(GridEmbed):
+    """A linear map of each patch.
+
+    Args:
+        img_size: height and width of the images in pixels.
+        patch_size: height and width of a patch in pixels.
+        in_channels: image channels C.
+        embed_dim: width D of the tokens.
+        projection: how it is computed, from the same parameters: "conv", a strided convolution, or "unfold",
+            cutting the patches and one matrix product. State dicts and results are interchangeable.
+        norm: LayerNorm of the tokens, as Swin has it.
+        any_size: accept images of any size from one patch on, padded with zeros at the right and the bottom
+            to whole patches (Swin); otherwise only `img_size`, which the patch must divide.
+
+    Raises:
+        ValueError: `patch_size` does not divide `img_size`; in forward, images of another size.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int,
+        patch_size: int,
+        in_channels: int,
+        embed_dim: int,
+        projection: Literal["conv", "unfold"] = "conv",
+        norm: bool = False,
+        any_size: bool = False,
+    ) -> None:
+        grid_size = _patch_grid(img_size, patch_size, any_size)
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            grid_size=grid_size,
+            any_size=any_size,
+        )
+        self.projection = projection
+        self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-5) if norm else nn.Identity()
+        init_projection(self.proj)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.check_size(images)
+        P = self.patch_size
+        B, C, H, W = images.shape
+        if H % P or W % P:
+            images = F.pad(images, (0, -W % P, 0, -H % P))
+        if self.projection == "conv":
+            # Contiguous, or every later addition would keep the convolution's (B, D, h, w) memory order and
+            # every norm would have to copy.
+            x = self.proj(images).permute(0, 2, 3, 1).contiguous()
+        else:
+            h, w = images.shape[-2] // P, images.shape[-1] // P
+            patches = images.reshape(B, C, h, P, w, P).permute(0, 2, 4, 1, 3, 5).reshape(B, h, w, C * P * P)
+            x = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return self.norm(x)
+
+
+class ConvStem(GridEmbed):
+    """3x3 convolutions of stride 2 with GELU, doubling the channels up to `embed_dim`, then a 1x1 projection.
+
+    Without the paper's batch normalisation: no buffers, and the same function whether a batch comes whole, in
+    micro-batches or spread over devices.
+
+    Args:
+        img_size: height and width of the images in pixels.
+        patch_size: pixels per token along one axis; a power of two, log2(patch_size) convolutions.
+        in_channels: image channels C.
+        embed_dim: width D of the tokens.
+        any_size: accept images of any size from one patch on; otherwise only `img_size`.
+
+    Raises:
+        ValueError: `patch_size` is no power of two or does not divide `img_size`, or `embed_dim` cannot be
+            halved often enough; in forward, images of another size.
+    """
+
+    def __init__(
+        self, *, img_size: int, patch_size: int, in_channels: int, embed_dim: int, any_size: bool = False
+    ) -> None:
+        if patch_size < 2 or patch_size & (patch_size - 1):
+            raise ValueError(f"patch_size {patch_size} of a ConvStem is not a power of two from 2 on")
+        grid_size = _patch_grid(img_size, patch_size, any_size)
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            grid_size=grid_size,
+            any_size=any_size,
+        )
+        num_convs = patch_size.bit_length() - 1
+        halvings = 2 ** (num_convs - 1)
+        if embed_dim % halvings:
+            raise ValueError(
+                f"embed_dim {embed_dim} is not a multiple of {halvings}, needed to double the channels "
+                f"{num_convs - 1} times for patch_size {patch_size}"
+            )
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for i in range(num_convs):
+            width = embed_dim >> (num_convs - 1 - i)
+            layers += [nn.Conv2d(channels, width, kernel_size=3, stride=2, padding=1), nn.GELU()]
+            # Kaiming for the rectified convolutions: LeCun's would halve the variance at each GELU.
+            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")  # type: ignore[arg-type]
+            nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]
+            channels = width
+        self.stem = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(channels, embed_dim, kernel_size=1)
+        init_projection(self.proj)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.check_size(images)
+        H, W = images.shape[-2:]
+        P = self.patch_size
+        if H % P or W % P:
+            images = F.pad(images, (0, -W % P, 0, -H % P))
+        return self.proj(self.stem(images)).permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,122 @@
+"""A convolutional trunk in place of the patch embedding: the hybrid ViT of Dosovitskiy et al. 2020.
+
+A hybrid model is a `ViT` whose `patch_embed` is a `HybridEmbed`. The trunks are torchvision's, where the
+paper uses a ResNet with group norm and standardised weights (google-research/vision_transformer).
+
+Shapes: (B, C, H, W) pixels -> trunk (B, C', H', W') -> (B, h, w, D) tokens, h = H' / patch_size.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vit_train.layers import GridEmbed, init_projection
+from vit_train.layers.checks import require_divides
+
+Backbone = Literal["resnet18", "resnet50", "vgg16"]
+
+
+def _first_conv(in_channels: int, like: nn.Conv2d, *, small: bool = False) -> nn.Conv2d:
+    """A new first convolution, initialised as torchvision does its ResNets."""
+    conv = nn.Conv2d(
+        in_channels,
+        like.out_channels,
+        kernel_size=3 if small else like.kernel_size[0],
+        stride=1 if small else like.stride[0],
+        padding=1 if small else like.kernel_size[0] // 2,
+        bias=like.bias is not None,
+    )
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _trunk(
+    backbone: Backbone, layer: str, in_channels: int, *, small_stem: bool, pretrained: bool
+) -> nn.Sequential:
+    """The layers of the backbone up to `layer`, under torchvision's names: (B, C, H, W) -> (B, C', H', W').
+
+    A sequence rather than torchvision's `create_feature_extractor`: a deep copy of what that returns forgets
+    whether it was in evaluation mode, and would update its batch norms unasked.
+    """
+    # Here and not above: importing torchvision takes 1.5 s, which the other families need not wait for.
+    import torchvision
+
+    if backbone == "vgg16" and small_stem:
+        raise ValueError("small_stem changes the first layers of a ResNet; vgg16 has no such layers")
+    net: Any = torchvision.models.get_model(backbone, weights="DEFAULT" if pretrained else None)
+    layers: dict[str, nn.Module]
+    if backbone == "vgg16":
+        if in_channels != 3:
+            net.features[0] = _first_conv(in_channels, net.features[0])
+        layers = {f"features.{i}": module for i, module in enumerate(net.features)}
+    else:
+        if in_channels != 3 or small_stem:
+            net.conv1 = _first_conv(in_channels, net.conv1, small=small_stem)
+        names = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
+        if small_stem:
+            names.remove("maxpool")
+        layers = {name: getattr(net, name) for name in names}
+    if layer not in layers:
+        raise ValueError(f"{backbone} has no layer {layer!r} to cut at; use one of {', '.join(layers)}")
+    kept = list(layers)[: list(layers).index(layer) + 1]
+    if backbone == "vgg16":
+        return nn.Sequential(OrderedDict(features=net.features[: len(kept)]))
+    return nn.Sequential(OrderedDict((name, layers[name]) for name in kept))
+
+
+class HybridEmbed(GridEmbed):
+    """A torchvision backbone cut at a layer, and a linear map of each of its features (or patches of them).
+
+    Args:
+        img_size: height and width of the images in pixels.
+        backbone: "resnet18", "resnet50" or "vgg16".
+        layer: where to cut: "layer1" to "layer4" of a ResNet, "features.N" of VGG.
+        in_channels: image channels C; other than 3, the first convolution is made anew.
+        embed_dim: width D of the tokens.
+        patch_size: height and width of a patch in features of the trunk.
+        small_stem: for small images: a 3x3 convolution of stride 1 in place of a ResNet's 7x7 of stride 2 and
+            max pooling.
+        pretrained: load torchvision's ImageNet weights (downloaded on first use).
+
+    Raises:
+        ValueError: the backbone has no such layer, or `patch_size` does not divide the map it returns; in
+            forward, images of another size.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int,
+        backbone: Backbone,
+        layer: str,
+        in_channels: int,
+        embed_dim: int,
+        patch_size: int = 1,
+        small_stem: bool = False,
+        pretrained: bool = False,
+    ) -> None:
+        # On the meta device a first copy tells the size of the map and costs neither memory nor arithmetic.
+        with torch.device("meta"):
+            probe = _trunk(backbone, layer, in_channels, small_stem=small_stem, pretrained=False).eval()
+            _, channels, h, w = probe(torch.empty(1, in_channels, img_size, img_size)).shape
+        require_divides("patch_size", patch_size, f"the map of {backbone} {layer} at img_size {img_size}:", h)
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            grid_size=(h // patch_size, w // patch_size),
+            any_size=False,
+        )
+        self.backbone = _trunk(backbone, layer, in_channels, small_stem=small_stem, pretrained=pretrained)
+        self.proj = nn.Conv2d(channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+        init_projection(self.proj)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.check_size(images)
+        return self.proj(self.backbone(images)).permute(0, 2, 3, 1).contiguous()
