@@ -121,7 +121,7 @@ class Checkpointer:
     def _retain(self, keep: int) -> None:
         best = self.best_path()
         for path in checkpoint_directories(self.root)[keep:]:
-            if path != best:
+            if best is None or path.name != best.name:  # the link is resolved, the run directory may not be
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vit_train.build import Launch, Run, build_run, config_dir
 from vit_train.errors import Interrupted, OutOfMemoryError, VitTrainError, suggest
@@ -30,8 +31,11 @@ def main() -> None:
     wants_traceback = os.environ.get(_FULL_ERROR) == "1"
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises instead of printing and exiting
     failures: list[VitTrainError] = []
+    composed = False
 
     def task(cfg: DictConfig) -> float | None:
+        nonlocal composed
+        composed = True
         # Hydra announces an exception in a line of its own, and a sweep would end with it: kept until the end
         try:
             return train(cfg)
@@ -48,7 +52,9 @@ def main() -> None:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)()
     except KeyboardInterrupt:
         sys.exit(130)
-    except HydraException as error:
+    except (HydraException, ValueError) as error:  # a ValueError for a group choice like model=3
+        if composed and not isinstance(error, HydraException):
+            raise
         if wants_traceback:
             traceback.print_exc()
         print(f"vit-train: error: {explain(error)}", file=sys.stderr)
@@ -73,11 +79,16 @@ def _launch() -> Launch:
     folders = [Path(source.path) for source in sources if source.provider == "command-line"]
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     return Launch(
-        overrides=list(hydra_config.overrides.task),
+        overrides=[str(o) for o in _unresolved(hydra_config.overrides.task)],
         choices={str(k): str(v) for k, v in hydra_config.runtime.choices.items() if v is not None},
         job_dir=Path(hydra_config.runtime.output_dir) if sweeping else None,
         user_config_dirs=folders,
     )
+
+
+def _unresolved(values: Any) -> Any:
+    """As typed: `run_dir=runs/${seed}` is no interpolation of Hydra's own settings."""
+    return OmegaConf.to_container(values, resolve=False)
 
 
 def execute(run: Run) -> dict[str, Any] | None:
@@ -204,37 +215,49 @@ def explain(error: BaseException) -> str:
         group, _, choice = str(missing.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
         choices = sorted(str(option) for option in missing.options)
         group = group or "config"
-        return f"{group}={choice}: no such {group}{suggest(choice, choices)} (choices: {', '.join(choices)})"
+        guess = suggest(choice, choices) or _suggest_family(choice, choices)
+        return f"{group}={choice}: no such {group}{guess} (choices: {', '.join(choices)})"
+    if isinstance(error, ValueError):
+        typed = " ".join(a for a in sys.argv[1:] if _is_group(a.partition("=")[0]))
+        return f"{typed}: a config is chosen by its name, such as model=vit_tiny"
     text = " ".join(" ".join(str(e) for e in _chain(error)).split())
     match = re.search(r"Could not override '([^']+)'", text)
     if match and "must be" not in text:
         key = match.group(1)
-        return f"{key}: there is no such key{_suggest_key(key)}; `vit-train --cfg job` shows all"
+        return f"{key}: there is no such key{_suggest_key(key)} (`vit-train --cfg job` shows all)"
     return " ".join(str(error).split())
+
+
+def _suggest_family(choice: str, choices: list[str]) -> str:
+    """`swim` is close to no config's name, but to the first word of several."""
+    close = difflib.get_close_matches(choice.split("_")[0], {name.split("_")[0] for name in choices}, n=1)
+    members = [name for name in choices if name.split("_")[0] in close]
+    return f"; did you mean one of {', '.join(members)}?" if members else ""
 
 
 def _suggest_key(key: str) -> str:
     """A did-you-mean from the configuration as composed with the typed groups alone."""
-    from hydra import compose
-    from omegaconf import OmegaConf
+    from hydra import compose, initialize_config_dir
 
     groups = [
         a for a in sys.argv[1:] if re.match(r"^[a-z_]+=[A-Za-z0-9_]+$", a) and _is_group(a.split("=")[0])
     ]
     try:
-        # Hydra is still initialised by hydra.main
-        plain = OmegaConf.to_container(compose("train", overrides=groups), resolve=False)
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            plain = OmegaConf.to_container(compose("train", overrides=groups), resolve=False)
     except Exception:
         return ""
-    parent, _, name = key.rpartition(".")
     node: Any = plain
-    for part in parent.split(".") if parent else []:
-        node = node.get(part, {}) if isinstance(node, dict) else {}
-    known = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, dict) else []
-    guess = suggest(f"{name}", known)
-    if guess or not known:
-        return guess if not parent else guess.replace("'", f"'{parent}.", 1)
-    return f" ({parent or 'root'} has: {', '.join(known)})"
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        known = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, dict) else []
+        if part not in known:
+            close = difflib.get_close_matches(part, known, n=1)
+            if close:
+                return f"; did you mean {'.'.join([*parts[:i], *close, *parts[i + 1 :]])!r}?"
+            return f" ({'.'.join(parts[:i]) or 'root'} has: {', '.join(known)})" if known else ""
+        node = node[part]
+    return ""
 
 
 def _is_group(name: str) -> bool:

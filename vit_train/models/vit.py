@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vit_train.layers import Attention, Block, drop_path_schedule, init_linear
 from vit_train.layers.checks import require_heads
-from vit_train.layers.init import TOKEN_STD
+from vit_train.layers.init import TOKEN_STD, sincos_positions
 
 
 class ViT(nn.Module):
@@ -101,9 +101,10 @@ class ViT(nn.Module):
         if self.pool == "cls":
             self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))
             nn.init.trunc_normal_(self.cls_token, std=TOKEN_STD)
-        num_tokens = len(self.prefix_tokens()) + h * w
-        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, self.embed_dim))
-        nn.init.trunc_normal_(self.pos_embed, std=TOKEN_STD)
+        # The prefix tokens are learned themselves: their positions start at zero.
+        prefix = torch.zeros(len(self.prefix_tokens()), self.embed_dim)
+        positions = torch.cat([prefix, sincos_positions(h, w, self.embed_dim)])
+        self.pos_embed = nn.Parameter(positions[None])
 
     def prefix_tokens(self) -> list[Tensor]:
         """The learned tokens (1, 1, D) that stand before the patches."""

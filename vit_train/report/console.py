@@ -26,16 +26,20 @@ class Console:
         self._log = rich.console.Console(file=file, width=_PLAIN_WIDTH, highlight=False)
 
     def say(self, what: RenderableType = "") -> None:
-        """Prints a line, a table or anything else rich renders. Square brackets are not markup."""
+        """Prints a line, a table or anything else rich renders. Square brackets are not markup.
+
+        Lines are not wrapped: a command in them is to be copied.
+        """
+        is_text = isinstance(what, str)
         with tqdm.external_write_mode(file=sys.stdout):
-            self._out.print(what, markup=False)
+            self._out.print(what, markup=False, soft_wrap=is_text)
         if self._log is not None:
-            self._log.print(what, markup=False)
+            self._log.print(what, markup=False, soft_wrap=is_text)
 
     def log(self, text: str) -> None:
         """A line for train.log alone: what stderr gets anyway."""
         if self._log is not None:
-            self._log.print(text, markup=False)
+            self._log.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Closes train.log."""
