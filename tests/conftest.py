@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -83,6 +86,75 @@ def vit_eval(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def everything_in(folder):
+    """Path -> content of all files (None for folders), to see whether anything changed."""
+    return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def vit_train_here(*arguments, cwd, **variables):
+    """`vit-train` as if typed in `cwd`: its entry point, in this process."""
+    from vit_train.cli.train import main
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        for name in list(os.environ):
+            if name.startswith(("SLURM_", "TORCHELASTIC", "HYDRA_")):
+                patch.delenv(name)
+        patch.delenv("HYDRA_FULL_ERROR", raising=False)  # the command sets it: undone at the end
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["vit-train", *arguments])
+        try:
+            main()
+        except SystemExit as stopped:
+            code = stopped.code
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def vit_train_forked(*arguments, cwd, check=True):
+    """`vit-train` in a new process forked from this warm one: without the seconds that imports take."""
+    import vit_train.trainer  # noqa: F401 - so that the child has it
+    from vit_train.cli.train import main
+
+    out, err = cwd / f"out_{os.urandom(4).hex()}", cwd / f"err_{os.urandom(4).hex()}"
+    child = os.fork()
+    if child == 0:
+        code: Any = 70  # a bug in this very function
+        try:
+            for path, descriptor in ((out, 1), (err, 2)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            os.chdir(cwd)
+            os.environ.clear()
+            os.environ.update(environment())
+            sys.argv = ["vit-train", *arguments]
+            try:
+                main()
+                code = 0
+            except SystemExit as stopped:
+                code = stopped.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code or 0)
+    _, status = os.waitpid(child, 0)
+    done = Done(os.waitstatus_to_exitcode(status), out.read_text(), err.read_text())
+    out.unlink()
+    err.unlink()
+    if check:
+        assert done.code == 0, done
+    return done
 
 
 @pytest.fixture

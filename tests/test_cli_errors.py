@@ -7,54 +7,20 @@ needs no torch, and one example of each kind that does, also runs as a process o
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
-from conftest import TINY, command, environment
+from conftest import TINY, command, environment, everything_in, vit_train_here
 from PIL import Image
 
 from vit_train.checkpoint import checkpoint_directories, load
-from vit_train.cli.train import main
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def everything_in(folder):
-    """Path -> content of all files (None for folders), to see whether anything changed."""
-    return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
-
-
-def vit_train_here(*arguments, cwd, **variables):
-    """`vit-train` as if typed in `cwd`: its entry point, in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(cwd)
-        for name in list(os.environ):
-            if name.startswith(("SLURM_", "TORCHELASTIC", "HYDRA_")):
-                patch.delenv(name)
-        patch.delenv("HYDRA_FULL_ERROR", raising=False)  # the command sets it: undone at the end
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        patch.setattr(sys, "argv", ["vit-train", *arguments])
-        try:
-            main()
-        except SystemExit as stopped:
-            code = stopped.code
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

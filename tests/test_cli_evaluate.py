@@ -13,8 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from conftest import TINY, environment
-from test_cli_errors import Done, everything_in, vit_train_here
+from conftest import TINY, Done, environment, everything_in, vit_train_here
 
 from vit_train.cli import data as data_command
 from vit_train.cli import evaluate
@@ -113,13 +112,11 @@ def test_the_validation_split_and_the_raw_weights(typed, digits_run):
     result = json.loads((digits_run / "result.json").read_text())
     val, _ = report_of(typed, digits_run, "--split", "val")
     assert (val["images"], val["top1"]) == (144, result["best/val/top1"])
-    raw, out = report_of(typed, digits_run, "--weights", "raw")
-    assert (raw["weights"], raw["top1"], raw["loss"]) == (
-        "raw",
-        result["test_raw/top1"],
-        result["test_raw/loss"],
-    )
-    assert raw["loss"] != result["test/loss"]
+    raw, out = report_of(typed, digits_run, "--split", "val", "--weights", "raw")
+    events = [json.loads(line) for line in (digits_run / "metrics.jsonl").read_text().splitlines()]
+    best = next(e for e in events if e["event"] == "epoch" and e["epoch"] == result["best/epoch"])
+    assert (raw["weights"], raw["top1"], raw["loss"]) == ("raw", best["val_raw/top1"], best["val_raw/loss"])
+    assert raw["loss"] != val["loss"]
     assert " raw " in out
 
 

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY, command, environment
+from conftest import TINY, command, environment, everything_in, vit_train_here
 from PIL import Image
-from test_cli_errors import everything_in, vit_train_here
 
 GROUPS = ("model", "data", "augment", "objective", "optimizer", "schedule", "strategy", "trainer", "tracker")
 
@@ -147,7 +146,7 @@ def test_run_json_holds_what_repeats_the_run(full):
 
 def test_result_json_holds_fractions(full):
     result = result_of(full[0])
-    figures = ["best/val", "last/val", "test", "test_raw"]
+    figures = ["best/val", "last/val", "test"]
     for key in figures:
         assert 0 <= result[f"{key}/top1"] <= result[f"{key}/top5"] <= 1
         assert result[f"{key}/loss"] > 0

@@ -13,15 +13,14 @@ import urllib.request
 from urllib.parse import urlencode
 
 import pytest
-from conftest import TINY, environment
+from conftest import TINY, environment, vit_train_here
 from PIL import Image
-from test_cli_errors import vit_train_here
 
 SCALARS = {
     *(f"train_step/{name}" for name in ("loss", "lr", "grad_norm", "images_per_second")),
     *(
         f"{split}/{name}"
-        for split in ("train", "val", "val_raw", "test", "test_raw")
+        for split in ("train", "val", "val_raw", "test")
         for name in ("loss", "top1", "top5")
     ),
     "epoch",

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -75,8 +75,8 @@ class NullTracker:
     def text(self, tag: str, content: str) -> None:
         """A text for TensorBoard."""
 
-    def figure(self, tag: str, figure: Figure, step: int) -> None:
-        """A matplotlib figure for TensorBoard."""
+    def figure(self, tag: str, draw: Callable[[], Figure | None], step: int) -> None:
+        """A matplotlib figure for TensorBoard; drawn only where someone logs it."""
 
     def hparams(self, parameters: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Hyperparameters with the final metrics."""
@@ -236,9 +236,10 @@ class Tracker(NullTracker):
         if self.writer is not None:
             self.writer.add_text(tag, "\n".join(f"    {line}" for line in content.splitlines()), 0)
 
-    def figure(self, tag: str, figure: Figure, step: int) -> None:
-        """Logs a figure."""
-        if self.writer is not None:
+    def figure(self, tag: str, draw: Callable[[], Figure | None], step: int) -> None:
+        """Logs a figure, where there is something to draw."""
+        figure = draw() if self.writer is not None else None
+        if figure is not None:
             self.writer.add_figure(tag, figure, step, close=False)
 
     def hparams(self, parameters: Mapping[str, Any], metrics: Mapping[str, float]) -> None:

@@ -224,11 +224,12 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------- the services
     def evaluate_split(self, split: Literal["val", "test"]) -> dict[str, float] | None:
-        """Metrics of a split as `<split>/...`: of the averaged weights where there are any, and then also
-        of the raw ones as `<split>_raw/...`. None where a signal ended it."""
+        """Metrics of a split as `<split>/...`: of the averaged weights where there are any, and in
+        validation then also of the raw ones as `val_raw/...`. None where a signal ended it."""
         models: dict[str, nn.Module] = {split: self.model}
         if self.ema is not None:
-            models = {split: self.ema.module, f"{split}_raw": self.model}
+            raw = {"val_raw": self.model} if split == "val" else {}
+            models = {split: self.ema.module, **raw}
         metrics: dict[str, float] = {}
         loader = self.parts.data.loader(split)
         for prefix, model in models.items():

@@ -181,9 +181,7 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     )
     step = trainer.state.step
     trainer.tracker.test(step, test)
-    sheet = sheet_of_predictions(trainer)
-    if sheet is not None:
-        trainer.tracker.figure("predictions", sheet, step)
+    trainer.tracker.figure("predictions", lambda: sheet_of_predictions(trainer), step)
     final = {k: v for k, v in result.items() if isinstance(v, float) and "/top1" in k}
     trainer.tracker.hparams(hyperparameters(run.config), final)
     write_text(run_dir / "result.json", json.dumps(result, indent=1))

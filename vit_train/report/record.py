@@ -104,7 +104,6 @@ def closing_figures(
     figures |= {f"last/{name}": last.get(name) for name in val}
     figures |= {"last/epoch": state.closed_epochs}
     figures |= {name: test.get(name) for name in ("test/loss", "test/top1", "test/top5")}
-    figures |= {name: value for name, value in test.items() if name.startswith("test_raw/")}
     return figures | {
         "epochs": state.closed_epochs,
         "steps": state.step,
