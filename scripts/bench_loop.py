@@ -7,8 +7,8 @@ default, with its own recipe: clipping, averaged weights, bf16 where the hardwar
 are in memory already, and alternates short rounds of
 
     bare   autocast forward, cross entropy, backward, fused AdamW step, zero_grad
-    loop   Trainer.train_step: normalisation, learning rate, seeding, micro-batches, gradient norm and clipping,
-           the one host read, optimizer, average, running figures; and the tracker's share
+    loop   Trainer.train_step: normalisation, learning rate, seeding, micro-batches, gradient norm and
+           clipping, the one host read, optimizer, average, running figures
 
 in one process. Both start from the same weights. Prints the median time of a step, the median ratio of
 neighbouring rounds, and how much of the difference the averaged weights and clipping are, which a bare loop
@@ -75,7 +75,7 @@ def main() -> None:
         print(json.dumps(measure(trainer, arguments.rounds, arguments.steps), indent=1))
 
 
-def measure(trainer, rounds: int, steps: int) -> dict[str, object]:  # noqa: ANN001
+def measure(trainer, rounds: int, steps: int) -> dict[str, object]:
     """Medians over alternating rounds."""
     device, data = trainer.strategy.device, trainer.parts.data
     size = min(trainer.parts.about["config"]["data"]["batch_size"], data.sizes["train"])
@@ -109,7 +109,8 @@ def measure(trainer, rounds: int, steps: int) -> dict[str, object]:  # noqa: ANN
             timed(warm_up, 3, device)
         times: dict[str, list[float]] = {"bare": [], "loop": []}
         for i in range(rounds):  # in turn, and the first of a pair takes turns as well
-            for name, step in ((("bare", bare), ("loop", loop)) if i % 2 else (("loop", loop), ("bare", bare))):
+            pair = (("bare", bare), ("loop", loop))
+            for name, step in pair if i % 2 else reversed(pair):
                 times[name].append(timed(step, steps, device))
         with torch.no_grad():
             for parameter in trainer.model.parameters():

@@ -64,8 +64,8 @@ def test_cosine_warms_up_peaks_and_ends_at_its_final_factor() -> None:
     assert values[10] == pytest.approx(1.0)
     assert max(values) == pytest.approx(1.0)
     assert values[-1] == pytest.approx(0.01)
-    assert all(a <= b for a, b in itertools.pairwise(values))
-    assert all(a >= b for a, b in itertools.pairwise(values))
+    assert all(a <= b for a, b in itertools.pairwise(values[:11]))
+    assert all(a >= b for a, b in itertools.pairwise(values[10:]))
 
 
 def test_warmup_takes_at_most_a_fifth_of_a_short_run() -> None:

@@ -28,7 +28,8 @@ from vit_train.report.console import Console
 from vit_train.report.history import read_events
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import numpy as np
+    from numpy.typing import NDArray
 
     from vit_train.data import Batch
 
@@ -75,8 +76,8 @@ class NullTracker:
     def text(self, tag: str, content: str) -> None:
         """A text for TensorBoard."""
 
-    def figure(self, tag: str, draw: Callable[[], Figure | None], step: int) -> None:
-        """A matplotlib figure for TensorBoard; drawn only where someone logs it."""
+    def picture(self, tag: str, draw: Callable[[], NDArray[np.uint8] | None], step: int) -> None:
+        """A picture (height, width, 3) for TensorBoard; drawn only where someone logs it."""
 
     def hparams(self, parameters: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Hyperparameters with the final metrics."""
@@ -236,11 +237,11 @@ class Tracker(NullTracker):
         if self.writer is not None:
             self.writer.add_text(tag, "\n".join(f"    {line}" for line in content.splitlines()), 0)
 
-    def figure(self, tag: str, draw: Callable[[], Figure | None], step: int) -> None:
-        """Logs a figure, where there is something to draw."""
-        figure = draw() if self.writer is not None else None
-        if figure is not None:
-            self.writer.add_figure(tag, figure, step, close=False)
+    def picture(self, tag: str, draw: Callable[[], NDArray[np.uint8] | None], step: int) -> None:
+        """Logs a picture, where there is something to draw."""
+        picture = draw() if self.writer is not None else None
+        if picture is not None:
+            self.writer.add_image(tag, picture, step, dataformats="HWC")
 
     def hparams(self, parameters: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Logs to this run itself; SummaryWriter.add_hparams would make a run of its own."""

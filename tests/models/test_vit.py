@@ -136,14 +136,27 @@ def test_drop_path_grows_with_depth():
 def test_initial_weights():
     torch.manual_seed(0)
     model = small(embed_dim=128)
-    weights = torch.cat(
-        [m.weight.flatten() for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
-    )
-    assert abs(weights.std().item() - 0.02) < 0.001
-    assert all(not m.bias.any() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    assert abs(model.pos_embed.std().item() - 0.02) < 0.002
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            assert not module.bias.any()
+            xavier = (2 / (module.in_features + module.out_features)) ** 0.5
+            assert abs(module.weight.std().item() / xavier - 1) < 0.1
     # LeCun: tokens keep the variance of the pixels.
     assert abs(model.patch_embed(torch.randn(8, 3, 16, 16)).std().item() - 1) < 0.1
+
+
+def test_positions_start_as_waves_of_row_and_column():
+    positions = small(embed_dim=128, pool="mean").pos_embed[0].reshape(4, 4, 128)
+    column, row = positions[..., :32], positions[..., 32:64]  # the sines
+    assert torch.equal(column[0], column[3])
+    assert torch.equal(row[:, 0], row[:, 3])
+    torch.testing.assert_close(column[0, :, 0], torch.arange(4.0).sin())
+    # all different, and near ones more alike than far ones
+    likeness = positions.flatten(0, 1) @ positions[0, 0]
+    assert likeness.argmax() == 0
+    assert likeness[1] > likeness[2] > likeness[3]
+    prefix = small(DeiT, embed_dim=128).pos_embed[0, :2]
+    assert not prefix.any()
 
 
 def test_export_has_one_graph():

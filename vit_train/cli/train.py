@@ -181,7 +181,7 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     )
     step = trainer.state.step
     trainer.tracker.test(step, test)
-    trainer.tracker.figure("predictions", lambda: sheet_of_predictions(trainer), step)
+    trainer.tracker.picture("predictions", lambda: sheet_of_predictions(trainer), step)
     final = {k: v for k, v in result.items() if isinstance(v, float) and "/top1" in k}
     trainer.tracker.hparams(hyperparameters(run.config), final)
     write_text(run_dir / "result.json", json.dumps(result, indent=1))

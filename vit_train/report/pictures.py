@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import make_grid
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
     from vit_train.trainer import Trainer
 
@@ -43,7 +44,7 @@ def batch_grid(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 @torch.no_grad()
-def sheet_of_predictions(trainer: Trainer) -> Figure | None:
+def sheet_of_predictions(trainer: Trainer) -> NDArray[np.uint8] | None:
     """`prediction_sheet` of test (else validation) images, by the weights that were tested."""
     from vit_train.precision import autocast
 
@@ -68,7 +69,7 @@ def prediction_sheet(
     class_names: Sequence[str],
     mean: Sequence[float],
     std: Sequence[float],
-) -> Figure:
+) -> NDArray[np.uint8]:
     """Up to 64 images titled with what was predicted: green where right, red (with the truth) where not.
 
     Args:
@@ -78,37 +79,53 @@ def prediction_sheet(
         class_names: in any script; numbers are shown where no installed font has the glyphs.
         mean: per channel, as used for normalisation.
         std: per channel.
+
+    Returns:
+        The picture (height, width, 3).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = _as_shown(images[:_SHOWN], mean, std)
-    count, columns = len(shown), 8
+    shown = _as_shown(images[:_SHOWN], mean, std).permute(0, 2, 3, 1).numpy()
+    count, columns = len(shown), min(8, len(images))
     rows = -(-count // columns)
     families = fonts_for(class_names)
     names = list(class_names) if families else [str(i) for i in range(len(class_names))]
-    figure = Figure(figsize=(1.55 * columns, 1.8 * rows + 0.4), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    cells = figure.subplots(rows, columns, squeeze=False).ravel()
-    for cell in cells:
-        cell.axis("off")
+    figure = Figure(figsize=(1.5 * columns, 1.85 * rows + 0.4), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    # one pair of axes for all: 64 of them would take a second to make
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.axis("off")
     confidence, predicted = probabilities.float().cpu().max(1)
-    for cell, image, target, guess, share in zip(
-        cells, shown, targets.tolist(), predicted.tolist(), confidence.tolist()
-    ):
-        right = target == guess
-        title = f"{_short(names[guess])} {share:.0%}" + ("" if right else f"\nis {_short(names[target])}")
-        cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-        cell.set_title(
-            title,
+    truths = targets.tolist()
+    for i, (image, guess, share) in enumerate(zip(shown, predicted.tolist(), confidence.tolist())):
+        row, column = divmod(i, columns)
+        right = truths[i] == guess
+        top = row + 0.22 + 0.2  # below the heading and two lines of title
+        axes.imshow(
+            image,
+            extent=(column + 0.09, column + 0.91, top + 0.76, top),
+            interpolation="nearest",
+            aspect="auto",
+        )
+        axes.text(
+            column + 0.5,
+            top - 0.015,
+            f"{_short(names[guess])} {share:.0%}" + ("" if right else f"\nis {_short(names[truths[i]])}"),
+            ha="center",
+            va="bottom",
             fontsize=8,
+            linespacing=0.95,
             color="#1a7f37" if right else "#cf222e",
             family=families or ["DejaVu Sans"],
             parse_math=False,
         )
+    axes.set(xlim=(0, columns), ylim=(rows + 0.22, 0))
     hits = int((predicted[:count] == targets[:count].cpu()).sum())
-    figure.suptitle(f"{hits} of {count} right; red: wrong, with the true class below", fontsize=9)
-    return figure
+    heading = f"{hits} of {count} right. Green: right, red: wrong, with the true class below."
+    axes.text(columns / 2, 0.12, heading, ha="center", va="center", fontsize=9)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _short(name: str) -> str:
@@ -135,7 +152,9 @@ def _installed_fonts() -> list[tuple[str, str]]:
 
     found: dict[str, str] = {}
     for entry in font_manager.fontManager.ttflist:
-        if entry.style == "normal" and entry.weight in (400, "normal", "regular", "book"):
+        # Last Resort covers all of Unicode with boxes that say nothing
+        readable = "lastresort" not in entry.name.replace(" ", "").lower()
+        if readable and entry.style == "normal" and entry.weight in (400, "normal", "regular", "book"):
             found.setdefault(entry.name, entry.fname)
     # matplotlib's own font first: most names need no other
     return sorted(found.items(), key=lambda item: (item[0] != "DejaVu Sans", item[0]))
