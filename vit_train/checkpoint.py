@@ -89,7 +89,7 @@ class Checkpointer:
             self._point("last", target.name)
             if best:
                 self._point("best", target.name)
-            self._retain(keep)
+            self._retain(keep, newest=target.name)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             reason = error.strerror or str(error)
@@ -118,9 +118,11 @@ class Checkpointer:
         aside.replace(self.root / link)
         _sync_directory(self.root)
 
-    def _retain(self, keep: int) -> None:
+    def _retain(self, keep: int, *, newest: str) -> None:
+        """Later steps than the one just saved do not count: the run went back, because they are damaged."""
         best = self.best_path()
-        for path in checkpoint_directories(self.root)[keep:]:
+        saved = [path for path in checkpoint_directories(self.root) if path.name <= newest]
+        for path in saved[keep:]:
             if best is None or path.name != best.name:  # the link is resolved, the run directory may not be
                 shutil.rmtree(path, ignore_errors=True)
 

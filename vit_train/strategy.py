@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import parallel_apply, replicate
 from torch.optim import Optimizer
 
+from vit_train.construct import Positive
 from vit_train.data import Batch
 from vit_train.ema import Ema
 from vit_train.optim import load_named_state, named_state
@@ -50,6 +51,8 @@ class SingleDevice:
 
     Args:
         device: auto, cpu, cuda, cuda:N or mps.
+        num_threads: CPU threads torch computes with; null leaves it to torch (one per core). Threads wait for
+            one another by spinning, so for a tiny model on a busy machine one thread is many times faster.
 
     Raises:
         ValueError: the device is not there.
@@ -59,11 +62,14 @@ class SingleDevice:
     world_size = 1
     supports_compile = True
 
-    def __init__(self, *, device: str = "auto") -> None:
+    def __init__(self, *, device: str = "auto", num_threads: Positive | None = None) -> None:
         self.device = resolve_device(device)
+        self.num_threads = num_threads
 
     def start(self) -> None:
         """Joins the other ranks. Called once, before anything is built on a device."""
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
 
     def stop(self) -> None:
         """Leaves them again."""
@@ -73,7 +79,8 @@ class SingleDevice:
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)} ({self.device})"
         if self.device.type == "cpu":
-            return f"cpu, {torch.get_num_threads()} threads"
+            threads = torch.get_num_threads()
+            return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
         return str(self.device)
 
     def wrap(self, model: nn.Module) -> Callable[[Tensor], Any]:
@@ -204,13 +211,14 @@ class DataParallel(SingleDevice):
         return forward
 
 
-def auto(*, device: str = "auto") -> SingleDevice:
+def auto(*, device: str = "auto", num_threads: Positive | None = None) -> SingleDevice:
     """`data_parallel` when more than one GPU is visible and no launcher set ranks, else `single`.
 
     Args:
         device: auto, cpu, cuda, cuda:N or mps; naming one GPU uses just that one.
+        num_threads: CPU threads, see `SingleDevice`.
     """
     launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
     if device in ("auto", "cuda") and torch.cuda.device_count() > 1 and not launched:
         return DataParallel()
-    return SingleDevice(device=device)
+    return SingleDevice(device=device, num_threads=num_threads)

@@ -1,0 +1,135 @@
+"""Whether to go on: real signals sent to real processes, deadlines, steps, non-finite flags."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from vit_train.guard import Answer, Guard, nonfinite_error
+from vit_train.strategy import SingleDevice
+
+FINE, BAD = torch.tensor(False), torch.tensor(True)
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+
+def guard(*, stop_at_step=None, stop_after_minutes=None) -> Guard:
+    return Guard(SingleDevice(device="cpu"), stop_at_step=stop_at_step, stop_after_minutes=stop_after_minutes)
+
+
+def test_without_a_reason_it_goes_on() -> None:
+    with guard() as it:
+        assert it.answer(FINE, step=1) == Answer(nonfinite=False, stop=None)
+        assert not it.signalled()
+
+
+def test_a_nonfinite_step_is_told_and_is_no_stop() -> None:
+    with guard() as it:
+        assert it.answer(BAD, step=1) == Answer(nonfinite=True, stop=None)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_signal_is_answered_at_the_next_step(number, late) -> None:
+    """Also where the time is up: the signal decides the exit code."""
+    with guard(stop_after_minutes=0.0 if late else None) as it:
+        os.kill(os.getpid(), number)
+        assert it.signalled()
+        answer = it.answer(FINE, step=1)
+        assert (answer.stop.signum, answer.stop.reason) == (number, f"stopped by {number.name}")
+        assert not answer.nonfinite
+        both = it.answer(BAD, step=1)
+        assert both.nonfinite
+        assert both.stop.signum == number
+
+
+def test_the_handlers_are_those_of_before() -> None:
+    def mine(number, frame):
+        raise AssertionError("nobody sends it")
+
+    outside = [signal.getsignal(number) for number in SIGNALS]
+    signal.signal(signal.SIGUSR1, mine)
+    try:
+        before = [signal.getsignal(number) for number in SIGNALS]
+        with guard():
+            assert all(signal.getsignal(n) != handler for n, handler in zip(SIGNALS, before))
+        assert [signal.getsignal(number) for number in SIGNALS] == before
+        with pytest.raises(KeyError), guard():
+            raise KeyError("an error inside")
+        assert [signal.getsignal(number) for number in SIGNALS] == before
+    finally:
+        signal.signal(signal.SIGUSR1, outside[2])
+
+
+@pytest.mark.parametrize("second", SIGNALS)
+def test_a_second_signal_ends_the_process_at_once(second) -> None:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with guard():
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.write(write, b"alive")
+                os.kill(os.getpid(), second)
+                time.sleep(1)
+                os.write(write, b" still")
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -second
+    assert said == "alive"
+
+
+def test_the_deadline() -> None:
+    with guard(stop_after_minutes=0.1 / 60) as it:
+        assert it.answer(FINE, step=1).stop is None
+        time.sleep(0.11)
+        stop = it.answer(FINE, step=2).stop
+    assert stop.signum is None
+    assert stop.reason == "stopped after 0.00166667 minutes (trainer.stop_after_minutes)"
+
+
+def test_the_step_to_stop_at() -> None:
+    with guard(stop_at_step=5) as it:
+        assert [it.answer(FINE, step=step).stop is None for step in (0, 4, 5, 6)] == [
+            True,
+            True,
+            False,
+            False,
+        ]
+        stop = it.answer(FINE, step=5).stop
+    assert (stop.reason, stop.signum) == ("stopped at step 5 (trainer.stop_at_step)", None)
+
+
+def test_the_answer_is_that_of_any_rank() -> None:
+    """The host reads what the strategy reduced, not its own flags."""
+
+    class Crowd(SingleDevice):
+        """Another rank got SIGUSR1 and saw a NaN."""
+
+        def max(self, x):
+            return torch.maximum(x, torch.tensor([1.0, 2.0 * signal.SIGUSR1]))
+
+    with Guard(Crowd(device="cpu"), stop_at_step=None, stop_after_minutes=None) as it:
+        answer = it.answer(FINE, step=1)
+    assert answer.nonfinite
+    assert answer.stop.signum == signal.SIGUSR1
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "files", "what", "shown"),
+    [
+        (float("nan"), float("nan"), ["a"], "the loss is nan at step 7;", "The batch held a"),
+        (2.0, float("inf"), list("abc"), "the gradient norm is inf at step 7;", "The batch held a, b, c"),
+        (2.0, float("nan"), list("abcde"), "the gradient norm is nan", "The batch held a, b, c and 2 more"),
+    ],
+)
+def test_what_is_said_of_a_nonfinite_step(loss, norm, files, what, shown) -> None:
+    message = str(nonfinite_error(7, loss, norm, files))
+    assert message.startswith(what)
+    assert message.endswith(shown)
