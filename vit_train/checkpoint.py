@@ -83,7 +83,12 @@ class Checkpointer:
             replaced = self.root / f".partial_replaced_{target.name}_{os.getpid()}"
             if target.exists():  # the same step saved again, or a damaged one
                 target.rename(replaced)
-            aside.rename(target)
+            try:
+                aside.rename(target)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(target)
+                raise
             _sync_directory(self.root)
             shutil.rmtree(replaced, ignore_errors=True)
             self._point("last", target.name)

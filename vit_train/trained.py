@@ -86,7 +86,7 @@ def load(run: Path, *, device: torch.device, weights: Weights = "auto") -> Train
             weights=chosen,
             step=stored.state["train"]["step"],
         )
-    except (ConfigError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} does not describe a model that can be built: {reason}") from error
 

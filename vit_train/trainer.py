@@ -270,7 +270,8 @@ class Trainer:
         self.strategy.restore(checkpoint.tensors, self.model, self.ema, self.optimizer)
         self.state = TrainState(**checkpoint.state["train"])
         # an epoch that trainer.max_steps cut short was closed; with a larger budget it is open again
-        self.state.closed_epochs = min(self.state.closed_epochs, self.state.step // self.steps_per_epoch)
+        if self.state.step < self.total_steps:
+            self.state.closed_epochs = min(self.state.closed_epochs, self.state.step // self.steps_per_epoch)
         self.sums = self._wide(self.state.sums)
         self.schedule.load_state_dict(self.state.schedule)
         self.scaler.load_state_dict(self.state.scaler)

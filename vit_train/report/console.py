@@ -17,16 +17,19 @@ class Console:
 
     def __init__(self) -> None:
         terminal = sys.stdout.isatty()
-        self._out = rich.console.Console(width=None if terminal else _PLAIN_WIDTH, highlight=False)
+        self._out = rich.console.Console(
+            width=None if terminal else _PLAIN_WIDTH, highlight=False, emoji=False
+        )
         self._log: rich.console.Console | None = None
 
     def log_to(self, path: Path) -> None:
         """Appends everything said from now on to a file."""
         file = path.open("a", encoding="utf-8", buffering=1)
-        self._log = rich.console.Console(file=file, width=_PLAIN_WIDTH, highlight=False)
+        self._log = rich.console.Console(file=file, width=_PLAIN_WIDTH, highlight=False, emoji=False)
 
     def say(self, what: RenderableType = "") -> None:
-        """Prints a line, a table or anything else rich renders. Square brackets are not markup.
+        """Prints a line, a table or anything else rich renders. Square brackets are not markup, and
+        `:key:` is no emoji.
 
         Lines are not wrapped: a command in them is to be copied.
         """
