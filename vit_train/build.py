@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vit_train import checkpoint
-from vit_train.construct import check, is_node, make
+from vit_train.construct import check, foreign_code, is_node, make, with_defaults
 from vit_train.errors import CheckpointError, ConfigError, DataError, suggest
 
 _GROUPS = ("model", "data", "augment", "objective", "optimizer", "schedule", "strategy", "trainer", "tracker")
@@ -170,7 +170,7 @@ def _pending(cfg: DictConfig, prefix: str = "") -> frozenset[str]:
     found: set[str] = set()
     for key in cfg.keys():  # noqa: SIM118 - a DictConfig
         full = f"{prefix}.{key!s}" if prefix else str(key)
-        if OmegaConf.is_interpolation(cfg, str(key)):
+        if OmegaConf.is_interpolation(cfg, key):  # type: ignore[arg-type]
             if cfg[key] is None:
                 found.add(full)
         elif isinstance(cfg[key], DictConfig):
@@ -224,7 +224,8 @@ def find_run(resume: str) -> Path:
             raise CheckpointError("resume=latest finds no run under ./runs; type resume=PATH/TO/RUN")
         return max(runs, key=lambda run: (run / "config.yaml").stat().st_mtime)
     run = Path(resume)
-    for candidate in (run, run.parent.parent):  # a checkpoint inside a run means that run
+    inside = [run.parent.parent] if run.absolute().parent.name == "checkpoints" else []
+    for candidate in (run, *inside):  # a checkpoint inside a run means that run
         if (candidate / "config.yaml").is_file():
             return candidate
     raise CheckpointError(
@@ -263,7 +264,8 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
         key = override.key_or_group
         if key in _NOT_IN_STORE:
             continue
-        if key in (*_GROUPS, "experiment") or override.is_add() or override.is_delete():
+        added = override.is_add() and not override.is_force_add()  # the command forces, see cli/train.py
+        if key in (*_GROUPS, "experiment") or added or override.is_delete():
             raise ConfigError(
                 f"{override.input_line}: resume= continues with the stored configuration; only single values "
                 "such as trainer.epochs=50 can be given beside it"
@@ -275,22 +277,6 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
             raise ConfigError(f"{key}: the run has no such key{suggest(name, known)}")
         node[name] = override.value()
     return cfg
-
-
-def _refuse_foreign_code(node: Any, run_dir: Path, key: str = "") -> None:
-    """Stored data never chooses code: checked before anything it names is imported."""
-    if isinstance(node, dict):
-        target = node.get("_target_")
-        if target is not None and not str(target).startswith(tuple(f"{name}." for name in _STORED_CODE)):
-            raise ConfigError(
-                f"{run_dir / 'config.yaml'} names code that is not vit-train's ({key}._target_: {target}); "
-                f"if it is yours, type the full command with run_dir={run_dir}"
-            )
-        for name, value in node.items():
-            _refuse_foreign_code(value, run_dir, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, list):
-        for value in node:
-            _refuse_foreign_code(value, run_dir, key)
 
 
 def _adopt(cfg: DictConfig, stored: Mapping[str, Any]) -> None:
@@ -315,6 +301,10 @@ def _check_continuation(stored: Mapping[str, Any], config: Mapping[str, Any], ru
             f"{run_dir} holds a run with another configuration ({'; '.join(differences.identity)}); "
             "choose another run_dir, or type the values it has"
         )
+    for key in ("epochs", "max_steps"):
+        old, now = stored["trainer"].get(key), trainer.get(key)
+        if old is not None and now is not None and now < old:
+            raise ConfigError(f"trainer.{key}={now} is less than the {old} the run was started with")
     notes = [f"{line}: the schedule now spans the new budget" for line in differences.grown]
     if differences.hardware:
         notes.append(f"{'; '.join(differences.hardware)}: results may differ in the last bits from here on")
@@ -337,7 +327,12 @@ def build_run(cfg: DictConfig, launch: Launch) -> Run | Path:
     if cfg.resume is not None:
         run_dir = find_run(str(cfg.resume))
         stored = read_config(run_dir)
-        _refuse_foreign_code(stored, run_dir)
+        foreign = foreign_code(stored, _STORED_CODE)
+        if foreign:
+            raise ConfigError(
+                f"{run_dir / 'config.yaml'} names code that is not vit-train's ({'; '.join(foreign)}); "
+                f"if it is yours, type the full command with run_dir={run_dir}"
+            )
         cfg, allow = _with_overrides(stored, launch.overrides), _STORED_CODE
         check_config(cfg)
     else:
@@ -346,6 +341,8 @@ def build_run(cfg: DictConfig, launch: Launch) -> Run | Path:
     _check_free(run_dir)
     if cfg.name is None:
         cfg.name = default_name(launch.choices)
+    for group in ("data", "trainer"):  # what a config of the user's own leaves to the constructor
+        cfg[group] = {**with_defaults(_plain(cfg)[group]), **cfg[group]}
     _check_numbers(cfg)
     notes = []
     if stored:
@@ -387,6 +384,15 @@ def _build(
     model = _make(cfg, "model", allow)
     console = Console()
     found, problems = checkpoint.newest_valid(run_dir)
+    if found is None and problems:
+        raise CheckpointError(f"{run_dir} holds no valid checkpoint: {'; '.join(problems)}")
+    fingerprint = data.fingerprint()
+    if found is not None and found.state.get("dataset_fingerprint") != fingerprint:
+        raise DataError(
+            f"the data is not what {run_dir} was trained on (classes or files differ); restore it, "
+            "or start a new run with another run_dir"
+        )
+    notes += _check_machine(run_dir, strategy.describe())
     with _as_config_error():
         parts = Parts(
             model=model,
@@ -400,7 +406,7 @@ def _build(
             tracker=_make(cfg, "tracker", allow)(run_dir, console),
             checkpointer=checkpoint.Checkpointer(run_dir),
             seed=cfg.seed,
-            about={"config": config, "inference": _inference(data)},
+            about={"config": config, "inference": _inference(data), "dataset_fingerprint": fingerprint},
         )
         trainer = _make(cfg, "trainer", allow)(parts)
     if found is not None:
@@ -409,12 +415,14 @@ def _build(
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error
+        if trainer.state.closed_epochs < trainer.total_epochs and (run_dir / "result.json").is_file():
+            trainer.state.stopped_early, trainer.state.evaluations_since_best = False, 0
     return Run(
         trainer=trainer,
         console=console,
         run_dir=run_dir,
         config=config,
-        origins=origins(launch),
+        origins=origins(launch, stored=cfg.resume is not None or allow is not None),
         notes=[*notes, *data.notes, *(f"checkpoint skipped: {problem}" for problem in problems)],
         multiply_adds=cost,
     )
@@ -429,11 +437,27 @@ def _make(cfg: DictConfig, key: str, allow: tuple[str, ...] | None) -> Any:
 
 @contextmanager
 def _as_config_error(key: str = "") -> Iterator[None]:
-    """A ValueError of a constructor is a mistake in the configuration."""
+    """A value that a constructor or torch refuses is a mistake in the configuration."""
     try:
         yield
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error}" if key else str(error)) from error
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{key}: {reason}" if key else reason) from error
+
+
+def _check_machine(run_dir: Path, device: str) -> list[str]:
+    """One warning where a run goes on elsewhere: it is no longer promised to be bit for bit the same."""
+    from vit_train.report.record import package_versions, read_facts
+
+    facts = read_facts(run_dir)
+    if not facts:
+        return []
+    now = {"device": device, **package_versions()}
+    then = {"device": facts.get("device"), **facts.get("versions", {})}
+    changed = [f"{key} {then.get(key)} -> {value}" for key, value in now.items() if then.get(key) != value]
+    return [f"{', '.join(changed)}: results may differ in the last bits from here on"] if changed else []
 
 
 def _inference(data: Any) -> dict[str, Any]:
@@ -456,6 +480,11 @@ def _multiply_adds(config: Mapping[str, Any], allow: tuple[str, ...] | None) -> 
     with torch.device("meta"):
         model = make(without_download(config["model"]), key="model", allow=allow)
     data = config["data"]
+    if model.num_classes != data["num_classes"]:
+        raise ConfigError(
+            f"model.num_classes={model.num_classes}, but the data has {data['num_classes']} classes; "
+            "leave it out: it comes from the data"
+        )
     with _as_config_error("model"):
         return multiply_adds(model, in_channels=data["in_channels"], img_size=data["img_size"])
 
@@ -484,18 +513,25 @@ def _grown(stored: Mapping[str, Any], cfg: DictConfig) -> bool:
     return any(stored["trainer"][key] != cfg.trainer[key] for key in ("epochs", "max_steps"))
 
 
-def origins(launch: Launch) -> dict[str, str]:
-    """Where the values of the recipe come from, for the summary: full key or group -> words."""
+def origins(launch: Launch, *, stored: bool) -> dict[str, str]:
+    """Where the values of the recipe come from, for the summary: full key or group -> words.
+
+    Args:
+        launch: how the command was typed.
+        stored: whether `resume=` took everything not typed from the run.
+    """
     defaults = _default_choices()
-    typed = {override.partition("=")[0] for override in launch.overrides}
+    typed = {override.partition("=")[0].removeprefix("++") for override in launch.overrides}
     experiment = launch.choices.get("experiment")
     by_experiment = _experiment_keys(experiment, launch) if experiment else set()
-    result = {"data": str(launch.choices.get("data"))}
+    result = {"data": "as stored" if stored else f"data={launch.choices.get('data')}"}
     for key in ("model", "augment", "schedule", "data.batch_size", "trainer.epochs", "optimizer.lr"):
         group = key.split(".")[0]
         choice = f"{group}={launch.choices.get(group)}"
         if key in typed:
             result[key] = "command line"
+        elif stored:
+            result[key] = "as stored"
         elif key in by_experiment:
             result[key] = f"experiment={experiment}"
         elif group in typed:

@@ -105,6 +105,7 @@ class Checkpointer:
 
     def remove_partial(self) -> None:
         """Deletes what an interrupted save left behind."""
+        restore_replaced(self.root)
         for leftover in self.root.glob(".partial_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -214,15 +215,6 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, state)
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """The verified state.json of a checkpoint alone.
-
-    Raises:
-        CheckpointError: see `load`.
-    """
-    return _parse_json(_verified(path / _STATE, _listed_files(path)[_STATE]), path / _STATE)
-
-
 def _listed_files(path: Path) -> dict[str, Any]:
     manifest_file = path / MANIFEST
     if not manifest_file.is_file():
@@ -266,6 +258,7 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
 def newest_valid(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of a run that verifies, and a line about each newer one that does not."""
     problems: list[str] = []
+    restore_replaced(run_dir / "checkpoints")
     for path in checkpoint_directories(run_dir / "checkpoints"):
         try:
             return load(path), problems
@@ -274,25 +267,41 @@ def newest_valid(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, problems
 
 
-def find(run: Path) -> Path:
+def restore_replaced(root: Path) -> None:
+    """Puts a checkpoint back that was moved aside for a new one of its step which never came."""
+    for aside in root.glob(".partial_replaced_step_*"):
+        target = root / aside.name.removeprefix(".partial_replaced_").rpartition("_")[0]
+        if not target.exists():
+            aside.rename(target)
+
+
+def load_run(run: Path) -> tuple[Checkpoint, list[str]]:
     """The checkpoint a RUN argument means: itself, or of a run directory its best one, else its last.
 
+    Returns:
+        The checkpoint, and a line about each one that should have come first and is damaged. A checkpoint
+        that was named itself is never replaced by another.
+
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or none that verifies.
     """
-    if (run / MANIFEST).is_file():
-        return run
     root = run / "checkpoints"
-    for link in ("best", "last"):
-        target = resolve_link(root / link)
-        if target is not None:
-            return target
-    directories = checkpoint_directories(root)
-    if directories:
-        return directories[0]
-    if not run.exists():
-        raise CheckpointError(f"{run} does not exist; give a run directory or a checkpoint directory")
-    raise CheckpointError(f"{run} holds no checkpoint; give a run directory or a checkpoint directory")
+    if (run / MANIFEST).is_file() or run.parent.name == "checkpoints":
+        return load(run), []
+    linked = [resolve_link(root / link) for link in ("best", "last")]
+    candidates = list(
+        dict.fromkeys([*filter(None, linked), *(p.resolve() for p in checkpoint_directories(root))])
+    )
+    problems: list[str] = []
+    for path in candidates:
+        try:
+            return load(path), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    missing = "holds no checkpoint" if run.exists() else "does not exist"
+    raise CheckpointError(f"{run} {missing}; give a run directory or a checkpoint directory")
 
 
 # ------------------------------------------------------------------------------------------- resuming

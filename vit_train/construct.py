@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 
 from vit_train.errors import ConfigError, suggest
@@ -30,6 +30,9 @@ TARGET, PARTIAL = "_target_", "_partial_"
 # Whole numbers with a bound, for constructors whose arguments users type
 Positive = Annotated[int, Strict(), Ge(1)]
 NotNegative = Annotated[int, Strict(), Ge(0)]
+PositiveFloat = Annotated[float, Strict(), Gt(0)]
+NotNegativeFloat = Annotated[float, Strict(), Ge(0)]
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _SCALARS = (int, float, bool, str)
 
 
@@ -102,8 +105,10 @@ def make(node: Any, *, key: str = "", allow: Iterable[str] | None = None) -> Any
         return functools.partial(target, **arguments)
     try:
         return target(**arguments)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{key}: {error}") from error
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, a RuntimeError
+            raise
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 def check(node: Any, *, key: str = "", pending: frozenset[str] = frozenset()) -> list[str]:
@@ -138,6 +143,31 @@ def check(node: Any, *, key: str = "", pending: frozenset[str] = frozenset()) ->
     return errors + _check_arguments(target, node, key, pending)
 
 
+def foreign_code(node: Any, allow: tuple[str, ...], key: str = "") -> list[str]:
+    """`key._target_: path` of every node that names code outside the packages. Imports nothing."""
+    if isinstance(node, list | tuple):
+        return [line for value in node for line in foreign_code(value, allow, key)]
+    if not isinstance(node, Mapping):
+        return []
+    target = node.get(TARGET)
+    inside = target is None or str(target).startswith(tuple(f"{name}." for name in allow))
+    found = [] if inside else [f"{_join(key, TARGET)}: {target}"]
+    return found + [
+        line for name, value in node.items() for line in foreign_code(value, allow, _join(key, str(name)))
+    ]
+
+
+def with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The node with the constructor's own defaults for the keys it leaves out."""
+    parameters = inspect.signature(locate(node[TARGET])).parameters.values()
+    defaults = {
+        p.name: list(p.default) if isinstance(p.default, tuple) else p.default
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.default is not p.empty
+    }
+    return {**defaults, **node}
+
+
 def _check_arguments(
     target: Callable[..., Any], node: Mapping[str, Any], key: str, pending: frozenset[str]
 ) -> list[str]:
@@ -159,7 +189,7 @@ def _check_arguments(
         if name in keywords:
             errors += _check_value(full, hints.get(name, Any), value)
         elif not takes_any:
-            known = ", ".join(keywords)
+            known = ", ".join(n for n in keywords if not (partial and parameters[n].kind is not _KEYWORD))
             owner = node[TARGET].rsplit(".", 1)[-1]
             errors.append(f"{full}: {owner} has no such key{suggest(str(name), keywords)} (it has: {known})")
     for name, parameter in parameters.items():
@@ -207,6 +237,8 @@ def _explain(full: str, hint: Any, value: Any, error: ValidationError) -> str:
     problem = error.errors()[0]
     if problem["type"] == "greater_than_equal":
         return f"{full}: must be at least {problem['ctx']['ge']}, got {value!r}"
+    if problem["type"] == "greater_than":
+        return f"{full}: must be greater than {problem['ctx']['gt']:g}, got {value!r}"
     where = ".".join(str(part) for part in problem["loc"] if isinstance(part, int))
     inside = f" (at position {where})" if where else ""
     return f"{full}: expected {_name(hint)}, got {value!r} ({type(value).__name__}){inside}"

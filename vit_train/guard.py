@@ -20,6 +20,7 @@ from torch import Tensor
 from vit_train.errors import NonFiniteError
 from vit_train.strategy import SingleDevice
 
+MAX_SKIPPED_IN_A_ROW = 20  # by loss scaling, which needs a handful of steps to find its scale
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
@@ -36,6 +37,7 @@ class Answer:
     """What one step has to know."""
 
     nonfinite: bool
+    skipped: bool
     stop: Stop | None
 
 
@@ -79,17 +81,20 @@ class Guard:
             signal.raise_signal(signum)
         self.signum = signum
 
-    def answer(self, nonfinite: Tensor, *, step: int) -> Answer:
+    def answer(self, nonfinite: Tensor, *, step: int, skipped: Tensor | None = None) -> Answer:
         """The one host read of a step.
 
         Args:
             nonfinite: scalar bool on the device: whether the loss or a gradient is NaN or infinite.
             step: number of steps done once this one is.
+            skipped: scalar bool on the device: whether loss scaling will leave the update out.
         """
+        skipped = torch.zeros_like(nonfinite) if skipped is None else skipped
         late = self.deadline is not None and time.monotonic() >= self.deadline
         asked = torch.full((), 2.0 * self.signum + float(late), device=nonfinite.device)
-        bad, code = self.strategy.max(torch.stack((nonfinite.float(), asked))).tolist()
-        return Answer(bool(bad), self._stop(int(code), step))
+        flags = torch.stack((nonfinite.float(), skipped.float(), asked))
+        bad, left_out, code = self.strategy.max(flags).tolist()
+        return Answer(bool(bad), bool(left_out), self._stop(int(code), step))
 
     def signalled(self) -> bool:
         """Whether a signal has arrived, without asking other ranks or the device."""

@@ -40,7 +40,7 @@ class CrossEntropy(nn.Module):
         class_counts: list[int],
         *,
         label_smoothing: float = 0.0,
-        class_weights: Literal["auto"] | dict[str, float] | None = None,
+        class_weights: Literal["auto"] | dict[str | int, float] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
@@ -83,7 +83,7 @@ class CrossEntropy(nn.Module):
 
 
 def _class_weights(
-    names: list[str], counts: list[int], weights: Literal["auto"] | dict[str, float] | None
+    names: list[str], counts: list[int], weights: Literal["auto"] | dict[str | int, float] | None
 ) -> list[float] | None:
     if weights is None:
         return None
@@ -92,6 +92,9 @@ def _class_weights(
         if empty:
             raise ValueError(f"class_weights=auto needs training images of every class; none of {empty[0]!r}")
         return [sum(counts) / (len(counts) * count) for count in counts]
+    weights = {
+        str(name): weight for name, weight in weights.items()
+    }  # YAML reads a class named 3 as a number
     unknown = sorted(set(weights) - set(names))
     if unknown:
         raise ValueError(

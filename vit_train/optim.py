@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from vit_train.construct import NotNegativeFloat, PositiveFloat
+
 
 @runtime_checkable
 class HasNoWeightDecay(Protocol):
@@ -57,7 +59,7 @@ def _fused(model: nn.Module) -> bool:
 def adamw(
     model: nn.Module,
     *,
-    lr: float,
+    lr: PositiveFloat,
     weight_decay: float = 0.05,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -77,7 +79,7 @@ def adamw(
 def adam(
     model: nn.Module,
     *,
-    lr: float,
+    lr: PositiveFloat,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -88,7 +90,12 @@ def adam(
 
 
 def sgd(
-    model: nn.Module, *, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, nesterov: bool = False
+    model: nn.Module,
+    *,
+    lr: PositiveFloat,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    nesterov: bool = False,
 ) -> Optimizer:
     """SGD with momentum and decay groups (`decay_groups`)."""
     return SGD(
@@ -155,7 +162,7 @@ class Cosine(Schedule):
         steps_per_epoch: int,
         total_steps: int,
         *,
-        warmup_epochs: float = 0.0,
+        warmup_epochs: NotNegativeFloat = 0.0,
         final_factor: float = 0.01,
     ) -> None:
         super().__init__(steps_per_epoch, total_steps)
@@ -192,7 +199,7 @@ class MultiStep(Schedule):
         *,
         milestones: tuple[float, ...] = (0.6, 0.85),
         factor: float = 0.1,
-        warmup_epochs: float = 0.0,
+        warmup_epochs: NotNegativeFloat = 0.0,
     ) -> None:
         super().__init__(steps_per_epoch, total_steps)
         if list(milestones) != sorted(milestones) or any(not 0 < m < 1 for m in milestones):

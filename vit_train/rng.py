@@ -44,4 +44,5 @@ def seed_device(device: torch.device, *parts: int | str) -> None:
     seed = mix(*parts)
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
-        torch.get_device_module(device).manual_seed_all(seed)
+        module = torch.get_device_module(device)
+        getattr(module, "manual_seed_all", module.manual_seed)(seed)  # mps has one device and no _all

@@ -53,6 +53,7 @@ class TrainState:
     best: dict[str, float] | None = None  # metrics of the best epoch, and which it was
     evaluations_since_best: int = 0
     stopped_early: bool = False
+    skipped_in_a_row: int = 0  # updates that loss scaling left out
     seconds: float = 0.0  # wall time of training and evaluation, interruptions not counted
     last: dict[str, float] = field(default_factory=dict)  # metrics of the newest closed epoch
     schedule: dict[str, Any] = field(default_factory=dict)

@@ -71,9 +71,6 @@ class SingleDevice:
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
 
-    def stop(self) -> None:
-        """Leaves them again."""
-
     def describe(self) -> str:
         """For the summary: which device, how much of it."""
         if self.device.type == "cuda":
@@ -205,8 +202,24 @@ class DataParallel(SingleDevice):
             if self.device.type != "cuda":
                 return gather([model(share) for share in shares], self.device)
             replicas = replicate(model, devices, detach=not torch.is_grad_enabled())
-            outputs = parallel_apply(replicas, [(share,) for share in shares], None, devices)
-            return gather(outputs, self.device)
+            calls: Any = [self._in_thread(replica, i) for i, replica in enumerate(replicas)]
+            return gather(parallel_apply(calls, [(share,) for share in shares], None, devices), self.device)
+
+        return forward
+
+    def _in_thread(self, replica: nn.Module, number: int) -> Callable[[Tensor], Any]:
+        """A replica with this thread's autocast and a random stream of its own.
+
+        Autocast's type belongs to a thread: parallel_apply carries over that it is on, not that it is bf16.
+        """
+        kind = self.device.type
+        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+        def forward(share: Tensor) -> Any:
+            if share.is_cuda:  # every device was seeded alike: their dropout masks would be as well
+                torch.cuda.manual_seed(torch.cuda.initial_seed() + number)
+            with torch.autocast(kind, dtype=dtype, enabled=enabled):
+                return replica(share)
 
         return forward
 

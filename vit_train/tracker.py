@@ -152,8 +152,8 @@ class Tracker(NullTracker):
     def begin_epoch(self, epoch: int, done: int, steps: int, sums: list[float]) -> None:
         """Opens the bar and the first window of running figures."""
         self.epoch = epoch
-        self.window_start, self.window_sums, self.window_time = done, sums, time.perf_counter()
-        self.epoch_images, self.epoch_time = 0, time.perf_counter()
+        self.window_sums, self.window_time = sums, time.perf_counter()
+        self.epoch_time = time.perf_counter()
         if self.show_bars:
             total = -(-self.plan.total_steps // self.plan.steps_per_epoch)
             self.bar = tqdm(
@@ -162,7 +162,7 @@ class Tracker(NullTracker):
 
     def after_step(self, step: int, images: int, optimizer: Optimizer, sums: Tensor, norm: Tensor) -> None:
         """Reads and logs the running figures every `log_every_steps`."""
-        self.epoch_images += images
+        del images
         if self.bar is not None:
             self.bar.update(1)
         if step % self.log_every_steps and step != self.plan.first_step + 1:

@@ -62,8 +62,15 @@ def load(run: Path, *, device: torch.device, weights: Weights = "auto") -> Train
     Raises:
         CheckpointError: none is there, it is damaged, or it names code that is not ours.
     """
-    path = checkpoint.find(run)
-    stored = checkpoint.load(path)
+    stored, _ = checkpoint.load_run(run)
+    return from_checkpoint(stored, device=device, weights=weights)
+
+
+def from_checkpoint(
+    stored: checkpoint.Checkpoint, *, device: torch.device, weights: Weights = "auto"
+) -> Trained:
+    """The model of a checkpoint that was read already; see `load`."""
+    path = stored.path
     has_ema = any(name.startswith("ema/") for name in stored.tensors)
     if weights == "ema" and not has_ema:
         raise CheckpointError(f"{path} holds no averaged weights; type --weights raw")
@@ -91,15 +98,15 @@ def load(run: Path, *, device: torch.device, weights: Weights = "auto") -> Train
         raise CheckpointError(f"{path} does not describe a model that can be built: {reason}") from error
 
 
-def stored_config(run: Path) -> dict[str, Any]:
-    """The resolved configuration inside the checkpoint RUN means, without reading its tensors.
+def stored_config(stored: checkpoint.Checkpoint) -> dict[str, Any]:
+    """The resolved configuration inside a checkpoint.
 
     Raises:
-        CheckpointError: none is there, or it is damaged.
+        CheckpointError: it holds none.
     """
-    config = checkpoint.load_state(checkpoint.find(run)).get("config")
+    config = stored.state.get("config")
     if not isinstance(config, dict):
-        raise CheckpointError(f"{run} holds no configuration")
+        raise CheckpointError(f"{stored.path} holds no configuration")
     return config
 
 

@@ -16,12 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vit_train.checkpoint import Checkpoint, load
-from vit_train.construct import NotNegative, Positive
+from vit_train.checkpoint import Checkpoint, load_run
+from vit_train.construct import NotNegative, Positive, PositiveFloat
 from vit_train.data import Batch
 from vit_train.ema import Ema
 from vit_train.evaluation import TOP_K, evaluate, hits
-from vit_train.guard import Guard, Stop, nonfinite_error
+from vit_train.guard import MAX_SKIPPED_IN_A_ROW, Guard, Stop, nonfinite_error
 from vit_train.optim import set_lr
 from vit_train.precision import Precision, autocast, grad_scaler
 from vit_train.rng import seed_device
@@ -59,10 +59,10 @@ class Trainer:
         epochs: Positive,
         max_steps: Positive | None = None,
         stop_at_step: NotNegative | None = None,
-        stop_after_minutes: float | None = None,
+        stop_after_minutes: PositiveFloat | None = None,
         precision: Precision = "auto",
         grad_accum_steps: Positive = 1,
-        grad_clip_norm: float | None = None,
+        grad_clip_norm: PositiveFloat | None = None,
         ema_decay: float | None = None,
         compile: bool = False,  # noqa: A002 - the key users type
         eval_every_epochs: Positive = 1,
@@ -168,9 +168,13 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         self.norm = strategy.clip_grad_norm(self.model, self.grad_clip_norm)
         # under loss scaling an infinite gradient is routine: the scaler skips the update and scales less
-        finite = sums[0].isfinite() & (self.norm.isfinite() | self.scaler.is_enabled())
-        answer = self.guard.answer(~finite, step=step + 1)
-        if answer.nonfinite:
+        infinite = ~self.norm.isfinite()
+        skipped = infinite & self.scaler.is_enabled()
+        answer = self.guard.answer(
+            ~sums[0].isfinite() | (infinite & ~skipped), skipped=skipped, step=step + 1
+        )
+        self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if answer.skipped else 0
+        if answer.nonfinite or self.state.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             files = [self.parts.data.source("train", int(index)) for index in batch.index]
             raise nonfinite_error(step + 1, float(sums[0]) / len(images), float(self.norm), files)
         self.scaler.step(self.optimizer)
@@ -215,9 +219,8 @@ class Trainer:
         """Test metrics of the checkpoint a user would load: the best one. Leaves its weights in the model."""
         if not self.parts.data.sizes["test"]:
             return {}
-        path = self.parts.checkpointer.best_path()
-        if path is not None:
-            self.strategy.restore(load(path).tensors, self.model, self.ema, None)
+        best, _ = load_run(self.parts.checkpointer.root.parent)
+        self.strategy.restore(best.tensors, self.model, self.ema, None)
         metrics = self.evaluate_split("test")
         # stopped by a signal: everything was saved before, the continuation tests again
         return self._asked_to_stop() or {} if metrics is None else metrics

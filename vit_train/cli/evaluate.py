@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_train.errors import ConfigError, DataError, VitTrainError, suggest
+from vit_train.errors import CheckpointError, ConfigError, DataError, VitTrainError, suggest
 
 if TYPE_CHECKING:
     from vit_train.evaluation import Evaluation
@@ -44,13 +44,16 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
     from vit_train.report.console import Console
     from vit_train.report.evaluated import evaluation_json, evaluation_tables
     from vit_train.report.record import write_text
-    from vit_train.trained import load, stored_config
+    from vit_train.trained import from_checkpoint, stored_config
 
     run = Path(arguments.run)
-    config = with_overrides(stored_config(run), arguments.overrides)
+    stored, problems = checkpoint.load_run(run)
+    for problem in problems:
+        print(f"vit-eval: skipped: {problem}", file=sys.stderr)
+    config = with_overrides(stored_config(stored), arguments.overrides)
     strategy, data = build_data(config)
     try:
-        trained = load(run, device=strategy.device, weights=arguments.weights)
+        trained = from_checkpoint(stored, device=strategy.device, weights=arguments.weights)
         split = arguments.split or ("test" if data.sizes["test"] else "val")
         if not data.sizes[split]:
             present = ", ".join(name for name, size in data.sizes.items() if size)
@@ -123,14 +126,20 @@ def build_data(config: dict[str, Any]) -> tuple[Any, Any]:
     Raises:
         ConfigError, DataError: see the messages.
     """
-    from vit_train.construct import check, make
+    from vit_train.construct import check, foreign_code, make
 
+    # before `check`, which imports what is named
+    foreign = foreign_code(config["data"], ("vit_train.data",), "data")
+    foreign += foreign_code(config["strategy"], ("vit_train.strategy",), "strategy")
+    if foreign:
+        raise CheckpointError(f"the checkpoint names code that is not vit-train's: {'; '.join(foreign)}")
     # the classes may be fewer or in another order; they are matched by name
     node = {**config["data"], "num_classes": None, "limit": None, "sample_transform": None}
     errors = check(node, key="data") + check(config["strategy"], key="strategy")
     if errors:
         raise ConfigError("; ".join(errors))
     strategy = make(config["strategy"], key="strategy", allow=("vit_train.strategy",))
+    strategy.start()
     data = make(node, key="data", allow=("vit_train.data",))
     try:
         data.setup(device=strategy.device, rank=0, world_size=1)
@@ -159,9 +168,9 @@ def with_overrides(config: dict[str, Any], overrides: list[str]) -> dict[str, An
         *parents, name = key.split(".")
         node = config
         for part in parents:
-            node = node.get(part, {})
-        if not parents or name not in node or name.startswith("_"):
-            known = [k for k in node if not k.startswith("_")]
+            node = node.get(part, {}) if isinstance(node, dict) else {}
+        if not parents or not isinstance(node, dict) or name not in node or name.startswith("_"):
+            known = [k for k in node if not k.startswith("_")] if isinstance(node, dict) else []
             raise ConfigError(f"{key}: no such key{suggest(name, known)} (choices: {', '.join(known)})")
         try:
             node[name] = yaml.safe_load(text)

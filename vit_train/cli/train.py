@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import sys
 import traceback
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vit_train.build import Launch, Run, build_run, config_dir
-from vit_train.errors import Interrupted, OutOfMemoryError, VitTrainError, suggest
+from vit_train.errors import Interrupted, OutOfMemoryError, SaveError, VitTrainError, suggest
 
 if TYPE_CHECKING:
     from vit_train.guard import Stop
@@ -48,6 +51,9 @@ def main() -> None:
             failures.append(error)
             return None
 
+    if any(argument.startswith("resume=") for argument in sys.argv[1:]):
+        # the values belong to the stored configuration, which may have keys that this composition lacks
+        sys.argv[1:] = [re.sub(r"^(?=[a-z_]+\.[\w.]+=)", "++", argument) for argument in sys.argv[1:]]
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)()
     except KeyboardInterrupt:
@@ -106,7 +112,6 @@ def execute(run: Run) -> dict[str, Any] | None:
 
     from vit_train.data.loaders import worker_lost
     from vit_train.guard import Stop
-    from vit_train.report.history import draw_history
     from vit_train.report.record import open_run_dir, write_facts
     from vit_train.report.summary import summary
 
@@ -133,11 +138,18 @@ def execute(run: Run) -> dict[str, Any] | None:
         if not isinstance(error, Interrupted):
             run.console.log(f"error: {error}")
         raise
+    except OSError as error:
+        raise SaveError(f"{run_dir} cannot be written: {error.strerror or error}") from error
     finally:
-        trainer.tracker.close()
-        data.close()
-        draw_history(run_dir, f"{run.config['name']}, {run_dir}")
-        run.console.close()
+        for cleanup in (trainer.tracker.close, data.close, partial(_draw, run), run.console.close):
+            with suppress(OSError):  # a full disk ends in its own error, not in that of the cleaning up
+                cleanup()
+
+
+def _draw(run: Run) -> None:
+    from vit_train.report.history import draw_history
+
+    draw_history(run.run_dir, f"{run.config['name']}, {run.run_dir}")
 
 
 def _plan(run: Run) -> Plan:
@@ -158,7 +170,7 @@ def _plan(run: Run) -> Plan:
 
 def _stopped(run: Run, stop: Stop) -> dict[str, Any] | None:
     message = f"{stop.reason}; step {run.trainer.state.step} is saved. Continue with:"
-    run.console.say(f"{message}\n  vit-train resume={run.run_dir}")
+    run.console.say(f"{message}\n  vit-train {_resume(run.run_dir)}")
     if stop.signum is not None:
         raise Interrupted(message, stop.signum)
     return None
@@ -188,11 +200,19 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     run.console.say(closing_table(result))
     run.console.say(
         f"run directory  {run_dir}\n"
-        f"curves         tensorboard --logdir {run_dir.parent}\n"
-        f"evaluate       vit-eval {run_dir}\n"
-        f"train longer   vit-train resume={run_dir} trainer.epochs={2 * trainer.total_epochs}"
+        f"curves         tensorboard --logdir {shlex.quote(str(run_dir.parent))}\n"
+        f"evaluate       vit-eval {shlex.quote(str(run_dir))}\n"
+        f"train longer   vit-train {_resume(run_dir)} trainer.epochs={2 * trainer.total_epochs}"
     )
     return result
+
+
+def _resume(run_dir: Path) -> str:
+    """`resume=...` as it has to be typed: quoted for Hydra, then for the shell, where the path needs it."""
+    text = str(run_dir)
+    if not re.fullmatch(r"[\w./:@%+-]+", text):
+        text = "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return shlex.quote(f"resume={text}")
 
 
 def _memory_advice(run: Run, error: Exception) -> str:

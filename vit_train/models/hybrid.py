@@ -8,16 +8,15 @@ Shapes: (B, C, H, W) pixels -> trunk (B, C', H', W') -> (B, h, w, D) tokens, h =
 
 from __future__ import annotations
 
+import difflib
 from collections import OrderedDict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vit_train.layers import GridEmbed, init_projection
 from vit_train.layers.checks import require_divides
-
-Backbone = Literal["resnet18", "resnet50", "vgg16"]
 
 
 def _first_conv(in_channels: int, like: nn.Conv2d, *, small: bool = False) -> nn.Conv2d:
@@ -37,7 +36,7 @@ def _first_conv(in_channels: int, like: nn.Conv2d, *, small: bool = False) -> nn
 
 
 def _trunk(
-    backbone: Backbone, layer: str, in_channels: int, *, small_stem: bool, pretrained: bool
+    backbone: str, layer: str, in_channels: int, *, small_stem: bool, pretrained: bool
 ) -> nn.Sequential:
     """The layers of the backbone up to `layer`, under torchvision's names: (B, C, H, W) -> (B, C', H', W').
 
@@ -45,29 +44,38 @@ def _trunk(
     whether it was in evaluation mode, and would update its batch norms unasked.
     """
     # Here and not above: importing torchvision takes 1.5 s, which the other families need not wait for.
-    import torchvision
+    from torchvision import models
 
-    if backbone == "vgg16" and small_stem:
-        raise ValueError("small_stem changes the first layers of a ResNet; vgg16 has no such layers")
-    net: Any = torchvision.models.get_model(backbone, weights="DEFAULT" if pretrained else None)
-    layers: dict[str, nn.Module]
-    if backbone == "vgg16":
-        if in_channels != 3:
-            net.features[0] = _first_conv(in_channels, net.features[0])
-        layers = {f"features.{i}": module for i, module in enumerate(net.features)}
-    else:
-        if in_channels != 3 or small_stem:
-            net.conv1 = _first_conv(in_channels, net.conv1, small=small_stem)
-        names = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
-        if small_stem:
-            names.remove("maxpool")
-        layers = {name: getattr(net, name) for name in names}
-    if layer not in layers:
-        raise ValueError(f"{backbone} has no layer {layer!r} to cut at; use one of {', '.join(layers)}")
-    kept = list(layers)[: list(layers).index(layer) + 1]
-    if backbone == "vgg16":
-        return nn.Sequential(OrderedDict(features=net.features[: len(kept)]))
-    return nn.Sequential(OrderedDict((name, layers[name]) for name in kept))
+    known = models.list_models(module=models)
+    if backbone not in known:
+        close = difflib.get_close_matches(backbone, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f" (such as {', '.join(known[:5])})"
+        raise ValueError(f"{backbone!r} is no torchvision classification model{hint}")
+    net: Any = models.get_model(backbone, weights="DEFAULT" if pretrained else None)
+    if small_stem:
+        if not (hasattr(net, "conv1") and hasattr(net, "maxpool")):
+            raise ValueError(
+                f"small_stem changes the first layers of a ResNet; {backbone} has no such layers"
+            )
+        net.conv1 = _first_conv(in_channels, net.conv1, small=True)
+        del net.maxpool
+    elif in_channels != 3:
+        name, conv = next((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
+        parent, _, own = name.rpartition(".")
+        setattr(net.get_submodule(parent), own, _first_conv(in_channels, conv))
+    body = net.features if hasattr(net, "features") else net
+    prefix = "features." if hasattr(net, "features") else ""
+    kept: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, module in body.named_children():
+        if isinstance(module, nn.AdaptiveAvgPool2d | nn.Linear):
+            break
+        kept[name] = module
+    wanted = layer.removeprefix(prefix)
+    if wanted not in kept or not layer.startswith(prefix):
+        names = ", ".join(f"{prefix}{name}" for name in kept)
+        raise ValueError(f"{backbone} has no layer {layer!r} to cut at; use one of {names}")
+    cut = OrderedDict(list(kept.items())[: list(kept).index(wanted) + 1])
+    return nn.Sequential(OrderedDict(features=nn.Sequential(cut))) if prefix else nn.Sequential(cut)
 
 
 class HybridEmbed(GridEmbed):
@@ -75,8 +83,9 @@ class HybridEmbed(GridEmbed):
 
     Args:
         img_size: height and width of the images in pixels.
-        backbone: "resnet18", "resnet50" or "vgg16".
-        layer: where to cut: "layer1" to "layer4" of a ResNet, "features.N" of VGG.
+        backbone: name of a torchvision classification model that runs its layers one after another, such as
+            resnet50, vgg16, convnext_tiny or efficientnet_b0.
+        layer: where to cut: "layer1" to "layer4" of a ResNet, "features.N" of most others.
         in_channels: image channels C; other than 3, the first convolution is made anew.
         embed_dim: width D of the tokens.
         patch_size: height and width of a patch in features of the trunk.
@@ -93,7 +102,7 @@ class HybridEmbed(GridEmbed):
         self,
         *,
         img_size: int,
-        backbone: Backbone,
+        backbone: str,
         layer: str,
         in_channels: int,
         embed_dim: int,

@@ -48,7 +48,7 @@ def write_facts(run_dir: Path, *, device: str, fingerprint: str, threads: int) -
     started: list[Any] = read_facts(run_dir).get("started", [])
     facts = {
         "started": [*started, {"time": datetime.now(UTC).isoformat(), "argv": sys.argv, "device": device}],
-        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "versions": package_versions(),
         "git": git_state(Path(__file__).resolve().parent),
         "host": socket.gethostname(),
         "platform": platform.platform(),
@@ -84,6 +84,11 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of what can change a bit of the result."""
+    return {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()}
 
 
 def _version(package: str) -> str | None:

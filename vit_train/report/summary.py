@@ -56,7 +56,7 @@ def summary(run: Run) -> Table:
             f"{split_name} {size:,}" if size else f"no {split_name}"
             for split_name, size in data.sizes.items()
         )
-        + f" images of {data.in_channels} x {side} x {side}  [data={origin['data']}]",
+        + f" images of {data.in_channels} x {side} x {side}  [{origin['data']}]",
         "classes": f"{data.num_classes}: {class_table(data.class_names, data.class_counts)}",
         "augmentation": origin["augment"],
         "device": f"{trainer.strategy.describe()}, {trainer.precision}"
