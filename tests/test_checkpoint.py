@@ -18,9 +18,8 @@ from vit_train.checkpoint import (
     Checkpointer,
     checkpoint_directories,
     compare,
-    find,
     load,
-    load_state,
+    load_run,
     newest_valid,
     resolve_link,
 )
@@ -85,7 +84,6 @@ def test_a_round_trip_keeps_every_bit(tmp_path) -> None:
         assert (other.dtype, other.shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(other.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
     assert loaded.state == {"format": 1, **STATE}
-    assert load_state(loaded.path) == loaded.state
 
 
 def test_the_files_are_those_promised_and_nothing_else(tmp_path) -> None:
@@ -306,7 +304,7 @@ def test_links_are_relative_and_swapped(tmp_path) -> None:
     assert (link("last"), link("best")) == ("step_00000002", "step_00000001")
     assert {p.name for p in root.iterdir()} == {"step_00000001", "step_00000002", "last", "best"}
     (tmp_path / "run").rename(tmp_path / "moved")
-    assert load(find(tmp_path / "moved")).path == tmp_path / "moved/checkpoints/step_00000001"
+    assert found(tmp_path / "moved") == tmp_path / "moved/checkpoints/step_00000001"
 
 
 def test_a_pointer_may_be_a_small_file(tmp_path) -> None:
@@ -346,29 +344,59 @@ def test_damaged_newer_checkpoints_never_cost_the_one_just_saved(tmp_path) -> No
 
 
 # --------------------------------------------------------------------------------------------------- finding
+def found(run):
+    """The checkpoint that is loaded for RUN, where nothing is damaged."""
+    checkpoint, problems = load_run(run)
+    assert problems == []
+    return checkpoint.path
+
+
+def test_a_damaged_best_is_named_and_the_last_is_used(tmp_path) -> None:
+    best, last = save(tmp_path, 1, best=True), save(tmp_path, 2)
+    flip(best / "model.safetensors")
+    checkpoint, problems = load_run(tmp_path)
+    assert checkpoint.path == last.resolve()
+    assert len(problems) == 1
+    assert "step_00000001" in problems[0]
+    with pytest.raises(CheckpointError, match="step_00000001"):  # named itself: no other will do
+        load_run(best)
+    flip(last / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"step_00000001.*; .*step_00000002"):
+        load_run(tmp_path)
+
+
+def test_a_kill_between_the_renames_of_a_step_saved_twice_loses_nothing(tmp_path) -> None:
+    path = save(tmp_path, 7)
+    path.rename(path.with_name(f".partial_replaced_{path.name}_123"))
+    checkpoint, problems = newest_valid(tmp_path)
+    assert (checkpoint.path, problems) == (path, [])
+    Checkpointer(tmp_path).remove_partial()
+    assert newest_valid(tmp_path)[0].path == path
+
+
 def test_find_takes_a_run_its_best_or_last_or_a_checkpoint(tmp_path) -> None:
     first, second = save(tmp_path, 1), save(tmp_path, 2)
-    assert find(tmp_path) == second
-    assert find(first) == first
+    assert found(tmp_path) == second.resolve()
+    assert found(first) == first
     save(tmp_path, 1, best=True)
-    assert find(tmp_path) == first
-    assert find(tmp_path / "checkpoints/last") == tmp_path / "checkpoints/last"
+    assert found(tmp_path) == first.resolve()
+    assert found(tmp_path / "checkpoints/last") == tmp_path / "checkpoints/last"
     for link in ("last", "best"):
         (tmp_path / "checkpoints" / link).unlink()
-    assert find(tmp_path) == second
+    assert found(tmp_path) == second.resolve()
 
 
 def test_find_says_what_is_missing(tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere does not exist; give a run directory"):
-        find(tmp_path / "nowhere")
+        found(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"holds no checkpoint"):
-        find(tmp_path)
+        found(tmp_path)
 
 
 def test_find_passes_over_a_link_to_nothing(tmp_path) -> None:
     first, second = save(tmp_path, 1, best=True), save(tmp_path, 2)
     shutil.rmtree(first)
-    assert find(tmp_path) == second
+    assert found(tmp_path) == second.resolve()
 
 
 # -------------------------------------------------------------------------------------------------- resuming

@@ -267,8 +267,8 @@ def test_resume_takes_single_values_only(refused, run):
     refused(
         "resume=run", "~trainer.save_every_epochs", words=["~trainer.save_every_epochs", "only single values"]
     )
-    refused("resume=run", "trainer.epoch=9", words=["trainer.epoch: ", "did you mean 'trainer.epochs'?"])
-    refused("resume=run", "+foo=1", words=["foo: the configuration has no such key"])
+    refused("resume=run", "trainer.epoch=9", words=["trainer.epoch: ", "did you mean 'epochs'?"])
+    refused("resume=run", "+foo=1", words=["+foo=1", "only single values"])
     refused("resume=run", "optimizer.lr=1", words=["another configuration", "optimizer.lr: 0.001 -> 1"])
     refused("resume=run", "trainer.epochs=x", words=["trainer.epochs: expected int, got 'x'"])
 

@@ -223,12 +223,16 @@ def test_a_run_that_is_not_there(typed, in_tmp):
 
 def test_a_damaged_checkpoint_names_the_file(typed, digits_run, in_tmp):
     shutil.copytree(digits_run, in_tmp / "run", symlinks=True)
-    for name in ("ema.safetensors", "state.json"):
+    for name in ("state.json", "ema.safetensors"):  # the order in which they are read, backwards
         file = in_tmp / "run" / "checkpoints" / "best" / name
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
-        assert_refused(typed("run"), 4, f"/{name} is damaged", "SHA-256")
+        assert_refused(typed("run/checkpoints/best"), 4, f"/{name} is damaged", "SHA-256")
+    # of a run the next valid one is used, and the damaged one is named
+    done = typed("run")
+    assert done.code == 0
+    assert re.search(r"vit-eval: skipped: .* is damaged", done.err)
 
 
 def test_unknown_keys(typed, digits_run, in_tmp):

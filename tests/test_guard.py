@@ -22,13 +22,13 @@ def guard(*, stop_at_step=None, stop_after_minutes=None) -> Guard:
 
 def test_without_a_reason_it_goes_on() -> None:
     with guard() as it:
-        assert it.answer(FINE, step=1) == Answer(nonfinite=False, stop=None)
+        assert it.answer(FINE, step=1) == Answer(nonfinite=False, skipped=False, stop=None)
         assert not it.signalled()
 
 
 def test_a_nonfinite_step_is_told_and_is_no_stop() -> None:
     with guard() as it:
-        assert it.answer(BAD, step=1) == Answer(nonfinite=True, stop=None)
+        assert it.answer(BAD, step=1) == Answer(nonfinite=True, skipped=False, stop=None)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -113,7 +113,7 @@ def test_the_answer_is_that_of_any_rank() -> None:
         """Another rank got SIGUSR1 and saw a NaN."""
 
         def max(self, x):
-            return torch.maximum(x, torch.tensor([1.0, 2.0 * signal.SIGUSR1]))
+            return torch.maximum(x, torch.tensor([1.0, 0.0, 2.0 * signal.SIGUSR1]))
 
     with Guard(Crowd(device="cpu"), stop_at_step=None, stop_after_minutes=None) as it:
         answer = it.answer(FINE, step=1)

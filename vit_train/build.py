@@ -301,10 +301,6 @@ def _check_continuation(stored: Mapping[str, Any], config: Mapping[str, Any], ru
             f"{run_dir} holds a run with another configuration ({'; '.join(differences.identity)}); "
             "choose another run_dir, or type the values it has"
         )
-    for key in ("epochs", "max_steps"):
-        old, now = stored["trainer"].get(key), trainer.get(key)
-        if old is not None and now is not None and now < old:
-            raise ConfigError(f"trainer.{key}={now} is less than the {old} the run was started with")
     notes = [f"{line}: the schedule now spans the new budget" for line in differences.grown]
     if differences.hardware:
         notes.append(f"{'; '.join(differences.hardware)}: results may differ in the last bits from here on")
@@ -322,7 +318,6 @@ def build_run(cfg: DictConfig, launch: Launch) -> Run | Path:
         ConfigError, DataError, CheckpointError: see the messages.
     """
     check_launch(launch)
-    check_config(cfg)
     allow = None
     if cfg.resume is not None:
         run_dir = find_run(str(cfg.resume))
@@ -336,6 +331,7 @@ def build_run(cfg: DictConfig, launch: Launch) -> Run | Path:
         cfg, allow = _with_overrides(stored, launch.overrides), _STORED_CODE
         check_config(cfg)
     else:
+        check_config(cfg)
         run_dir = choose_run_dir(cfg, launch)
         stored = read_config(run_dir) if (run_dir / "config.yaml").is_file() else {}
     _check_free(run_dir)
@@ -350,12 +346,17 @@ def build_run(cfg: DictConfig, launch: Launch) -> Run | Path:
         notes = _check_continuation(stored, _plain(cfg), run_dir)
         if (run_dir / "result.json").is_file() and not _grown(stored, cfg):
             return run_dir
-    # Everything before this line is quick and needs no torch.
-    return _build(cfg, launch, run_dir, allow=allow, notes=notes)
+    return _build(cfg, launch, run_dir, stored=stored, allow=allow, notes=notes)
 
 
 def _build(
-    cfg: DictConfig, launch: Launch, run_dir: Path, *, allow: tuple[str, ...] | None, notes: list[str]
+    cfg: DictConfig,
+    launch: Launch,
+    run_dir: Path,
+    *,
+    stored: Mapping[str, Any],
+    allow: tuple[str, ...] | None,
+    notes: list[str],
 ) -> Run:
     from vit_train.data.batch_transforms import Normalize
     from vit_train.precision import resolve_precision
@@ -372,6 +373,8 @@ def _build(
         data.setup(device=strategy.device, rank=strategy.rank, world_size=strategy.world_size)
     if data.num_classes < 2:
         raise DataError(f"there is only one class, {data.class_names[0]!r}: nothing to tell apart")
+    if cfg.data.get("root") is not None:  # so that the run can be continued from any directory
+        cfg.data.root = str(Path(str(cfg.data.root)).expanduser().absolute())
     for key in ("num_classes", "img_size", "in_channels"):
         OmegaConf.update(cfg, f"data.{key}", getattr(data, key), force_add=True)
     cfg.data.mean, cfg.data.std = list(data.mean), list(data.std)
@@ -409,6 +412,8 @@ def _build(
             about={"config": config, "inference": _inference(data), "dataset_fingerprint": fingerprint},
         )
         trainer = _make(cfg, "trainer", allow)(parts)
+    if stored:
+        _check_budget(stored["trainer"], trainer)
     if found is not None:
         try:
             trainer.resume(found)
@@ -445,6 +450,17 @@ def _as_config_error(key: str = "") -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())
         raise ConfigError(f"{key}: {reason}" if key else reason) from error
+
+
+def _check_budget(stored: Mapping[str, Any], trainer: Any) -> None:
+    """A run can grow but not shrink: its schedule has been spanning the old budget."""
+    before = stored.get("max_steps") or stored["epochs"] * trainer.steps_per_epoch
+    if trainer.total_steps < before:
+        epochs = -(-before // trainer.steps_per_epoch)
+        raise ConfigError(
+            f"{trainer.total_steps} steps are fewer than the {before} the run was started with; "
+            f"type trainer.epochs={epochs} or more (trainer.max_steps=null), or start a new run"
+        )
 
 
 def _check_machine(run_dir: Path, device: str) -> list[str]:

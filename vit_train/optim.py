@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from vit_train.construct import NotNegativeFloat, PositiveFloat
+from vit_train.construct import NotNegativeFloat
 
 
 @runtime_checkable
@@ -59,7 +59,7 @@ def _fused(model: nn.Module) -> bool:
 def adamw(
     model: nn.Module,
     *,
-    lr: PositiveFloat,
+    lr: NotNegativeFloat,
     weight_decay: float = 0.05,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -79,7 +79,7 @@ def adamw(
 def adam(
     model: nn.Module,
     *,
-    lr: PositiveFloat,
+    lr: NotNegativeFloat,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -92,7 +92,7 @@ def adam(
 def sgd(
     model: nn.Module,
     *,
-    lr: PositiveFloat,
+    lr: NotNegativeFloat,
     weight_decay: float = 0.0,
     momentum: float = 0.9,
     nesterov: bool = False,

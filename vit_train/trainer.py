@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_train.checkpoint import Checkpoint, load_run
-from vit_train.construct import NotNegative, Positive, PositiveFloat
+from vit_train.construct import NotNegative, NotNegativeFloat, Positive, PositiveFloat
 from vit_train.data import Batch
 from vit_train.ema import Ema
 from vit_train.evaluation import TOP_K, evaluate, hits
@@ -59,7 +59,7 @@ class Trainer:
         epochs: Positive,
         max_steps: Positive | None = None,
         stop_at_step: NotNegative | None = None,
-        stop_after_minutes: PositiveFloat | None = None,
+        stop_after_minutes: NotNegativeFloat | None = None,
         precision: Precision = "auto",
         grad_accum_steps: Positive = 1,
         grad_clip_norm: PositiveFloat | None = None,

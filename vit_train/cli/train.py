@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -51,6 +51,8 @@ def main() -> None:
             failures.append(error)
             return None
 
+    # the shell leaves the ~ of key=~/path to us, and Hydra's grammar has no place for it
+    sys.argv[1:] = [re.sub(r"(?<==)~(?=/|$)", str(Path.home()), argument) for argument in sys.argv[1:]]
     if any(argument.startswith("resume=") for argument in sys.argv[1:]):
         # the values belong to the stored configuration, which may have keys that this composition lacks
         sys.argv[1:] = [re.sub(r"^(?=[a-z_]+\.[\w.]+=)", "++", argument) for argument in sys.argv[1:]]
@@ -198,11 +200,13 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     trainer.tracker.hparams(hyperparameters(run.config), final)
     write_text(run_dir / "result.json", json.dumps(result, indent=1))
     run.console.say(closing_table(result))
+    by_steps = run.config["trainer"]["max_steps"] is not None
+    longer = f"trainer.max_steps={2 * step}" if by_steps else f"trainer.epochs={2 * trainer.total_epochs}"
     run.console.say(
         f"run directory  {run_dir}\n"
         f"curves         tensorboard --logdir {shlex.quote(str(run_dir.parent))}\n"
         f"evaluate       vit-eval {shlex.quote(str(run_dir))}\n"
-        f"train longer   vit-train {_resume(run_dir)} trainer.epochs={2 * trainer.total_epochs}"
+        f"train longer   vit-train {_resume(run_dir)} {longer}"
     )
     return result
 
@@ -243,6 +247,9 @@ def explain(error: BaseException) -> str:
     if match and "must be" not in text:
         key = match.group(1)
         return f"{key}: there is no such key{_suggest_key(key)} (`vit-train --cfg job` shows all)"
+    if isinstance(error, OverrideParseException):
+        typed = getattr(error, "override", None) or "an argument"
+        return f"{typed}: expected key=value, such as trainer.epochs=3 (a value with spaces or = in quotes)"
     return " ".join(str(error).split())
 
 
@@ -267,6 +274,12 @@ def _suggest_key(key: str) -> str:
         return ""
     node: Any = plain
     parts = key.split(".")
+    if len(parts) == 1 and isinstance(plain, dict):  # lr=0.1 means optimizer.lr
+        owners = [
+            f"{group!s}.{key}" for group, value in plain.items() if isinstance(value, dict) and key in value
+        ]
+        if owners:
+            return f"; did you mean {' or '.join(repr(owner) for owner in owners)}?"
     for i, part in enumerate(parts):
         known = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, dict) else []
         if part not in known:

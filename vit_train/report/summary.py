@@ -138,7 +138,8 @@ def closing_table(result: Mapping[str, Any]) -> Table:
             "-" if epoch is None else f"{epoch:g}",
         )
     table.caption = (
-        f"{result['epochs']:g} epochs, {result['steps']:,} steps in {duration(result['seconds'])}, "
+        f"{count(result['epochs'], 'epoch')}, {count(result['steps'], 'step')} in "
+        f"{duration(result['seconds'])}, "
         f"{result['images_per_second']:,.0f} images/s"
     )
     table.caption_justify = "left"
