@@ -117,6 +117,26 @@ def test_a_snapshot_is_a_copy() -> None:
     assert torch.equal(snapshot["model/weight"], before)
 
 
+def test_a_replica_in_a_thread_computes_in_the_precision_of_the_step() -> None:
+    """Autocast's type belongs to a thread; what parallel_apply starts begins with the default one."""
+    import threading
+
+    seen = []
+
+    class Probe(nn.Module):
+        def forward(self, x):
+            seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            return x
+
+    strategy = DataParallel(devices=("cpu", "cpu"))
+    with torch.autocast("cpu", dtype=torch.float16):  # not the CPU's default
+        call = strategy._in_thread(Probe(), 0)
+    thread = threading.Thread(target=call, args=(torch.zeros(1),))
+    thread.start()
+    thread.join()
+    assert seen == [(True, torch.float16)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_data_parallel_over_the_gpus_present() -> None:

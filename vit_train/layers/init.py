@@ -1,12 +1,11 @@
 """Initial weights of the transformer parts.
 
 Linear layers are Xavier uniform with zero bias, as in the ViT paper's own code (google-research/
-vision_transformer). The fixed deviation of 0.02 that DeiT and timm use is Xavier's for a width of about 2,500
-and far too small for the narrow models one trains from scratch: on the digits a width of 64 reached 93
-percent instead of 65 after 30 epochs with Xavier and the positions below (docs/RESULTS.md). Patch projections
-are a linear map of a whole patch and follow JAX's default, LeCun normal: deviation 1 / sqrt(fan_in), so that
-tokens start with the variance of the pixels. Positions start as the sines and cosines of the grid and are
-learned from there.
+vision_transformer). The fixed deviation of 0.02 that DeiT and timm use is Xavier's for a width of 2,500; at a
+width of 64 it is a sixth of it, and a narrow model trained from scratch hardly starts to learn. Patch
+projections are a linear map of a whole patch and follow JAX's default, LeCun normal: deviation
+1 / sqrt(fan_in), so that tokens start with the variance of the pixels. Positions start as the sines and
+cosines of the grid and are learned from there.
 """
 
 from __future__ import annotations
