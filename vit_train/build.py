@@ -258,7 +258,7 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     cfg = OmegaConf.create(stored)
-    # limits of the session that ended; the continuation has its own
+    # limits of the part that ended; the continuation has its own
     cfg.trainer.stop_at_step = cfg.trainer.stop_after_minutes = None
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
