@@ -427,7 +427,7 @@ def _build(
         console=console,
         run_dir=run_dir,
         config=config,
-        origins=origins(launch, stored=cfg.resume is not None or allow is not None),
+        origins=origins(launch, stored=allow is not None),
         notes=[*notes, *data.notes, *(f"checkpoint skipped: {problem}" for problem in problems)],
         multiply_adds=cost,
     )
