@@ -33,7 +33,7 @@ from PIL import Image
 
 from vit_train.build import Launch, build_run, config_dir
 from vit_train.data import Batch
-from vit_train.guard import Guard
+from vit_train.guard import Guard, Signals
 from vit_train.optim import adamw
 from vit_train.precision import autocast
 from vit_train.tracker import NullTracker
@@ -103,19 +103,19 @@ def measure(trainer, rounds: int, steps: int) -> dict[str, object]:
         if trainer.ema is not None:
             trainer.ema.update(trainer.model, 100)
 
-    with Guard(trainer.strategy, stop_at_step=None, stop_after_minutes=None) as trainer.guard:
-        loop = lambda: trainer.train_step(batch, 0)  # noqa: E731
-        for warm_up in (bare, loop):
-            timed(warm_up, 3, device)
-        times: dict[str, list[float]] = {"bare": [], "loop": []}
-        for i in range(rounds):  # in turn, and the first of a pair takes turns as well
-            pair = (("bare", bare), ("loop", loop))
-            for name, step in pair if i % 2 else reversed(pair):
-                times[name].append(timed(step, steps, device))
-        with torch.no_grad():
-            for parameter in trainer.model.parameters():
-                parameter.grad = torch.ones_like(parameter)
-        extra = timed(extras, 20, device)
+    trainer.guard = Guard(trainer.strategy, Signals())
+    loop = lambda: trainer.train_step(batch, 0)  # noqa: E731
+    for warm_up in (bare, loop):
+        timed(warm_up, 3, device)
+    times: dict[str, list[float]] = {"bare": [], "loop": []}
+    for i in range(rounds):  # in turn, and the first of a pair takes turns as well
+        pair = (("bare", bare), ("loop", loop))
+        for name, step in pair if i % 2 else reversed(pair):
+            times[name].append(timed(step, steps, device))
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    extra = timed(extras, 20, device)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = [loop / bare for bare, loop in zip(times["bare"], times["loop"])]
     return {

@@ -17,13 +17,13 @@ from conftest import everything_in
 from vit_train.checkpoint import (
     Checkpointer,
     checkpoint_directories,
-    compare,
     load,
     load_run,
     newest_valid,
     resolve_link,
 )
 from vit_train.errors import CheckpointError, SaveError
+from vit_train.resume import compare
 
 STATE = {"train": {"step": 3, "sums": [0.1, 2.0, 1e300, 5e-324]}, "config": {"name": "größe"}}
 

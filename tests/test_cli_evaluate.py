@@ -32,7 +32,7 @@ def vit_eval_here(*arguments, cwd):
 def digits_run(tmp_path_factory):
     """A run on the embedded digits whose best checkpoint is not among the newest."""
     home = tmp_path_factory.mktemp("digits")
-    done = vit_train_here(*TINY, "trainer.keep_checkpoints=1", "run_dir=run", cwd=home)
+    done = vit_train_here(*TINY, "trainer.keep_checkpoints=2", "run_dir=run", cwd=home)
     assert done.code == 0, done.err
     assert json.loads((home / "run/result.json").read_text())["best/epoch"] < 3, "choose another seed"
     return home / "run"

@@ -12,7 +12,7 @@ from torch import nn
 from vit_train.checkpoint import load, resolve_link
 from vit_train.errors import ConfigError, NonFiniteError
 from vit_train.evaluation import evaluate
-from vit_train.guard import Guard, Stop
+from vit_train.guard import Guard, Signals, Stop
 from vit_train.objective import CrossEntropy
 from vit_train.report.record import open_run_dir
 from vit_train.tracker import NullTracker
@@ -137,7 +137,8 @@ def test_a_nonfinite_step_changes_nothing(in_tmp, poison, what) -> None:
         state = {name: tensor.numpy().tobytes() for name, tensor in snapshot.items()}
         return state, trainer.state.step, trainer.sums.tolist()
 
-    with Guard(trainer.strategy, stop_at_step=None, stop_after_minutes=None) as trainer.guard:
+    trainer.guard = Guard(trainer.strategy, Signals())
+    if True:
         first = everything()
         for batch in batches[:2]:
             trainer.train_step(batch, 0)

@@ -15,15 +15,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vit_train import checkpoint
 from vit_train.construct import check, foreign_code, is_node, make, with_defaults
 from vit_train.errors import CheckpointError, ConfigError, DataError, suggest
+from vit_train.report.origins import origins
+from vit_train.resume import (
+    check_budget,
+    check_continuation,
+    check_data,
+    check_machine,
+    checkpoint_to_continue,
+    find_run,
+    holds_run,
+    read_config,
+)
+
+if TYPE_CHECKING:
+    from vit_train.guard import Signals
 
 _GROUPS = ("model", "data", "augment", "objective", "optimizer", "schedule", "strategy", "trainer", "tracker")
 # What may be left open in a command and is known once a run exists
@@ -35,6 +48,7 @@ _RESOLVED_KEYS = (
     "data.std",
     "trainer.precision",
 )
+_SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 # What a stored configuration may name; the user's own command may name anything
 _STORED_CODE = tuple(
     f"vit_train.{room}"
@@ -165,6 +179,21 @@ def _broken_interpolations(cfg: DictConfig, prefix: str = "") -> list[str]:
     return errors
 
 
+def _refuse_secrets(cfg: DictConfig) -> None:
+    """What a configuration holds is written into the run directory, for anyone to read.
+
+    Raises:
+        ConfigError: a value is taken from an environment variable whose name says that it is a secret.
+    """
+    text = OmegaConf.to_yaml(cfg, resolve=False)
+    for name in re.findall(r"\$\{oc\.env:\s*([^},\s]+)", text):
+        if _SECRET.search(name):
+            raise ConfigError(
+                f"${{oc.env:{name}}} would be written into the run directory, where others read it; let your "
+                f"class take {name} from the environment itself"
+            )
+
+
 def _pending(cfg: DictConfig, prefix: str = "") -> frozenset[str]:
     """Keys whose value is still null because only the data will know it."""
     found: set[str] = set()
@@ -208,47 +237,6 @@ def choose_run_dir(cfg: DictConfig, launch: Launch) -> Path:
     return home / datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
 
 
-def find_run(resume: str) -> Path:
-    """The run directory `resume=` means.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if resume == "latest":
-        runs = [
-            path.parent
-            for pattern in ("runs/*/*", "sweeps/*/*")
-            for path in Path().glob(f"{pattern}/config.yaml")
-        ]
-        if not runs:
-            raise CheckpointError("resume=latest finds no run under ./runs; type resume=PATH/TO/RUN")
-        return max(runs, key=lambda run: (run / "config.yaml").stat().st_mtime)
-    run = Path(resume)
-    inside = [run.parent.parent] if run.absolute().parent.name == "checkpoints" else []
-    for candidate in (run, *inside):  # a checkpoint inside a run means that run
-        if (candidate / "config.yaml").is_file():
-            return candidate
-    raise CheckpointError(
-        f"resume={resume}: no run there (no config.yaml); type the run directory, or latest"
-    )
-
-
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """The stored configuration of a run.
-
-    Raises:
-        CheckpointError: config.yaml is missing or damaged.
-    """
-    path = run_dir / "config.yaml"
-    try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"{path} is damaged: expected keys and values")
-    return stored
-
-
 def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
     """The stored configuration with what the user typed beside resume=.
 
@@ -259,6 +247,8 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
 
     cfg = OmegaConf.create(stored)
     # limits of the part that ended; the continuation has its own
+    if not isinstance(cfg.get("trainer"), DictConfig):
+        raise ConfigError("the stored configuration is damaged: it has no trainer")
     cfg.trainer.stop_at_step = cfg.trainer.stop_after_minutes = None
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
@@ -287,29 +277,14 @@ def _adopt(cfg: DictConfig, stored: Mapping[str, Any]) -> None:
             OmegaConf.update(cfg, key, known)
 
 
-def _check_continuation(stored: Mapping[str, Any], config: Mapping[str, Any], run_dir: Path) -> list[str]:
-    """Sorts the differences; returns what to tell the user.
-
-    Raises:
-        ConfigError: keys differ that decide what the run is.
-    """
-    schedule, trainer = config["schedule"], config["trainer"]
-    listens = schedule.get("monitor") is not None or trainer["early_stop_patience"] is not None
-    differences = checkpoint.compare(stored, config, cadence_matters=listens)
-    if differences.identity:
-        raise ConfigError(
-            f"{run_dir} holds a run with another configuration ({'; '.join(differences.identity)}); "
-            "choose another run_dir, or type the values it has"
-        )
-    notes = [f"{line}: the schedule now spans the new budget" for line in differences.grown]
-    if differences.hardware:
-        notes.append(f"{'; '.join(differences.hardware)}: results may differ in the last bits from here on")
-    return notes
-
-
 # ------------------------------------------------------------------------------------------------- building
-def build_run(cfg: DictConfig, launch: Launch) -> Run | Path:
+def build_run(cfg: DictConfig, launch: Launch, signals: Signals | None = None) -> Run | Path:
     """Builds everything a run needs. Writes nothing.
+
+    Args:
+        cfg: as composed.
+        launch: how the command was typed.
+        signals: what has arrived at this process; None where nobody listens.
 
     Returns:
         The run, or the directory of a run that is finished already.
@@ -318,35 +293,53 @@ def build_run(cfg: DictConfig, launch: Launch) -> Run | Path:
         ConfigError, DataError, CheckpointError: see the messages.
     """
     check_launch(launch)
-    allow = None
+    allow = named = None
+    notes: list[str] = []
+    stored: dict[str, Any] = {}
     if cfg.resume is not None:
-        run_dir = find_run(str(cfg.resume))
-        stored = read_config(run_dir)
+        run_dir, named = find_run(str(cfg.resume), None if cfg.run_dir is None else str(cfg.run_dir))
+        stored, notes = read_config(run_dir)
         foreign = foreign_code(stored, _STORED_CODE)
         if foreign:
             raise ConfigError(
                 f"{run_dir / 'config.yaml'} names code that is not vit-train's ({'; '.join(foreign)}); "
                 f"if it is yours, type the full command with run_dir={run_dir}"
             )
+        force = cfg.resume == "force"
         cfg, allow = _with_overrides(stored, launch.overrides), _STORED_CODE
         check_config(cfg)
     else:
+        force = False
         check_config(cfg)
+        _refuse_secrets(cfg)
         run_dir = choose_run_dir(cfg, launch)
-        stored = read_config(run_dir) if (run_dir / "config.yaml").is_file() else {}
+        if holds_run(run_dir):
+            stored, notes = read_config(run_dir)
     _check_free(run_dir)
     if cfg.name is None:
         cfg.name = default_name(launch.choices)
     for group in ("data", "trainer"):  # what a config of the user's own leaves to the constructor
-        cfg[group] = {**with_defaults(_plain(cfg)[group]), **cfg[group]}
+        defaults = with_defaults(_plain(cfg)[group])
+        cfg[group] = {**defaults, **cfg[group]}
+        if stored and stored[group].get("_target_") == defaults["_target_"]:  # by an older version
+            stored[group] = {**defaults, **stored[group]}
     _check_numbers(cfg)
-    notes = []
     if stored:
         _adopt(cfg, stored)
-        notes = _check_continuation(stored, _plain(cfg), run_dir)
+        notes += check_continuation(stored, _plain(cfg), run_dir)
         if (run_dir / "result.json").is_file() and not _grown(stored, cfg):
             return run_dir
-    return _build(cfg, launch, run_dir, stored=stored, allow=allow, notes=notes)
+    return _build(
+        cfg,
+        launch,
+        run_dir,
+        stored=stored,
+        allow=allow,
+        notes=notes,
+        named=named,
+        force=force,
+        signals=signals,
+    )
 
 
 def _build(
@@ -357,8 +350,13 @@ def _build(
     stored: Mapping[str, Any],
     allow: tuple[str, ...] | None,
     notes: list[str],
+    named: Path | None,
+    force: bool,
+    signals: Signals | None,
 ) -> Run:
     from vit_train.data.batch_transforms import Normalize
+    from vit_train.guard import Signals
+    from vit_train.memory import fit_micro_batch
     from vit_train.precision import resolve_precision
     from vit_train.report.console import Console
     from vit_train.rng import seed_device
@@ -385,17 +383,15 @@ def _build(
     cost = _multiply_adds(config, allow)
     seed_device(strategy.device, cfg.seed, "init")
     model = _make(cfg, "model", allow)
-    console = Console()
-    found, problems = checkpoint.newest_valid(run_dir)
-    if found is None and problems:
-        raise CheckpointError(f"{run_dir} holds no valid checkpoint: {'; '.join(problems)}")
-    fingerprint = data.fingerprint()
-    if found is not None and found.state.get("dataset_fingerprint") != fingerprint:
-        raise DataError(
-            f"the data is not what {run_dir} was trained on (classes or files differ); restore it, "
-            "or start a new run with another run_dir"
-        )
-    notes += _check_machine(run_dir, strategy.describe())
+    console, has_ema = Console(), config["trainer"]["ema_decay"] is not None
+    found, problems = checkpoint_to_continue(
+        run_dir,
+        named,
+        lambda path, _, shapes: checkpoint.check_shapes(path, shapes, model, ema=has_ema),
+    )
+    if found is not None:
+        notes += check_data(found, data, run_dir, force=force)
+    notes += check_machine(run_dir, strategy.describe())
     with _as_config_error():
         parts = Parts(
             model=model,
@@ -409,11 +405,16 @@ def _build(
             tracker=_make(cfg, "tracker", allow)(run_dir, console),
             checkpointer=checkpoint.Checkpointer(run_dir),
             seed=cfg.seed,
-            about={"config": config, "inference": _inference(data), "dataset_fingerprint": fingerprint},
+            signals=signals or Signals(),
+            about={
+                "config": config,
+                "inference": _inference(data),
+                "dataset_fingerprint": data.fingerprint(),
+            },
         )
         trainer = _make(cfg, "trainer", allow)(parts)
     if stored:
-        _check_budget(stored["trainer"], trainer)
+        check_budget(stored["trainer"], trainer)
     if found is not None:
         try:
             trainer.resume(found)
@@ -422,12 +423,20 @@ def _build(
             raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error
         if trainer.state.closed_epochs < trainer.total_epochs and (run_dir / "result.json").is_file():
             trainer.state.stopped_early, trainer.state.evaluations_since_best = False, 0
+    elif cfg.trainer.auto_batch:
+        pieces = fit_micro_batch(trainer, cfg.data.batch_size // strategy.world_size)
+        trainer.grad_accum_steps = config["trainer"]["grad_accum_steps"] = pieces
     return Run(
         trainer=trainer,
         console=console,
         run_dir=run_dir,
         config=config,
-        origins=origins(launch, stored=allow is not None),
+        origins=origins(
+            launch.overrides,
+            launch.choices,
+            [*launch.user_config_dirs, config_dir()],
+            stored=allow is not None,
+        ),
         notes=[*notes, *data.notes, *(f"checkpoint skipped: {problem}" for problem in problems)],
         multiply_adds=cost,
     )
@@ -450,30 +459,6 @@ def _as_config_error(key: str = "") -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())
         raise ConfigError(f"{key}: {reason}" if key else reason) from error
-
-
-def _check_budget(stored: Mapping[str, Any], trainer: Any) -> None:
-    """A run can grow but not shrink: its schedule has been spanning the old budget."""
-    before = stored.get("max_steps") or stored["epochs"] * trainer.steps_per_epoch
-    if trainer.total_steps < before:
-        epochs = -(-before // trainer.steps_per_epoch)
-        raise ConfigError(
-            f"{trainer.total_steps} steps are fewer than the {before} the run was started with; "
-            f"type trainer.epochs={epochs} or more (trainer.max_steps=null), or start a new run"
-        )
-
-
-def _check_machine(run_dir: Path, device: str) -> list[str]:
-    """One warning where a run goes on elsewhere: it is no longer promised to be bit for bit the same."""
-    from vit_train.report.record import package_versions, read_facts
-
-    facts = read_facts(run_dir)
-    if not facts:
-        return []
-    now = {"device": device, **package_versions()}
-    then = {"device": facts.get("device"), **facts.get("versions", {})}
-    changed = [f"{key} {then.get(key)} -> {value}" for key, value in now.items() if then.get(key) != value]
-    return [f"{', '.join(changed)}: results may differ in the last bits from here on"] if changed else []
 
 
 def _inference(data: Any) -> dict[str, Any]:
@@ -521,63 +506,10 @@ def _check_free(run_dir: Path) -> None:
         raise ConfigError(f"run_dir={run_dir} cannot be made: {existing} is a file")
     if not os.access(existing, os.W_OK):
         raise ConfigError(f"run_dir={run_dir} cannot be written: no permission to write in {existing}")
-    if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "config.yaml").is_file():
+    # hidden files are what a crash leaves behind before the first one is in place
+    if run_dir.is_dir() and not holds_run(run_dir) and any(p.name[0] != "." for p in run_dir.iterdir()):
         raise ConfigError(f"run_dir={run_dir} holds files that are no run; name a new or empty directory")
 
 
 def _grown(stored: Mapping[str, Any], cfg: DictConfig) -> bool:
     return any(stored["trainer"][key] != cfg.trainer[key] for key in ("epochs", "max_steps"))
-
-
-def origins(launch: Launch, *, stored: bool) -> dict[str, str]:
-    """Where the values of the recipe come from, for the summary: full key or group -> words.
-
-    Args:
-        launch: how the command was typed.
-        stored: whether `resume=` took everything not typed from the run.
-    """
-    defaults = _default_choices()
-    typed = {override.partition("=")[0].removeprefix("++") for override in launch.overrides}
-    experiment = launch.choices.get("experiment")
-    by_experiment = _experiment_keys(experiment, launch) if experiment else set()
-    result = {"data": "as stored" if stored else f"data={launch.choices.get('data')}"}
-    for key in ("model", "augment", "schedule", "data.batch_size", "trainer.epochs", "optimizer.lr"):
-        group = key.split(".")[0]
-        choice = f"{group}={launch.choices.get(group)}"
-        if key in typed:
-            result[key] = "command line"
-        elif stored:
-            result[key] = "as stored"
-        elif key in by_experiment:
-            result[key] = f"experiment={experiment}"
-        elif group in typed:
-            result[key] = f"{choice}, command line"
-        elif group != "data" and launch.choices.get(group) != defaults.get(group):
-            source = (
-                f"experiment={experiment}" if group in by_experiment else f"data={launch.choices.get('data')}"
-            )
-            result[key] = f"{choice}, brought by {source}"
-        else:
-            result[key] = choice
-    return result
-
-
-def _default_choices() -> dict[str, str]:
-    entries = yaml.safe_load((config_dir() / "train.yaml").read_text(encoding="utf-8"))["defaults"]
-    return {str(k): str(v) for entry in entries if isinstance(entry, dict) for k, v in entry.items()}
-
-
-def _experiment_keys(name: str, launch: Launch) -> set[str]:
-    """Groups and full keys an experiment sets."""
-    for folder in (*launch.user_config_dirs, config_dir()):
-        path = folder / "experiment" / f"{name}.yaml"
-        if path.is_file():
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            keys = {
-                str(key).removeprefix("override /")
-                for entry in content.pop("defaults", [])
-                if isinstance(entry, dict)
-                for key in entry
-            }
-            return keys | {f"{g}.{k}" for g, v in content.items() if isinstance(v, dict) for k in v}
-    return set()

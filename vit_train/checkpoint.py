@@ -1,29 +1,34 @@
-"""Checkpoint directories that appear whole or not at all, and the rules of resuming.
+"""Checkpoint directories that appear whole or not at all, and are verified before anything is read from them.
 
     checkpoints/step_00001234/  model.safetensors  ema.safetensors  optimizer.safetensors
                                 state.json         manifest.json (size and SHA-256 of each of them)
     checkpoints/last, best      relative links to such directories
+    checkpoints/.partial_*      what a save or a removal is working on; left behind only by a crash
 
 A directory is written aside, every file synced, the manifest last; then it is renamed into place and its
-parent synced. Loading verifies the manifest first. No pickle anywhere: tensors are safetensors, the rest is
-JSON. Optimizer tensors are named `<parameter name>/<slot>`.
+parent synced. Loading verifies the manifest first, then sizes and shapes, and only then reads tensors. No
+pickle anywhere: tensors are safetensors, the rest is JSON. Optimizer tensors are named
+`<parameter name>/<slot>`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from vit_train import durable, faults
 from vit_train.errors import CheckpointError, SaveError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 # torch and safetensors are imported where tensors are read or written: the commands compare configurations
 # and find checkpoints before they need either.
@@ -31,6 +36,13 @@ if TYPE_CHECKING:
 FORMAT = 1
 _KINDS = ("model", "ema", "optimizer")
 MANIFEST, _STATE = "manifest.json", "state.json"
+_PARTIAL = ".partial_"
+# Far above what is ever written (20,000 class names are half a megabyte), far below what would hurt
+_MAX_JSON_BYTES = 16 * 2**20
+_MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+Fits: TypeAlias = Callable[[Path, Mapping[str, Any], Shapes], None]
 
 
 @dataclass(frozen=True)
@@ -42,8 +54,9 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+# ------------------------------------------------------------------------------------------------ writing
 class Checkpointer:
-    """Writes, keeps and finds the checkpoints of one run.
+    """Writes and keeps the checkpoints of one run.
 
     Args:
         run_dir: the run directory; `checkpoints/` is made inside it at the first save.
@@ -60,6 +73,7 @@ class Checkpointer:
         step: int,
         best: bool,
         keep: int,
+        anchor: int | None = None,
     ) -> Path:
         """Makes step_<step> durable, then moves the links, then removes what is no longer kept.
 
@@ -69,32 +83,32 @@ class Checkpointer:
             step: optimizer steps done.
             best: whether `best` now means this checkpoint.
             keep: how many of the newest checkpoints stay on disk beside the best one; at least 1.
+            anchor: the step of one more checkpoint that stays.
 
         Raises:
             SaveError: the operating system refused; earlier checkpoints are untouched.
         """
-        target = self.root / f"step_{step:08d}"
-        aside = self.root / f".partial_{target.name}_{os.getpid()}"
+        target = self.root / directory_name(step)
+        aside = self.root / f"{_PARTIAL}{target.name}_{os.getpid()}"
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            if not self.root.is_dir():
+                self.root.mkdir(parents=True)
+                durable.sync_directory(self.root.parent)
+            faults.point("save.begin")
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
+            faults.point("save.made")
             _write_checkpoint(aside, tensors, state)
-            replaced = self.root / f".partial_replaced_{target.name}_{os.getpid()}"
-            if target.exists():  # the same step saved again, or a damaged one
-                target.rename(replaced)
-            try:
-                aside.rename(target)
-            except OSError:
-                if replaced.exists():
-                    replaced.rename(target)
-                raise
-            _sync_directory(self.root)
-            shutil.rmtree(replaced, ignore_errors=True)
+            self._rename(aside, target)
+            durable.sync_directory(self.root)
+            faults.point("save.durable")
             self._point("last", target.name)
+            faults.point("save.last")
             if best:
                 self._point("best", target.name)
-            self._retain(keep, newest=target.name)
+            faults.point("save.best")
+            self._retain(keep, newest=target.name, anchor=anchor)
+            faults.point("save.end")
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             reason = error.strerror or str(error)
@@ -106,31 +120,74 @@ class Checkpointer:
     def remove_partial(self) -> None:
         """Deletes what an interrupted save left behind."""
         restore_replaced(self.root)
-        for leftover in self.root.glob(".partial_*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self.root.glob(f"{_PARTIAL}*"):
+            _remove(leftover)
+
+    def check_space(self, nbytes: int) -> None:
+        """Refuses to begin where two checkpoints would not fit: the one kept and the one being written.
+
+        Args:
+            nbytes: size of one.
+
+        Raises:
+            SaveError: the file system has less free space.
+        """
+        free = shutil.disk_usage(next(p for p in self.root.absolute().parents if p.exists())).free
+        if free < 2 * nbytes:
+            raise SaveError(
+                f"{self.root.parent} has {_megabytes(free)} free, but two checkpoints of this run take "
+                f"{_megabytes(2 * nbytes)}; free some space or type run_dir=... on another disk"
+            )
 
     def best_path(self) -> Path | None:
         """Where `best` points, or None."""
         return resolve_link(self.root / "best")
 
+    def _rename(self, aside: Path, target: Path) -> None:
+        """Into place. The same step may be there: damaged, or saved again because its epoch is now closed."""
+        replaced = self.root / f"{_PARTIAL}replaced_{target.name}_{os.getpid()}"
+        if target.exists():
+            target.rename(replaced)
+            faults.point("save.replaced")
+        try:
+            aside.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+        faults.point("save.renamed")
+        if replaced.exists():
+            durable.sync_directory(self.root)  # the new name is durable before the old one goes
+            shutil.rmtree(replaced, ignore_errors=True)
+
     def _point(self, link: str, target: str) -> None:
         """Swaps a relative link atomically; where links are not allowed (Windows) it is a small file."""
-        aside = self.root / f".{link}_{os.getpid()}"
+        aside = self.root / f"{_PARTIAL}{link}_{os.getpid()}"
         aside.unlink(missing_ok=True)
         try:
             aside.symlink_to(target)
         except (OSError, NotImplementedError):
             aside.write_text(target)
+        faults.point(f"save.linked_{link}")
         aside.replace(self.root / link)
-        _sync_directory(self.root)
+        durable.sync_directory(self.root)
 
-    def _retain(self, keep: int, *, newest: str) -> None:
+    def _retain(self, keep: int, *, newest: str, anchor: int | None) -> None:
         """Later steps than the one just saved do not count: the run went back, because they are damaged."""
         best = self.best_path()
+        kept = {best.name if best is not None else "", "" if anchor is None else directory_name(anchor)}
         saved = [path for path in checkpoint_directories(self.root) if path.name <= newest]
         for path in saved[keep:]:
-            if best is None or path.name != best.name:  # the link is resolved, the run directory may not be
-                shutil.rmtree(path, ignore_errors=True)
+            if path.name not in kept:  # names, because the link is resolved and the run directory may not be
+                removed = self.root / f"{_PARTIAL}removed_{path.name}_{os.getpid()}"
+                path.rename(removed)  # a removal that is interrupted leaves no half of a checkpoint
+                faults.point("save.removing")
+                shutil.rmtree(removed, ignore_errors=True)
+
+
+def directory_name(step: int) -> str:
+    """step_00001234."""
+    return f"step_{step:08d}"
 
 
 def _write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -146,29 +203,27 @@ def _write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mappin
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
     }
     for name, data in files.items():
-        write_durably(folder / name, data)
-    write_durably(folder / MANIFEST, json.dumps({"format": FORMAT, "files": manifest}, indent=1).encode())
-    _sync_directory(folder)
+        durable.write(folder / name, data)
+        faults.point("save.file")
+    faults.point("save.files")
+    durable.write(folder / MANIFEST, json.dumps({"format": FORMAT, "files": manifest}, indent=1).encode())
+    faults.point("save.manifest")
+    durable.sync_directory(folder)
+    faults.point("save.synced")
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes and syncs one file."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def _sync_directory(path: Path) -> None:
-    if os.name == "nt":  # a directory cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
 
 
+# ------------------------------------------------------------------------------------------------ finding
 def checkpoint_directories(root: Path) -> list[Path]:
     """Checkpoint directories under `checkpoints/`, newest step first."""
     if not root.is_dir():
@@ -178,104 +233,42 @@ def checkpoint_directories(root: Path) -> list[Path]:
 
 
 def resolve_link(link: Path) -> Path | None:
-    """The directory `last` or `best` names (a link, or a small file holding a name), or None."""
-    if link.is_symlink() or link.is_dir():
-        return link.resolve() if link.is_dir() else None
-    if link.is_file():
-        target = link.parent / link.read_text().strip()
-        return target.resolve() if target.is_dir() else None
-    return None
+    """The directory beside it that `last` or `best` names (a link, or a small file holding a name), or None.
 
-
-def load(path: Path) -> Checkpoint:
-    """Reads and verifies one checkpoint directory.
-
-    Raises:
-        CheckpointError: the directory is missing, incomplete or damaged; the message says which file and how.
+    A link that leads out of its own folder is not followed.
     """
-    import safetensors.torch
-
-    files = _listed_files(path)
-    known = {f"{kind}.safetensors" for kind in _KINDS} | {_STATE}
-    tensors: dict[str, Tensor] = {}
-    state: dict[str, Any] = {}
-    for name in sorted(files):
-        if name not in known:
-            raise CheckpointError(f"{path / MANIFEST} lists {name!r}, which is not part of a checkpoint")
-        data = _verified(path / name, files[name])
-        if name == _STATE:
-            state = _parse_json(data, path / name)
-            continue
-        kind = name.removesuffix(".safetensors")
-        try:
-            part = safetensors.torch.load(data)
-        except Exception as error:  # safetensors raises its own, undocumented types
-            raise CheckpointError(f"{path / name} is not a safetensors file: {error}") from error
-        tensors |= {f"{kind}/{key}": tensor for key, tensor in part.items()}
-    return Checkpoint(path, tensors, state)
+    target = None
+    if link.is_symlink() or link.is_dir():
+        target = link
+    elif link.is_file() and link.stat().st_size < 1000:
+        target = link.parent / link.read_text().strip()
+    if target is None or not target.is_dir():
+        return None
+    resolved = target.resolve()
+    return resolved if resolved.parent == link.parent.resolve() else None
 
 
-def _listed_files(path: Path) -> dict[str, Any]:
-    manifest_file = path / MANIFEST
-    if not manifest_file.is_file():
-        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}")
-    manifest = _read_json(manifest_file)
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has checkpoint format {manifest.get('format')!r}; this vit-train reads {FORMAT}"
-        )
-    files = manifest.get("files")
-    if not isinstance(files, dict) or _STATE not in files or "model.safetensors" not in files:
-        raise CheckpointError(f"{manifest_file} does not list {_STATE} and model.safetensors")
-    return files
+def restore_replaced(root: Path) -> None:
+    """Puts a checkpoint back that was moved aside for a new one of its step which never came."""
+    for aside in root.glob(f"{_PARTIAL}replaced_step_*"):
+        target = root / aside.name.removeprefix(f"{_PARTIAL}replaced_").rpartition("_")[0]
+        if not target.exists():
+            aside.rename(target)
 
 
-def _verified(path: Path, entry: Any) -> bytes:
-    if not path.is_file() or path.is_symlink():
-        raise CheckpointError(f"{path} is missing")
-    if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
-        raise CheckpointError(f"{path} is damaged: its size is {path.stat().st_size} bytes, not as recorded")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the recorded one")
-    return data
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return _parse_json(path.read_bytes(), path)
-
-
-def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: expected an object")
-    return value
-
-
-def newest_valid(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+def newest_valid(run_dir: Path, fits: Fits | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of a run that verifies, and a line about each newer one that does not."""
     problems: list[str] = []
     restore_replaced(run_dir / "checkpoints")
     for path in checkpoint_directories(run_dir / "checkpoints"):
         try:
-            return load(path), problems
+            return load(path, fits), problems
         except (CheckpointError, OSError) as error:
             problems.append(str(error))
     return None, problems
 
 
-def restore_replaced(root: Path) -> None:
-    """Puts a checkpoint back that was moved aside for a new one of its step which never came."""
-    for aside in root.glob(".partial_replaced_step_*"):
-        target = root / aside.name.removeprefix(".partial_replaced_").rpartition("_")[0]
-        if not target.exists():
-            aside.rename(target)
-
-
-def load_run(run: Path) -> tuple[Checkpoint, list[str]]:
+def load_run(run: Path, fits: Fits | None = None) -> tuple[Checkpoint, list[str]]:
     """The checkpoint a RUN argument means: itself, or of a run directory its best one, else its last.
 
     Returns:
@@ -286,8 +279,8 @@ def load_run(run: Path) -> tuple[Checkpoint, list[str]]:
         CheckpointError: there is none, or none that verifies.
     """
     root = run / "checkpoints"
-    if (run / MANIFEST).is_file() or run.parent.name == "checkpoints":
-        return load(run), []
+    if (run / MANIFEST).is_file() or run.absolute().parent.name == "checkpoints":
+        return load(run, fits), []
     linked = [resolve_link(root / link) for link in ("best", "last")]
     candidates = list(
         dict.fromkeys([*filter(None, linked), *(p.resolve() for p in checkpoint_directories(root))])
@@ -295,7 +288,7 @@ def load_run(run: Path) -> tuple[Checkpoint, list[str]]:
     problems: list[str] = []
     for path in candidates:
         try:
-            return load(path), problems
+            return load(path, fits), problems
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -304,67 +297,168 @@ def load_run(run: Path) -> tuple[Checkpoint, list[str]]:
     raise CheckpointError(f"{run} {missing}; give a run directory or a checkpoint directory")
 
 
-# ------------------------------------------------------------------------------------------- resuming
-# How a key of the configuration may differ between a run and its continuation. A prefix covers what is
-# below it; whatever is not listed is identity: it must be equal.
-_FREE = (
-    "run_dir",
-    "resume",
-    "name",
-    "tracker",
-    "data.root",  # a moved folder is still the same data: the fingerprint says so
-    "data.num_workers",
-    "trainer.stop_at_step",
-    "trainer.stop_after_minutes",
-    "trainer.save_every_steps",
-    "trainer.save_every_epochs",
-    "trainer.keep_checkpoints",
-)
-_GROWABLE = ("trainer.epochs", "trainer.max_steps")
-_HARDWARE = ("strategy",)
-_CADENCE = ("trainer.eval_every_epochs",)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How the configuration of a continuation differs from that of the run."""
-
-    identity: list[str]
-    grown: list[str]
-    hardware: list[str]
-
-
-def compare(stored: Mapping[str, Any], new: Mapping[str, Any], *, cadence_matters: bool) -> Comparison:
-    """Sorts every difference by what it means for an exact continuation.
+# ------------------------------------------------------------------------------------------------ reading
+def load(path: Path, fits: Fits | None = None) -> Checkpoint:
+    """Reads and verifies one checkpoint directory.
 
     Args:
-        stored: resolved configuration of the run.
-        new: resolved configuration of its continuation.
-        cadence_matters: whether the schedule or early stopping listens to the evaluations.
+        path: the directory.
+        fits: gets path, contents of state.json and the shape of each tensor (`model/...`) before any tensor
+            is read, and raises CheckpointError where they are not what is wanted.
 
-    Returns:
-        One line `key: stored -> new` for each key that differs and is not free.
+    Raises:
+        CheckpointError: the directory is missing, incomplete, damaged or does not fit; the message says
+            which file and how.
     """
-    free = _FREE if cadence_matters else _FREE + _CADENCE
-    before, after = _flat(stored), _flat(new)
-    lines: dict[str, list[str]] = {"identity": [], "grown": [], "hardware": []}
-    for key in sorted({*before, *after}):
-        old, now = before.get(key, "(absent)"), after.get(key, "(absent)")
-        if old == now or _covered(key, free):
-            continue
-        kind = "grown" if key in _GROWABLE else "hardware" if _covered(key, _HARDWARE) else "identity"
-        lines[kind].append(f"{key}: {old} -> {now}")
-    return Comparison(**lines)
+    import safetensors.torch
+
+    if path.is_symlink() and resolve_link(path) is None:
+        raise CheckpointError(f"{path} is a link that leads out of its folder; it is not followed")
+    files = _listed_files(path)
+    kinds = {name: name.removesuffix(".safetensors") for name in sorted(files) if name != _STATE}
+    state = _parse_json(_verified(path / _STATE, files[_STATE]), path / _STATE)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, kind in kinds.items():
+        _check_size(path / name, files[name])
+        shapes |= {f"{kind}/{key}": shape for key, shape in _read_header(path / name).items()}
+    if fits is not None:
+        fits(path, state, shapes)
+    tensors: dict[str, Tensor] = {}
+    for name, kind in kinds.items():
+        data = _verified(path / name, files[name])
+        try:
+            part = safetensors.torch.load(data)
+        except Exception as error:  # safetensors raises its own, undocumented types
+            raise CheckpointError(f"{path / name} is not a safetensors file: {error}") from error
+        tensors |= {f"{kind}/{key}": tensor for key, tensor in part.items()}
+    return Checkpoint(path, tensors, state)
 
 
-def _covered(key: str, prefixes: tuple[str, ...]) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+def check_shapes(path: Path, shapes: Shapes, model: nn.Module, *, ema: bool | None = None) -> None:
+    """Compares what a checkpoint says it holds with a model, which may be on the meta device.
+
+    Args:
+        path: for the message.
+        shapes: of its tensors, named `model/...`, `ema/...`, `optimizer/<parameter>/<slot>`.
+        model: what they are for.
+        ema: whether there must be averaged weights; None takes them or leaves them.
+
+    Raises:
+        CheckpointError: a tensor is missing, is of no use here, or has another shape.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    has_ema = any(name.startswith("ema/") for name in shapes) if ema is None else ema
+    kinds = ("model", "ema") if has_ema else ("model",)
+    expected = {f"{kind}/{name}": shape for kind in kinds for name, shape in own.items()}
+    given = {name: shape for name, shape in shapes.items() if not name.startswith("optimizer/")}
+    for name in sorted({*expected, *given}):
+        wanted, got = expected.get(name), given.get(name)
+        if wanted != got:
+            said = "absent" if got is None else f"{got}"
+            needed = "has no such tensor" if wanted is None else f"needs {wanted}"
+            raise CheckpointError(f"{path} does not fit: {name} is {said}, the model {needed}")
+    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    for name, shape in shapes.items():
+        if name.startswith("optimizer/"):
+            owner = name.removeprefix("optimizer/").rpartition("/")[0]
+            if owner not in parameters or math.prod(shape) > max(1, parameters[owner]):
+                raise CheckpointError(f"{path} does not fit: {name} with shape {shape} has no place here")
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, Mapping) and tree:
-        flat: dict[str, Any] = {}
-        for name, value in tree.items():
-            flat |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
-        return flat
-    return {prefix: list(tree) if isinstance(tree, tuple) else tree}
+def _listed_files(path: Path) -> dict[str, Any]:
+    manifest_file = path / MANIFEST
+    if not manifest_file.is_file():
+        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}")
+    manifest = _parse_json(_read(manifest_file, _MAX_JSON_BYTES), manifest_file)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {manifest.get('format')!r}; this vit-train reads {FORMAT}"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or _STATE not in files or "model.safetensors" not in files:
+        raise CheckpointError(f"{manifest_file} does not list {_STATE} and model.safetensors")
+    known = {f"{kind}.safetensors" for kind in _KINDS} | {_STATE}
+    for name in sorted(files):
+        if name not in known:
+            raise CheckpointError(f"{manifest_file} lists {name!r}, which is not part of a checkpoint")
+    return files
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """The bytes of a plain file. Links are not followed: they could lead anywhere."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        reason = "it is a link" if path.is_symlink() else error.strerror
+        raise CheckpointError(f"{path} cannot be read: {reason}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise CheckpointError(f"{path} is not a plain file")
+        if about.st_size > limit:
+            raise CheckpointError(f"{path} is damaged: {about.st_size} bytes are more than it can have")
+        return file.read()
+
+
+def _check_size(path: Path, entry: Any) -> int:
+    """The recorded size, which is also the size on disk."""
+    wanted = entry.get("bytes") if isinstance(entry, dict) else None
+    try:
+        size = path.lstat().st_size
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    if path.is_symlink():
+        raise CheckpointError(f"{path} cannot be read: it is a link")
+    if type(wanted) is not int or size != wanted:
+        raise CheckpointError(f"{path} is damaged: its size is {size} bytes, not as recorded")
+    return wanted
+
+
+def _verified(path: Path, entry: Any) -> bytes:
+    size = _check_size(path, entry)
+    data = _read(path, _MAX_JSON_BYTES if path.name == _STATE else size)
+    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the recorded one")
+    return data
+
+
+def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a safetensors file, of which only the header is read.
+
+    The format: 8 bytes with the length of a JSON header, the header, then the tensors side by side.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(f"{path} is not a safetensors file: its header is longer than the file")
+        header = _parse_json(file.read(length), path)
+    header.pop("__metadata__", None)
+    shapes, end = {}, 0
+    try:
+        for name, entry in header.items():
+            shape = tuple(entry["shape"])
+            begin, stop = entry["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)):
+                raise TypeError(name)
+            shapes[name], end = shape, max(end, stop)
+            # an element has at most 8 bytes and at least a half: a shape that says more is a lie
+            if not stop - begin <= 8 * math.prod(shape) <= 16 * (stop - begin):
+                raise ValueError(name)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not consistent") from error
+    if end != size - 8 - length:
+        raise CheckpointError(f"{path} is not a safetensors file: its header does not describe its contents")
+    return shapes
+
+
+def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: expected an object")
+    return value

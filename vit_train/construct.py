@@ -30,6 +30,7 @@ TARGET, PARTIAL = "_target_", "_partial_"
 # Whole numbers with a bound, for constructors whose arguments users type
 Positive = Annotated[int, Strict(), Ge(1)]
 NotNegative = Annotated[int, Strict(), Ge(0)]
+TwoOrMore = Annotated[int, Strict(), Ge(2)]
 PositiveFloat = Annotated[float, Strict(), Gt(0)]
 NotNegativeFloat = Annotated[float, Strict(), Ge(0)]
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY

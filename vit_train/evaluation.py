@@ -6,6 +6,7 @@ sample counts once whatever the batch size and number of ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -40,15 +41,40 @@ class Evaluation:
     images: int
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """`<prefix>/loss`, `<prefix>/top1` and, where it means something, `<prefix>/top5`."""
-        values = {f"{prefix}/loss": self.loss, f"{prefix}/top1": self.top1}
-        return values if self.top5 is None else {**values, f"{prefix}/top5": self.top5}
+        """`<prefix>/loss`, `<prefix>/top1` and, where it means something, `<prefix>/top5`; only finite ones.
+
+        JSON has no NaN, and a schedule or a search for the best epoch can make nothing of it.
+        """
+        values = {f"{prefix}/loss": self.loss, f"{prefix}/top1": self.top1, f"{prefix}/top5": self.top5}
+        return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
     def per_class(self) -> list[float | None]:
         """Fraction of each class's images that were recognised (recall); None where there was no image."""
         totals = self.confusion.sum(1).tolist()
         hits = self.confusion.diagonal().tolist()
         return [hit / total if total else None for hit, total in zip(hits, totals)]
+
+
+def means(prefix: str, sums: Tensor, num_classes: int) -> dict[str, float]:
+    """`<prefix>/loss`, `<prefix>/top1` and, where it means something, `<prefix>/top5`; only finite ones.
+
+    Args:
+        prefix: the split.
+        sums: loss, top-1 hits, top-5 hits, images.
+        num_classes: K.
+    """
+    loss, top1, top5, images = sums.tolist()
+    images = images or math.nan  # of an epoch whose every step was left out
+    values = {"loss": loss / images, "top1": top1 / images}
+    if num_classes > TOP_K:
+        values["top5"] = top5 / images
+    return {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
+
+
+def wide(device: torch.device, values: list[float]) -> Tensor:
+    """Sums in float64, which JSON keeps exactly; in float32 on mps, which has no float64."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 def hits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -99,8 +125,7 @@ def evaluate(
     """
     device = strategy.device
     forward = strategy.wrap(model)
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    sums = torch.zeros(4, dtype=wide, device=device)  # loss, top-1 hits, top-5 hits, images
+    sums = wide(device, [0.0] * 4)  # loss, top-1 hits, top-5 hits, images
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
@@ -119,6 +144,8 @@ def evaluate(
             sums[3] += len(targets)
             cells = targets * num_classes + logits.argmax(1)
             confusion += torch.bincount(cells, minlength=num_classes * num_classes)
+        if should_stop():  # a loader that waited for its workers may have ended early
+            return None
     finally:
         model.train(was_training)
     loss, top1, top5, images_seen = strategy.sum(sums).tolist()

@@ -7,7 +7,6 @@ non-finite flag, so every rank takes the same branch at the same step.
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from dataclasses import dataclass
@@ -17,10 +16,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vit_train.errors import NonFiniteError
 from vit_train.strategy import SingleDevice
 
-MAX_SKIPPED_IN_A_ROW = 20  # by loss scaling, which needs a handful of steps to find its scale
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
@@ -41,22 +38,14 @@ class Answer:
     stop: Stop | None
 
 
-class Guard:
-    """Context manager that owns the signal handlers while a run lasts.
+class Signals:
+    """Context manager that owns the signal handlers: from before a run is built until it has said goodbye.
 
-    Args:
-        strategy: reduces the flags over ranks.
-        stop_at_step: stop once this many steps are done.
-        stop_after_minutes: stop once this much wall time has passed since the run started.
+    The first signal sets a flag, which the loop answers at the end of a step; a second one ends the process
+    at once, as it would without handlers.
     """
 
-    def __init__(
-        self, strategy: SingleDevice, *, stop_at_step: int | None, stop_after_minutes: float | None
-    ) -> None:
-        self.strategy = strategy
-        self.stop_at_step = stop_at_step
-        self.deadline = None if stop_after_minutes is None else time.monotonic() + 60 * stop_after_minutes
-        self.minutes = stop_after_minutes
+    def __init__(self) -> None:
         self.signum = 0
         self._previous: dict[int, Any] = {}
 
@@ -73,13 +62,39 @@ class Guard:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def arrived(self) -> bool:
+        """Whether a signal has arrived, without asking other ranks or the device."""
+        return bool(self.signum)
+
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """The first signal sets a flag; a second one ends the process at once."""
         del frame
         if self.signum:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         self.signum = signum
+
+
+class Guard:
+    """Answers once a step, on all ranks alike.
+
+    Args:
+        strategy: reduces the flags over ranks.
+        signals: what has arrived at this process.
+        stop_at_step: stop once this many steps are done.
+        stop_after_minutes: stop once this much wall time has passed since the guard was made.
+    """
+
+    def __init__(
+        self,
+        strategy: SingleDevice,
+        signals: Signals,
+        stop_at_step: int | None = None,
+        stop_after_minutes: float | None = None,
+    ) -> None:
+        self.strategy, self.signals = strategy, signals
+        self.stop_at_step = stop_at_step
+        self.deadline = None if stop_after_minutes is None else time.monotonic() + 60 * stop_after_minutes
+        self.minutes = stop_after_minutes
 
     def answer(self, nonfinite: Tensor, *, step: int, skipped: Tensor | None = None) -> Answer:
         """The one host read of a step.
@@ -91,14 +106,23 @@ class Guard:
         """
         skipped = torch.zeros_like(nonfinite) if skipped is None else skipped
         late = self.deadline is not None and time.monotonic() >= self.deadline
-        asked = torch.full((), 2.0 * self.signum + float(late), device=nonfinite.device)
+        asked = torch.full((), 2.0 * self.signals.signum + float(late), device=nonfinite.device)
         flags = torch.stack((nonfinite.float(), skipped.float(), asked))
         bad, left_out, code = self.strategy.max(flags).tolist()
         return Answer(bool(bad), bool(left_out), self._stop(int(code), step))
 
-    def signalled(self) -> bool:
-        """Whether a signal has arrived, without asking other ranks or the device."""
-        return bool(self.signum)
+    def asked(self, step: int) -> Stop | None:
+        """Whether to stop where no step is being made.
+
+        Args:
+            step: number of steps done.
+        """
+        fine = torch.zeros((), dtype=torch.bool, device=self.strategy.device)
+        return self.answer(fine, step=step).stop
+
+    def stop_waiting(self) -> bool:
+        """Whether to stop waiting for a batch. One process of several cannot decide that alone."""
+        return self.strategy.world_size == 1 and self.signals.arrived()
 
     def _stop(self, code: int, step: int) -> Stop | None:
         signum, late = divmod(code, 2)
@@ -109,20 +133,3 @@ class Guard:
         if self.stop_at_step is not None and step >= self.stop_at_step:
             return Stop(f"stopped at step {step} (trainer.stop_at_step)")
         return None
-
-
-def nonfinite_error(step: int, loss: float, norm: float, files: list[str]) -> NonFiniteError:
-    """The error of a step whose loss or gradient is NaN or infinite.
-
-    Args:
-        step: its number, from 1.
-        loss: mean loss of the batch.
-        norm: total gradient norm.
-        files: where the samples of the batch come from.
-    """
-    what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-    shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-    return NonFiniteError(
-        f"{what} at step {step}; the update was not made. Try a lower optimizer.lr, "
-        f"trainer.grad_clip_norm=1 or trainer.precision=fp32. The batch held {shown}"
-    )

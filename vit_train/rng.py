@@ -8,6 +8,7 @@ ahead costs nothing. This module is the only place that touches a global generat
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 
 import numpy as np
@@ -46,3 +47,15 @@ def seed_device(device: torch.device, *parts: int | str) -> None:
     if device.type != "cpu":
         module = torch.get_device_module(device)
         getattr(module, "manual_seed_all", module.manual_seed)(seed)  # mps has one device and no _all
+
+
+def use_deterministic_operators(only: bool) -> None:
+    """Makes an operator that has no deterministic implementation an error, or allows all of them again.
+
+    Called before the first matrix product on a GPU: cuBLAS reads its workspace setting once
+    (https://docs.nvidia.com/cuda/cublas, "Results reproducibility").
+    """
+    if only:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(only)
+    torch.backends.cudnn.benchmark = False

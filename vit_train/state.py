@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vit_train.checkpoint import Checkpointer
 from vit_train.data import Batch, DataModule
+from vit_train.guard import Signals
 from vit_train.optim import Schedule
 from vit_train.strategy import SingleDevice
 from vit_train.tracker import NullTracker
@@ -26,6 +28,7 @@ class Parts:
         make_optimizer: model -> optimizer.
         make_schedule: (steps per epoch, total steps) -> schedule.
         train_transform, eval_transform: (uint8 batch, epoch, step) -> (float images, targets), on the device.
+        signals: what has arrived at this process.
         about: plain data stored with every checkpoint beside the state: configuration, class names ...
     """
 
@@ -39,6 +42,7 @@ class Parts:
     strategy: SingleDevice
     tracker: NullTracker
     checkpointer: Checkpointer
+    signals: Signals
     seed: int
     about: dict[str, Any]
 
@@ -48,24 +52,46 @@ class TrainState:
     """Where a run stands: all of it but the tensors. Kept in state.json."""
 
     step: int = 0  # optimizer steps done
+    steps_per_epoch: int = 0  # what an epoch of this data has
     closed_epochs: int = 0  # epochs evaluated, observed and saved
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)  # of the open epoch: loss, hits, images
     best: dict[str, float] | None = None  # metrics of the best epoch, and which it was
     evaluations_since_best: int = 0
     stopped_early: bool = False
-    skipped_in_a_row: int = 0  # updates that loss scaling left out
+    scaled_in_a_row: int = 0  # updates that loss scaling left out
+    nonfinite_in_a_row: int = 0  # steps left out by trainer.on_nonfinite=skip
+    rollbacks: int = 0  # by trainer.on_nonfinite=rollback
+    # Step of the last save that was due, which a rollback goes to. A save that a signal or a limit asked for
+    # does not count: the interrupted run would go back to another step than the uninterrupted one.
+    anchor: int | None = None
     seconds: float = 0.0  # wall time of training and evaluation, interruptions not counted
     last: dict[str, float] = field(default_factory=dict)  # metrics of the newest closed epoch
     schedule: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The state a checkpoint holds.
+
+        Raises:
+            ValueError: a value is of another kind than it ever is.
+            TypeError: one is unknown.
+        """
+        state, usual = cls(**values), cls()
+        for field_ in fields(cls):
+            value, default = getattr(state, field_.name), getattr(usual, field_.name)
+            kinds = (int, float) if isinstance(default, float) else type(default)
+            if default is not None and (not isinstance(value, kinds) or (type(value) is int and value < 0)):
+                raise ValueError(f"{field_.name} is {value!r}")
+        return state
 
     def judge(self, metrics: dict[str, float], epoch: int) -> bool:
         """Whether these validation metrics are the best so far, and remembers them if so.
 
         By top-1, then by the lower loss: on a small split many epochs tie.
         """
-        rank = (metrics["val/top1"], -metrics["val/loss"])
-        if self.best is not None and rank <= (self.best["val/top1"], -self.best["val/loss"]):
+        rank = (metrics["val/top1"], -metrics.get("val/loss", math.inf))
+        if self.best is not None and rank <= (self.best["val/top1"], -self.best.get("val/loss", math.inf)):
             self.evaluations_since_best += 1
             return False
         self.evaluations_since_best = 0

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from vit_train import durable
 from vit_train.report import pictures
 from vit_train.report.console import Console
 from vit_train.report.history import read_events
@@ -72,6 +73,9 @@ class NullTracker:
 
     def test(self, step: int, metrics: Mapping[str, float]) -> None:
         """The closing figures."""
+
+    def say(self, text: str) -> None:
+        """A line for the user; may come from another thread."""
 
     def text(self, tag: str, content: str) -> None:
         """A text for TensorBoard."""
@@ -124,9 +128,7 @@ class Tracker(NullTracker):
         self.estimated = False
         metrics_file = self.run_dir / "metrics.jsonl"
         kept = [event for event in read_events(metrics_file) if event["step"] <= plan.first_step]
-        aside = self.run_dir / ".metrics.jsonl"
-        aside.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
-        aside.replace(metrics_file)
+        durable.replace(metrics_file, "".join(json.dumps(event) + "\n" for event in kept))
         self.file = metrics_file.open("a", encoding="utf-8")
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -170,6 +172,8 @@ class Tracker(NullTracker):
         values, lr = sums.tolist(), float(optimizer.param_groups[0]["lr"])
         now = time.perf_counter()
         loss, top1, _, count = (new - old for new, old in zip(values, self.window_sums))
+        if not count:  # every step since was left out
+            return
         rate = count / (now - self.window_time)
         self.window_sums, self.window_time = values, now
         event = {
@@ -231,6 +235,10 @@ class Tracker(NullTracker):
         """Logs the test figures."""
         self._write("test", step, metrics)
         self._scalars(step, metrics)
+
+    def say(self, text: str) -> None:
+        """Says it, and logs it in train.log."""
+        self.console.say(text)
 
     def text(self, tag: str, content: str) -> None:
         """Logs a text as a code block."""

@@ -7,6 +7,7 @@ backbones never download (the weights are in the checkpoint).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 from vit_train import checkpoint
 from vit_train.construct import is_node, make
 from vit_train.errors import CheckpointError, ConfigError
+from vit_train.resume import check_plain
 
 MODEL_CODE = ("vit_train.models", "vit_train.layers")
 Weights = Literal["auto", "raw", "ema"]
@@ -62,8 +64,44 @@ def load(run: Path, *, device: torch.device, weights: Weights = "auto") -> Train
     Raises:
         CheckpointError: none is there, it is damaged, or it names code that is not ours.
     """
-    stored, _ = checkpoint.load_run(run)
+    stored, _ = checkpoint.load_run(run, fits)
     return from_checkpoint(stored, device=device, weights=weights)
+
+
+def fits(path: Path, state: Mapping[str, Any], shapes: checkpoint.Shapes) -> None:
+    """That the tensors of a checkpoint are those of the model it describes; see `checkpoint.load`.
+
+    The model is built without memory, so neither a lying file nor a lying configuration can allocate much.
+
+    Raises:
+        CheckpointError: they are not, or the model is not one that can be built.
+    """
+    config = state.get("config")
+    if not isinstance(config, dict) or not is_node(config.get("model")):
+        raise CheckpointError(f"{path} does not describe a model")
+    check_plain(config, path)
+    node = config["model"]
+    largest = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model/"))
+    lie = _larger(node, largest)
+    if lie is not None:
+        raise CheckpointError(f"{path} does not describe its own model: {lie} in a file of {largest} weights")
+    try:
+        with torch.device("meta"):
+            model = make(without_download(node), key="model", allow=MODEL_CODE)
+    except (ConfigError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} does not describe a model that can be built: {reason}") from error
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"{path} does not describe a model, but a {type(model).__name__}")
+    checkpoint.check_shapes(path, shapes, model)
+
+
+def _larger(node: Any, limit: int) -> int | None:
+    """A number in a model's configuration above `limit`: width, depth and classes all count its weights."""
+    values = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
+    if isinstance(node, int):
+        return node if node > limit else None
+    return next((n for value in values if (n := _larger(value, limit)) is not None), None)
 
 
 def from_checkpoint(

@@ -14,17 +14,19 @@ import time
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vit_train.checkpoint import Checkpoint, load_run
-from vit_train.construct import NotNegative, NotNegativeFloat, Positive, PositiveFloat
+from vit_train.construct import NotNegative, NotNegativeFloat, Positive, PositiveFloat, TwoOrMore
 from vit_train.data import Batch
 from vit_train.ema import Ema
-from vit_train.evaluation import TOP_K, evaluate, hits
-from vit_train.guard import MAX_SKIPPED_IN_A_ROW, Guard, Stop, nonfinite_error
+from vit_train.evaluation import evaluate, hits, means, wide
+from vit_train.guard import Guard, Stop
+from vit_train.nonfinite import NonFinite, OnNonFinite
 from vit_train.optim import set_lr
 from vit_train.precision import Precision, autocast, grad_scaler
-from vit_train.rng import seed_device
+from vit_train.rng import seed_device, use_deterministic_operators
+from vit_train.saver import Saver, Snapshot
 from vit_train.state import Parts, TrainState, check_listeners
 
 
@@ -47,6 +49,11 @@ class Trainer:
         save_every_epochs: how often a checkpoint is written at the end of an epoch; the last always is.
         save_every_steps: how often one is written inside an epoch.
         keep_checkpoints: how many of the newest stay on disk beside the best.
+        async_save: checkpoints are written while training goes on.
+        on_nonfinite: abort, skip (leave the step out) or rollback (and take the last checkpoint's weights)
+            where the loss or a gradient is NaN or infinite; see nonfinite.py.
+        deterministic: an operator without a deterministic implementation is an error.
+        auto_batch: before step 1, halve the micro-batch until it fits in the device's memory.
 
     Raises:
         ValueError: two settings contradict each other, with both values.
@@ -69,15 +76,21 @@ class Trainer:
         early_stop_patience: Positive | None = None,
         save_every_epochs: Positive = 1,
         save_every_steps: Positive | None = None,
-        keep_checkpoints: Positive = 2,
+        keep_checkpoints: TwoOrMore = 2,
+        async_save: bool = True,
+        on_nonfinite: OnNonFinite = "abort",
+        deterministic: bool = False,
+        auto_batch: bool = False,  # build.py does it
     ) -> None:
         assert precision != "auto", "build.py resolves it"
+        use_deterministic_operators(deterministic)
         self.parts, self.strategy, self.tracker = parts, parts.strategy, parts.tracker
-        self.precision, self.grad_accum_steps = precision, grad_accum_steps
+        self.precision, self.grad_accum_steps, self.auto_batch = precision, grad_accum_steps, auto_batch
         self.grad_clip_norm, self.keep_checkpoints = grad_clip_norm, keep_checkpoints
         self.eval_every_epochs, self.early_stop_patience = eval_every_epochs, early_stop_patience
         self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
         self.stop_at_step, self.stop_after_minutes = stop_at_step, stop_after_minutes
+        self.saver = Saver(parts.checkpointer, background=async_save, say=lambda text: self.tracker.say(text))
 
         self.train_loader = parts.data.loader("train")
         self.steps_per_epoch = len(self.train_loader)
@@ -95,8 +108,11 @@ class Trainer:
         self.schedule = parts.make_schedule(self.steps_per_epoch, self.total_steps)
         check_listeners(self.schedule, early_stop_patience, parts.data.sizes, ema=self.ema is not None)
         self.scaler = grad_scaler(precision, device)
+        self.nonfinite = NonFinite(
+            on_nonfinite, self.strategy, self.model, self.ema, self.optimizer, self.saver, parts.data.source
+        )
         self.state = TrainState()
-        self.sums = self._wide(self.state.sums)
+        self.sums = wide(self.strategy.device, self.state.sums)
 
     # ------------------------------------------------------------------------------------------- the run
     def fit(self) -> Stop | dict[str, float]:
@@ -109,20 +125,25 @@ class Trainer:
             NonFiniteError: the loss or a gradient became NaN or infinite; nothing was updated.
             SaveError: a checkpoint could not be written.
         """
-        limits = {"stop_at_step": self.stop_at_step, "stop_after_minutes": self.stop_after_minutes}
-        with Guard(self.strategy, **limits) as self.guard:  # type: ignore[arg-type]
-            self.resumed_at, self.started = self.state.seconds, time.monotonic()
-            stop = self._asked_to_stop()
-            if stop is not None:  # before the first step, or a limit that was reached already
-                if self.state.step == 0:
-                    self.save(best=False)
-                return stop
-            while self.state.closed_epochs < self.total_epochs and not self.state.stopped_early:
-                epoch = self.state.closed_epochs
-                stop = self.train_epoch(epoch) or self.close_epoch(epoch)
-                if stop is not None:
-                    return stop
-            return self.test()
+        self.guard = Guard(self.strategy, self.parts.signals, self.stop_at_step, self.stop_after_minutes)
+        self.train_loader.should_stop = self.guard.stop_waiting
+        self.started = time.monotonic() - self.state.seconds
+        try:
+            stop = self.train()
+            self.saver.finish()
+            return stop or self.test()
+        finally:
+            self.saver.close()
+
+    def train(self) -> Stop | None:
+        """All epochs that are left, or those until it is asked to stop."""
+        stop = self.guard.asked(self.state.step)
+        if self.state.step == 0 and (stop or self.nonfinite.policy == "rollback"):
+            self.save(best=False)  # so that there is something to continue from, or to go back to
+        while not stop and self.state.closed_epochs < self.total_epochs and not self.state.stopped_early:
+            epoch = self.state.closed_epochs
+            stop = self.train_epoch(epoch) or self.close_epoch(epoch)
+        return stop
 
     def train_epoch(self, epoch: int) -> Stop | None:
         """The remaining steps of one epoch; saves and returns the reason where it was asked to stop."""
@@ -138,11 +159,12 @@ class Trainer:
             if self.state.step == last:
                 return None  # close_epoch asks again
             if stop is not None:
-                self.save(best=False)
+                self.save(best=False, due=False)
                 return stop
             if self.save_every_steps and self.state.step % self.save_every_steps == 0:
                 self.save(best=False)
-        raise AssertionError(f"the loader ended at step {self.state.step} instead of {last}")
+        self.save(best=False, due=False)
+        return self.guard.asked(self.state.step)  # the loader ends early for nothing else
 
     def train_step(self, batch: Batch, epoch: int) -> Stop | None:
         """One optimizer step on one batch, however many micro-batches it is cut into."""
@@ -152,6 +174,7 @@ class Trainer:
         if step == 0:
             self.tracker.first_batch(self.model, images, targets)
         sums = torch.zeros_like(self.sums)
+        self.nonfinite.before_step()
         pieces = min(self.grad_accum_steps, len(images))  # a tiny set may be one batch smaller than that
         micro_batches = list(zip(images.tensor_split(pieces), targets.tensor_split(pieces)))
         for i, (x, y) in enumerate(micro_batches):
@@ -173,46 +196,44 @@ class Trainer:
         answer = self.guard.answer(
             ~sums[0].isfinite() | (infinite & ~skipped), skipped=skipped, step=step + 1
         )
-        self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if answer.skipped else 0
-        if answer.nonfinite or self.state.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-            files = [self.parts.data.source("train", int(index)) for index in batch.index]
-            raise nonfinite_error(step + 1, float(sums[0]) / len(images), float(self.norm), files)
-        self.scaler.step(self.optimizer)
+        self.state.step += 1
+        if answer.nonfinite or answer.skipped:
+            loss_seen, scaling = float(sums[0]) / len(images), not answer.nonfinite
+            self.nonfinite.bad_step(self.state, batch, loss_seen, float(self.norm), scaling=scaling)
+        else:
+            self.nonfinite.good_step(self.state)
+            self.scaler.step(self.optimizer)
+            if self.ema is not None:
+                self.ema.update(self.model, step)
+            self.sums += sums
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(self.model, step)
-        self.sums += sums
-        self.state.step += 1
         return answer.stop
 
     def close_epoch(self, epoch: int) -> Stop | None:
         """Evaluates, lets schedule and early stopping see it, saves; the run may then be at its end."""
         state, last_epoch = self.state, epoch + 1 == self.total_epochs
-        loss, top1, top5, images = self.strategy.sum(self.sums).tolist()
-        metrics = {"train/loss": loss / images, "train/top1": top1 / images}
-        if self.parts.data.num_classes > TOP_K:
-            metrics["train/top5"] = top5 / images
+        self.nonfinite.check(self.state)
+        metrics = means("train", self.strategy.sum(self.sums), self.parts.data.num_classes)
         is_best = False
-        due = last_epoch or (epoch + 1) % self.eval_every_epochs == 0
-        if due and self.parts.data.sizes["val"]:
+        if (last_epoch or (epoch + 1) % self.eval_every_epochs == 0) and self.parts.data.sizes["val"]:
             measured = self.evaluate_split("val")
             if measured is None:  # asked to stop: evaluated again by the continuation
-                self.save(best=False)
-                return self._asked_to_stop()
+                self.save(best=False, due=False)
+                return self.guard.asked(self.state.step)
             metrics |= measured
             is_best = state.judge(metrics, epoch)
         if self.schedule.monitor in metrics:
             self.schedule.observe(metrics)
         state.last, state.sums, state.closed_epochs = metrics, [0.0] * 4, epoch + 1
-        self.sums = self._wide(state.sums)
-        patience = self.early_stop_patience
-        state.stopped_early = patience is not None and state.evaluations_since_best >= patience
+        self.sums = wide(self.strategy.device, state.sums)
+        state.stopped_early = state.evaluations_since_best >= (self.early_stop_patience or math.inf)
         ending = last_epoch or state.stopped_early
-        stop = None if ending else self._asked_to_stop()
+        stop = None if ending else self.guard.asked(self.state.step)
         self.tracker.after_epoch(state.step, epoch, metrics)
-        if ending or stop or is_best or (epoch + 1) % self.save_every_epochs == 0:
-            self.save(best=is_best or not self.parts.data.sizes["val"])
+        due = ending or is_best or (epoch + 1) % self.save_every_epochs == 0
+        if due or stop:
+            self.save(best=is_best or not self.parts.data.sizes["val"], due=due)
         return stop
 
     def test(self) -> Stop | dict[str, float]:
@@ -223,7 +244,7 @@ class Trainer:
         self.strategy.restore(best.tensors, self.model, self.ema, None)
         metrics = self.evaluate_split("test")
         # stopped by a signal: everything was saved before, the continuation tests again
-        return self._asked_to_stop() or {} if metrics is None else metrics
+        return self.guard.asked(self.state.step) or {} if metrics is None else metrics
 
     # --------------------------------------------------------------------------------------- the services
     def evaluate_split(self, split: Literal["val", "test"]) -> dict[str, float] | None:
@@ -244,25 +265,24 @@ class Trainer:
                 strategy=self.strategy,
                 precision=self.precision,
                 num_classes=self.parts.data.num_classes,
-                should_stop=self.guard.signalled,
+                should_stop=self.parts.signals.arrived,
             )
             if result is None:
                 return None
             metrics |= result.metrics(prefix)
         return metrics
 
-    def save(self, *, best: bool) -> None:
-        """Writes a checkpoint of this very moment."""
+    def save(self, *, best: bool, due: bool = True) -> None:
+        """Hands a snapshot of this very moment to the saver; `due` unless an interruption asked for it."""
+        self.nonfinite.check(self.state)
         state = self.state
-        state.sums, state.seconds = self.sums.tolist(), self.seconds
+        state.anchor, state.steps_per_epoch = state.step if due else state.anchor, self.steps_per_epoch
+        state.sums, state.seconds = self.sums.tolist(), time.monotonic() - self.started
         state.schedule, state.scaler = self.schedule.state_dict(), self.scaler.state_dict()
+        self.tracker.flush()  # what is logged up to here is on disk before the step counts as done
         tensors = self.strategy.snapshot(self.model, self.ema, self.optimizer)
         about = {**self.parts.about, "train": dataclasses.asdict(state)}
-        if tensors:
-            self.parts.checkpointer.save(
-                tensors, about, step=state.step, best=best, keep=self.keep_checkpoints
-            )
-        self.tracker.flush()
+        self.saver.save(Snapshot(tensors, about, state.step, best, self.keep_checkpoints, state.anchor))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint instead of from the start.
@@ -271,25 +291,10 @@ class Trainer:
             RuntimeError, ValueError, TypeError: it does not fit this model or this version.
         """
         self.strategy.restore(checkpoint.tensors, self.model, self.ema, self.optimizer)
-        self.state = TrainState(**checkpoint.state["train"])
+        self.state = TrainState.from_json(checkpoint.state["train"])
         # an epoch that trainer.max_steps cut short was closed; with a larger budget it is open again
         if self.state.step < self.total_steps:
             self.state.closed_epochs = min(self.state.closed_epochs, self.state.step // self.steps_per_epoch)
-        self.sums = self._wide(self.state.sums)
+        self.sums = wide(self.strategy.device, self.state.sums)
         self.schedule.load_state_dict(self.state.schedule)
         self.scaler.load_state_dict(self.state.scaler)
-
-    def _asked_to_stop(self) -> Stop | None:
-        fine = torch.zeros((), dtype=torch.bool, device=self.strategy.device)
-        return self.guard.answer(fine, step=self.state.step).stop
-
-    def _wide(self, values: list[float]) -> Tensor:
-        """Sums in float64, which JSON keeps exactly; in float32 on mps, which has no float64."""
-        device = self.strategy.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        return torch.tensor(values, device=device, dtype=dtype)
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of the run so far, interruptions not counted."""
-        return self.resumed_at + time.monotonic() - self.started

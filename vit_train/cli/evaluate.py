@@ -40,14 +40,13 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         CheckpointError, ConfigError, DataError: see the messages.
     """
-    from vit_train import checkpoint
+    from vit_train import checkpoint, durable
     from vit_train.report.console import Console
     from vit_train.report.evaluated import evaluation_json, evaluation_tables
-    from vit_train.report.record import write_text
-    from vit_train.trained import from_checkpoint, stored_config
+    from vit_train.trained import fits, from_checkpoint, stored_config
 
     run = Path(arguments.run)
-    stored, problems = checkpoint.load_run(run)
+    stored, problems = checkpoint.load_run(run, fits)
     for problem in problems:
         print(f"vit-eval: skipped: {problem}", file=sys.stderr)
     config = with_overrides(stored_config(stored), arguments.overrides)
@@ -69,7 +68,7 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
     target = Path(arguments.json) if arguments.json else run / f"eval_{split}.json" if is_run else None
     if target is not None:
         try:
-            write_text(target, json.dumps(result, indent=1, ensure_ascii=False))
+            durable.replace(target, json.dumps(result, indent=1, ensure_ascii=False))
         except OSError as error:
             raise ConfigError(f"--json {target} cannot be written: {error.strerror or error}") from error
         console.say(f"report  {target}")

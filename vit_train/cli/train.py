@@ -19,8 +19,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from vit_train import durable
 from vit_train.build import Launch, Run, build_run, config_dir
-from vit_train.errors import Interrupted, OutOfMemoryError, SaveError, VitTrainError, suggest
+from vit_train.errors import ConfigError, Interrupted, OutOfMemoryError, SaveError, VitTrainError, suggest
 
 if TYPE_CHECKING:
     from vit_train.guard import Stop
@@ -73,11 +74,14 @@ def main() -> None:
 
 def train(cfg: DictConfig) -> float | None:
     """One job: what Hydra calls with the composed configuration. Returns the best validation top-1."""
-    built = build_run(cfg, _launch())
-    if isinstance(built, Path):
-        print(f"{built} is finished: nothing to do. Its figures:  vit-eval {built}")
-        return None
-    result = execute(built)
+    from vit_train.guard import Signals
+
+    with Signals() as signals:
+        built = build_run(cfg, _launch(), signals)
+        if isinstance(built, Path):
+            print(f"{built} is finished: nothing to do. Its figures:  vit-eval {built}")
+            return None
+        result = execute(built)
     return None if result is None else result["best/val/top1"]
 
 
@@ -112,30 +116,43 @@ def execute(run: Run) -> dict[str, Any] | None:
     import torch
     import yaml
 
-    from vit_train.data.loaders import worker_lost
     from vit_train.guard import Stop
-    from vit_train.report.record import open_run_dir, write_facts
+    from vit_train.memory import advice
+    from vit_train.report.record import driver_version, open_run_dir, write_facts
     from vit_train.report.summary import summary
 
     trainer, run_dir = run.trainer, run.run_dir
-    data, device = trainer.parts.data, trainer.strategy.describe()
-    open_run_dir(run_dir, run.config)
-    run.console.log_to(run_dir / "train.log")
-    trainer.parts.checkpointer.remove_partial()
-    write_facts(run_dir, device=device, fingerprint=data.fingerprint(), threads=torch.get_num_threads())
-    run.console.say(summary(run))
-    trainer.tracker.start(_plan(run))
-    trainer.tracker.text("config", yaml.safe_dump(run.config, sort_keys=False))
+    data, strategy = trainer.parts.data, trainer.strategy
     try:
+        open_run_dir(run_dir, run.config)
+        run.console.log_to(run_dir / "train.log")
+        trainer.parts.checkpointer.remove_partial()
+        trainer.saver.check_space(trainer.model, trainer.ema)
+        write_facts(
+            run_dir,
+            config=run.config,
+            device=strategy.describe(),
+            driver=driver_version(),
+            fingerprint=trainer.parts.about["dataset_fingerprint"],
+            world_size=strategy.world_size,
+        )
+        run.console.say(summary(run))
+        trainer.tracker.start(_plan(run))
+        trainer.tracker.text("config", yaml.safe_dump(run.config, sort_keys=False))
         outcome = trainer.fit()
         return _stopped(run, outcome) if isinstance(outcome, Stop) else _finish(run, outcome)
     except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(_memory_advice(run, error)) from error
+        model = type(trainer.model).__name__
+        raise OutOfMemoryError(advice(run.config, model, strategy.device, error)) from error
     except (RuntimeError, EOFError, ConnectionError) as error:
-        lost = worker_lost(error)  # torch raises it wherever the main thread happens to be
-        if lost is None:
-            raise
-        raise lost from error
+        lost = data.worker_lost(error)  # torch raises it wherever the main thread happens to be
+        if lost is not None:
+            raise lost from error
+        if "does not have a deterministic implementation" in str(error):
+            raise ConfigError(
+                f"trainer.deterministic=true: {str(error).split(', but you set')[0]}"
+            ) from error
+        raise
     except VitTrainError as error:
         if not isinstance(error, Interrupted):
             run.console.log(f"error: {error}")
@@ -182,7 +199,7 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     import json
 
     from vit_train.report.pictures import sheet_of_predictions
-    from vit_train.report.record import closing_figures, write_text
+    from vit_train.report.record import closing_figures
     from vit_train.report.summary import closing_table, hyperparameters
 
     trainer, run_dir = run.trainer, run.run_dir
@@ -198,7 +215,7 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     trainer.tracker.picture("predictions", lambda: sheet_of_predictions(trainer), step)
     final = {k: v for k, v in result.items() if isinstance(v, float) and "/top1" in k}
     trainer.tracker.hparams(hyperparameters(run.config), final)
-    write_text(run_dir / "result.json", json.dumps(result, indent=1))
+    durable.replace(run_dir / "result.json", json.dumps(result, indent=1))
     run.console.say(closing_table(result))
     by_steps = run.config["trainer"]["max_steps"] is not None
     longer = f"trainer.max_steps={2 * step}" if by_steps else f"trainer.epochs={2 * trainer.total_epochs}"
@@ -217,16 +234,6 @@ def _resume(run_dir: Path) -> str:
     if not re.fullmatch(r"[\w./:@%+-]+", text):
         text = "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return shlex.quote(f"resume={text}")
-
-
-def _memory_advice(run: Run, error: Exception) -> str:
-    batch = run.config["data"]["batch_size"]
-    pieces = run.config["trainer"]["grad_accum_steps"]
-    first = " ".join(str(error).split("\n")[0].split())
-    return (
-        f"out of memory with data.batch_size={batch} in {pieces} micro-batches ({first}); type a smaller "
-        f"data.batch_size, or trainer.grad_accum_steps={2 * pieces} for the same batch in half the memory"
-    )
 
 
 # ------------------------------------------------------------------------------------ what Hydra means to say

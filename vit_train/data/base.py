@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from vit_train.data.batch import Batch, Failure, collate
-from vit_train.data.loaders import EvalBatches, Loader, Samples, Source, TrainSteps
+from vit_train.data.loaders import EvalBatches, Loader, Samples, Source, TrainSteps, worker_lost
 from vit_train.data.sample_transforms import SampleTransform, plain
 from vit_train.data.splits import hold_out, keep
-from vit_train.errors import DataError
+from vit_train.errors import DataError, WorkerLostError
 
 Split: TypeAlias = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -69,6 +69,10 @@ class DataModule(Protocol):
 
     def fingerprint(self) -> str:
         """Hash of classes, splits and samples: equal for equal data."""
+        ...
+
+    def worker_lost(self, error: BaseException) -> WorkerLostError | None:
+        """The one line for an exception that means a worker process died, None for any other."""
         ...
 
     def close(self) -> None:
@@ -133,6 +137,7 @@ class ImageData(abc.ABC):
     Args:
         batch_size: images per optimizer step over all processes; evaluation uses the same.
         num_workers: worker processes per loader; None takes the CPU cores, at most the class's `max_workers`.
+        worker_timeout_seconds: a run ends when its workers bring no batch for this long.
         img_size: side in pixels; None takes what the data has.
         in_channels: 1 (grey) or 3 (RGB); images are converted.
         val_fraction: share of train held out, stratified, the same images for every seed; 0 holds out none.
@@ -161,6 +166,7 @@ class ImageData(abc.ABC):
         *,
         batch_size: int,
         num_workers: int | None,
+        worker_timeout_seconds: float,
         img_size: int | None,
         in_channels: Literal[1, 3],
         val_fraction: float,
@@ -183,6 +189,7 @@ class ImageData(abc.ABC):
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
         self.batch_size = batch_size
         self.num_workers = min(_num_cores(), self.max_workers) if num_workers is None else num_workers
+        self.worker_timeout_seconds = worker_timeout_seconds
         self.in_channels: int = in_channels
         self.val_fraction = val_fraction
         self.limit = limit
@@ -279,6 +286,11 @@ class ImageData(abc.ABC):
             source.update(digest)
         return digest.hexdigest()
 
+    def worker_lost(self, error: BaseException) -> WorkerLostError | None:
+        """See `DataModule`: names the file the worker was reading, where that is known."""
+        reading = [loader.read_by(error) for loader in self._loaders.values()]
+        return worker_lost(error, next(filter(None, reading), ""))
+
     def close(self) -> None:
         """Ends the worker processes of all loaders."""
         for loader in self._loaders.values():
@@ -342,6 +354,7 @@ class ImageData(abc.ABC):
             num_workers=self.num_workers,
             pin_memory=self._pin_memory,
             persistent=split != "test",  # test runs once: no idle workers afterwards
+            worker_timeout_seconds=self.worker_timeout_seconds,
         )
 
     def _samples(self, split: Split, *, augmented: bool) -> Samples:

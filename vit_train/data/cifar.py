@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from vit_train.construct import PositiveFloat
 from vit_train.data.base import ArraySource, Found, ImageData, Split
 from vit_train.errors import DataError
 
@@ -36,6 +37,7 @@ class Cifar10(ImageData):
         root: str = "data",
         batch_size: int = 128,
         num_workers: int | None = None,
+        worker_timeout_seconds: PositiveFloat = 600.0,
         img_size: int | None = 32,
         in_channels: Literal[1, 3] = 3,
         val_fraction: float = 0.1,
@@ -49,6 +51,7 @@ class Cifar10(ImageData):
         super().__init__(
             batch_size=batch_size,
             num_workers=num_workers,
+            worker_timeout_seconds=worker_timeout_seconds,
             img_size=img_size,
             in_channels=in_channels,
             val_fraction=val_fraction,

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
+from vit_train.construct import PositiveFloat
 from vit_train.data.base import ArraySource, Found, ImageData
 
 _NUM_TEST = 360
@@ -34,6 +35,7 @@ class Digits(ImageData):
         *,
         batch_size: int = 64,
         num_workers: int | None = None,
+        worker_timeout_seconds: PositiveFloat = 600.0,
         img_size: int | None = 8,
         in_channels: Literal[1, 3] = 1,
         val_fraction: float = 0.1,
@@ -47,6 +49,7 @@ class Digits(ImageData):
         super().__init__(
             batch_size=batch_size,
             num_workers=num_workers,
+            worker_timeout_seconds=worker_timeout_seconds,
             img_size=img_size,
             in_channels=in_channels,
             val_fraction=val_fraction,

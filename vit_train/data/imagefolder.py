@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from vit_train.construct import PositiveFloat
 from vit_train.data.base import Found, ImageData, Split
 from vit_train.data.sample_transforms import SampleTransform, plain
 from vit_train.data.splits import SPLIT_SEED
@@ -93,6 +94,7 @@ class ImageFolder(ImageData):
         root: str | None = None,
         batch_size: int = 64,
         num_workers: int | None = None,
+        worker_timeout_seconds: PositiveFloat = 600.0,
         img_size: int | None = None,
         in_channels: Literal[1, 3] = 3,
         resize: Literal["crop", "squash"] = "crop",
@@ -107,6 +109,7 @@ class ImageFolder(ImageData):
         super().__init__(
             batch_size=batch_size,
             num_workers=num_workers,
+            worker_timeout_seconds=worker_timeout_seconds,
             img_size=img_size,
             in_channels=in_channels,
             val_fraction=val_fraction,

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import sys
-from collections.abc import Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -19,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vit_train import rng
@@ -35,6 +39,9 @@ Key: TypeAlias = tuple[int, int, int]  # (epoch, index, draw)
 # entered), and glibc and CPython make their own locks usable after a fork: 100 pools forked beside threads
 # that log, hash and multiply started without a hang. On macOS the system's frameworks do not survive a fork.
 _START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+
+_POLL_SECONDS = 1  # how soon a signal is noticed while all workers are stuck
+_MAX_WORKERS = 1024
 
 
 class Source(Protocol):
@@ -87,16 +94,33 @@ class Samples(Dataset[Sample | Failure]):
         self.seed = seed
         self.mode = "L" if in_channels == 1 else "RGB"
         self.shape = (in_channels, img_size, img_size)
+        # What each worker is reading just now, or -1: names the file where one dies or hangs
+        self.reading = torch.full((_MAX_WORKERS,), -1).share_memory_()
 
     def __len__(self) -> int:
         return len(self.source.targets)
 
     def __getitem__(self, key: Key) -> Sample | Failure:
-        epoch, index, draw = key
+        index, worker = key[1], get_worker_info()
+        if worker is not None:
+            self.reading[worker.id] = index
         try:
-            image = self.source.read(index)
+            return self._sample(*key)
         except DataError as error:
             return Failure(str(error))
+        except Exception as error:  # from the transform or the source: no traceback tells which sample it was
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            reason = " ".join(str(error).split())
+            return Failure(
+                f"{self.source.name(index)} cannot be used: {type(error).__name__}: {reason} "
+                f"({Path(where.filename).name}, line {where.lineno})"
+            )
+        finally:
+            if worker is not None:
+                self.reading[worker.id] = -1
+
+    def _sample(self, epoch: int, index: int, draw: int) -> Sample:
+        image = self.source.read(index)
         if image.mode != self.mode:
             image = image.convert(self.mode)
         if self.seed is not None:
@@ -109,6 +133,12 @@ class Samples(Dataset[Sample | Failure]):
                 f"got {pixels.dtype} of shape {tuple(pixels.shape)}"
             )
         return pixels, int(self.source.targets[index]), index, draw
+
+    def being_read(self, worker: int | None = None) -> str:
+        """` while reading FILES`: what one worker, or any of them, is at just now; or nothing."""
+        numbers = self.reading.tolist() if worker is None else [int(self.reading[worker])]
+        names = [self.source.name(index) for index in numbers if index >= 0]
+        return f" while reading {', '.join(names)}" if names else ""
 
 
 class TrainSteps(Sampler[list[Key]]):
@@ -182,6 +212,10 @@ class Loader:
         num_workers: worker processes; 0 reads in this one.
         pin_memory: whether batches come in page-locked memory.
         persistent: whether the workers stay between iterations, until `close`.
+        worker_timeout_seconds: how long to wait for a batch before the workers count as lost.
+
+    Attributes:
+        should_stop: asked while waiting for a worker; iteration then ends early.
     """
 
     def __init__(
@@ -192,8 +226,11 @@ class Loader:
         num_workers: int,
         pin_memory: bool,
         persistent: bool,
+        worker_timeout_seconds: float = 600,
     ) -> None:
-        self._batches = batches
+        self.should_stop: Callable[[], bool] = lambda: False
+        self._samples, self._batches = samples, batches
+        self._timeout = worker_timeout_seconds
         self._persistent = persistent
         self._iterator: Any = None
         self._loader: DataLoader[Sample | Failure] = DataLoader(
@@ -205,6 +242,7 @@ class Loader:
             worker_init_fn=_detach_worker,
             multiprocessing_context=_START_METHOD if num_workers > 0 else None,
             persistent_workers=persistent and num_workers > 0,
+            timeout=_POLL_SECONDS if num_workers > 0 else 0,
             # The DataLoader draws a seed for its workers. Nothing uses it; keep it off the global stream.
             generator=torch.Generator(),
         )
@@ -236,23 +274,49 @@ class Loader:
         """
         try:
             self._iterator = iter(self._loader)
-            for batch in self._iterator:
+            while (batch := self._next()) is not None:
                 if isinstance(batch, Failure):
                     raise DataError(batch.line)
                 yield batch
         except (RuntimeError, EOFError, ConnectionError) as error:
             cause: Exception = error
+            reading = self.read_by(error)
             try:
                 self.close()
             except RuntimeError as late:  # the signal of a death that a broken connection told first
                 cause = late
-            lost = worker_lost(cause)
+                reading = self.read_by(late) or reading
+            lost = worker_lost(cause, reading)
             if lost is None:
                 raise
             raise lost from cause
         finally:
             if not self._persistent:
                 self.close()
+
+    def _next(self) -> Batch | Failure | None:
+        """The next batch; None at the end, or where the wait was given up because the run is to stop."""
+        since = time.monotonic()
+        while True:
+            try:
+                return next(self._iterator, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            if self.should_stop():
+                return None
+            if time.monotonic() - since >= self._timeout:
+                raise WorkerLostError(
+                    f"no data worker has answered for {self._timeout:g} s{self._samples.being_read()}; "
+                    "look at that file and its disk, or type a larger data.worker_timeout_seconds"
+                )
+
+    def read_by(self, error: BaseException) -> str:
+        """What the worker that `error` names was reading."""
+        pids = [process.pid for process in getattr(self._iterator, "_workers", [])]
+        named = [int(pid) for pid in re.findall(r"\d+", str(error).partition("\n")[0])]
+        known = [pids.index(pid) for pid in named if pid in pids]
+        return self._samples.being_read(known[0]) if known else ""
 
     def close(self) -> None:
         """Ends the workers. A later iteration starts new ones."""
@@ -262,11 +326,15 @@ class Loader:
         self._iterator = self._loader._iterator = None
 
 
-def worker_lost(error: BaseException) -> WorkerLostError | None:
+def worker_lost(error: BaseException, reading: str = "") -> WorkerLostError | None:
     """The one line for an exception that means a worker died, None for any other.
 
     torch raises it from a signal handler, so it may surface anywhere in the main thread, not only in a
     loader: whoever reports errors asks here. A batch on its way from a dying worker ends in EOFError instead.
+
+    Args:
+        error: what was raised.
+        reading: what the worker was doing, where that is known.
     """
     text = str(error)
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
@@ -275,7 +343,9 @@ def worker_lost(error: BaseException) -> WorkerLostError | None:
         reason = "a DataLoader worker died"
     else:
         return None
-    return WorkerLostError(f"{reason}: memory may have run out, type data.num_workers=0 or a smaller number")
+    return WorkerLostError(
+        f"{reason}{reading}: memory may have run out, type data.num_workers=0 or a smaller number"
+    )
 
 
 def _detach_worker(worker_id: int) -> None:  # noqa: ARG001 - the DataLoader passes it

@@ -16,16 +16,10 @@ from typing import Any
 
 import yaml
 
+from vit_train import durable
 from vit_train.errors import ConfigError
 
 _PACKAGES = ("vit-train", "torch", "torchvision", "numpy", "pillow", "safetensors", "hydra-core")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes aside, then renames."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def open_run_dir(run_dir: Path, config: Mapping[str, Any]) -> None:
@@ -36,15 +30,28 @@ def open_run_dir(run_dir: Path, config: Mapping[str, Any]) -> None:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        durable.replace(run_dir / "config.yaml", text)
         (run_dir / "result.json").unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror or error}") from error
 
 
-def write_facts(run_dir: Path, *, device: str, fingerprint: str, threads: int) -> None:
-    """run.json: what is needed to repeat the run, with a line for each time it was started."""
-    path = run_dir / "run.json"
+def write_facts(
+    run_dir: Path,
+    *,
+    config: Mapping[str, Any],
+    device: str,
+    driver: str | None,
+    fingerprint: str,
+    world_size: int,
+) -> None:
+    """run.json: what is needed to repeat the run, with a line for each time it was started.
+
+    Of the environment nothing is written: it may hold secrets.
+    """
+    import torch
+
     started: list[Any] = read_facts(run_dir).get("started", [])
     facts = {
         "started": [*started, {"time": datetime.now(UTC).isoformat(), "argv": sys.argv, "device": device}],
@@ -53,10 +60,14 @@ def write_facts(run_dir: Path, *, device: str, fingerprint: str, threads: int) -
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "device": device,
-        "threads": threads,
+        "driver": driver,
+        "threads": torch.get_num_threads(),
+        "world_size": world_size,
+        "seed": config["seed"],
         "dataset_fingerprint": fingerprint,
+        "config": config,
     }
-    write_text(path, json.dumps(facts, indent=1))
+    durable.replace(run_dir / "run.json", json.dumps(facts, indent=1))
 
 
 def read_facts(run_dir: Path) -> dict[str, Any]:
@@ -66,6 +77,21 @@ def read_facts(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
+
+
+def driver_version() -> str | None:
+    """CUDA as torch was built for it, and the driver's version; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        driver = done.stdout.split("\n")[0].strip()
+    except (OSError, subprocess.SubprocessError):
+        driver = "unknown"
+    return f"CUDA {torch.version.cuda}, driver {driver}"
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

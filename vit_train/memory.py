@@ -1,0 +1,91 @@
+"""Memory of the accelerator: what to type when it is full, and finding a micro-batch that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vit_train.errors import OutOfMemoryError
+from vit_train.precision import autocast
+
+
+def fit_micro_batch(trainer: Any, batch_size: int) -> int:
+    """Doubles the number of micro-batches until one of them, and an optimizer step, fit in memory.
+
+    The batch, and so what a step learns from, stays as large. Nothing of the trainer changes but
+    `grad_accum_steps`; weights and running statistics are put back.
+
+    Args:
+        trainer: before its first step.
+        batch_size: images per step on this device.
+
+    Returns:
+        The number of micro-batches.
+
+    Raises:
+        OutOfMemoryError: not even one image fits.
+    """
+    statistics = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    pieces = trainer.grad_accum_steps
+    try:
+        while not _fits(trainer, -(-batch_size // pieces)):
+            if pieces * 2 > batch_size or batch_size % (pieces * 2):
+                raise OutOfMemoryError(
+                    f"out of memory even with {pieces} micro-batches of {batch_size // pieces} images "
+                    f"(data.batch_size={batch_size} does not divide further): type a smaller model, "
+                    "data.img_size or data.batch_size"
+                )
+            pieces *= 2
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
+        for name, buffer in trainer.model.named_buffers():
+            buffer.copy_(statistics[name])
+    return pieces
+
+
+def _fits(trainer: Any, images: int) -> bool:
+    """One forward and backward pass, beside as much memory as the optimizer will take."""
+    data, device = trainer.parts.data, trainer.strategy.device
+    try:
+        # AdamW's two averages; after the pass is over the gradients stay as well
+        slots = [torch.empty_like(p) for p in trainer.model.parameters() if p.requires_grad for _ in range(2)]
+        x = torch.zeros(images, data.in_channels, data.img_size, data.img_size, device=device)
+        y = torch.zeros(images, dtype=torch.int64, device=device)
+        with autocast(trainer.precision, device):
+            loss, _ = trainer.objective(trainer.forward, x, y)
+        loss.backward()
+        del slots
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
+    return True
+
+
+def advice(config: Mapping[str, Any], name: str, device: torch.device, error: Exception) -> str:
+    """One line for a run that ran out of memory.
+
+    Args:
+        config: of the run.
+        name: of the model, for the message.
+        device: where it ran.
+        error: what torch said.
+    """
+    batch, pieces = config["data"]["batch_size"], config["trainer"]["grad_accum_steps"]
+    said = " ".join(str(error).split("\n")[0].split())
+    total = ""
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(device) / 2**30
+        size = torch.cuda.get_device_properties(device).total_memory / 2**30
+        total = f"; {used:.1f} of {size:.1f} GiB were in use"
+    return (
+        f"out of memory: {name} with data.batch_size={batch} in {pieces} micro-batches of {batch // pieces}"
+        f"{total} ({said}); type trainer.grad_accum_steps={_next_divisor(batch, pieces)} for the same batch "
+        "in less memory (trainer.auto_batch=true finds the number), or a smaller data.batch_size"
+    )
+
+
+def _next_divisor(batch: int, pieces: int) -> int:
+    return next((n for n in range(2 * pieces, batch) if batch % n == 0), batch)

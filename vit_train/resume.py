@@ -1,0 +1,294 @@
+"""Continuing a run: which one is meant, what it was, and what a continuation may change.
+
+A stored configuration comes from a file that someone else may have written: it is read as plain data, of a
+bounded size, without references to anything outside it. Which code it may name is decided in build.py and
+trained.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vit_train import checkpoint
+from vit_train.errors import CheckpointError, ConfigError, DataError
+
+CONFIG = "config.yaml"
+_MAX_CONFIG_BYTES = 2**20
+_MAX_CONFIG_VALUES = 100_000  # aliases let a few bytes of YAML stand for billions
+
+
+# ------------------------------------------------------------------------------------------- which run it is
+def holds_run(folder: Path) -> bool:
+    """Whether a directory is that of a run: it has a configuration, or checkpoints, which hold one."""
+    return (folder / CONFIG).is_file() or bool(checkpoint.checkpoint_directories(folder / "checkpoints"))
+
+
+def find_run(resume: str, run_dir: str | None) -> tuple[Path, Path | None]:
+    """What `resume=` means.
+
+    Args:
+        resume: a run directory, one of its checkpoints, `latest`, or `force` (the run at `run_dir`).
+        run_dir: what the command says.
+
+    Returns:
+        The run directory, and the checkpoint where one was named.
+
+    Raises:
+        CheckpointError: there is none.
+        ConfigError: `force` without `run_dir`.
+    """
+    if resume == "force":
+        if run_dir is None:
+            raise ConfigError("resume=force needs the run: type resume=force run_dir=PATH/TO/RUN")
+        resume = run_dir
+    if resume == "latest":
+        runs = [
+            path.parent
+            for pattern in ("runs/*/*", "sweeps/*/*")
+            for path in Path().glob(f"{pattern}/{CONFIG}")
+        ]
+        if not runs:
+            raise CheckpointError("resume=latest finds no run under ./runs; type resume=PATH/TO/RUN")
+        return max(runs, key=lambda run: (run / CONFIG).stat().st_mtime), None
+    run = Path(resume)
+    if run.absolute().parent.name == "checkpoints" and holds_run(run.absolute().parent.parent):
+        return run.parent.parent, run
+    if holds_run(run):
+        return run, None
+    raise CheckpointError(
+        f"resume={resume}: no run there (neither {CONFIG} nor checkpoints); type its directory, or latest"
+    )
+
+
+def checkpoint_to_continue(
+    run_dir: Path, named: Path | None, fits: checkpoint.Fits
+) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The checkpoint named, which nothing stands in for; else the newest one of the run that verifies.
+
+    Returns:
+        It (None before the first save), and a line about each newer one that cannot be used.
+
+    Raises:
+        CheckpointError: there are some, and none can be used.
+        ConfigError: the one named is not the newest.
+    """
+    if named is not None:
+        found = checkpoint.load(named, fits)
+        newest = checkpoint.checkpoint_directories(run_dir / "checkpoints")[0]
+        if found.path.resolve() != newest.resolve():
+            raise ConfigError(
+                f"{named} is not the newest checkpoint of the run: {newest.name} is. A run has one history; "
+                f"type resume={run_dir}, or copy the run without the later checkpoints"
+            )
+        return found, []
+    newest_valid, problems = checkpoint.newest_valid(run_dir, fits)
+    if newest_valid is None and problems:
+        raise CheckpointError(f"{run_dir} holds no valid checkpoint: {'; '.join(problems)}")
+    return newest_valid, problems
+
+
+def read_config(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
+    """The stored configuration of a run: config.yaml, or where that is damaged the newest checkpoint's copy.
+
+    Returns:
+        The configuration, and a line where config.yaml could not be used.
+
+    Raises:
+        CheckpointError: there is neither, or it is not plain data.
+    """
+    path = run_dir / CONFIG
+    try:
+        return _parse_config(path), []
+    except CheckpointError as error:
+        found, _ = checkpoint.newest_valid(run_dir)
+        if found is None or not isinstance(found.state.get("config"), dict):
+            raise
+        check_plain(found.state["config"], found.path)
+        return found.state["config"], [f"{error}: the configuration comes from {found.path}"]
+
+
+def _parse_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{path} cannot be read: it is too large for a configuration")
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{path} is damaged: expected keys and values")
+    check_plain(stored, path)
+    return stored
+
+
+def check_plain(stored: Mapping[str, Any], path: Path) -> None:
+    """A stored configuration is plain data: every value was resolved before it was written.
+
+    Raises:
+        CheckpointError: it refers to something (`${...}`), or is far larger than any configuration.
+    """
+    left, waiting = _MAX_CONFIG_VALUES, [stored]
+    while waiting:
+        value: Any = waiting.pop()
+        left -= 1
+        if left < 0:
+            raise CheckpointError(f"{path} cannot be read: it is too large for a configuration")
+        if isinstance(value, Mapping):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str) and "${" in value:
+            raise CheckpointError(f"{path} holds the reference {value!r}; a stored configuration has none")
+
+
+# ----------------------------------------------------------------------------------------- what may change
+# How a key of the configuration may differ between a run and its continuation. A prefix covers what is
+# below it; whatever is not listed is identity: it must be equal.
+_FREE = (
+    "run_dir",
+    "resume",
+    "name",
+    "tracker",
+    "data.root",  # a moved folder is still the same data: the fingerprint says so
+    "data.num_workers",
+    "data.worker_timeout_seconds",
+    "trainer.stop_at_step",
+    "trainer.stop_after_minutes",
+    "trainer.save_every_steps",
+    "trainer.save_every_epochs",
+    "trainer.keep_checkpoints",
+    "trainer.async_save",
+    "trainer.on_nonfinite",
+    "trainer.auto_batch",  # what it found is in grad_accum_steps
+)
+_GROWABLE = ("trainer.epochs", "trainer.max_steps")
+_HARDWARE = ("strategy",)
+_CADENCE = ("trainer.eval_every_epochs",)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the configuration of a continuation differs from that of the run."""
+
+    identity: list[str]
+    grown: list[str]
+    hardware: list[str]
+
+
+def compare(stored: Mapping[str, Any], new: Mapping[str, Any], *, cadence_matters: bool) -> Comparison:
+    """Sorts every difference by what it means for an exact continuation.
+
+    Args:
+        stored: resolved configuration of the run.
+        new: resolved configuration of its continuation.
+        cadence_matters: whether the schedule or early stopping listens to the evaluations.
+
+    Returns:
+        One line `key: stored -> new` for each key that differs and is not free.
+    """
+    free = _FREE if cadence_matters else _FREE + _CADENCE
+    before, after = _flat(stored), _flat(new)
+    lines: dict[str, list[str]] = {"identity": [], "grown": [], "hardware": []}
+    for key in sorted({*before, *after}):
+        old, now = before.get(key, "(absent)"), after.get(key, "(absent)")
+        if old == now or _covered(key, free):
+            continue
+        kind = "grown" if key in _GROWABLE else "hardware" if _covered(key, _HARDWARE) else "identity"
+        lines[kind].append(f"{key}: {old} -> {now}")
+    return Comparison(**lines)
+
+
+def _covered(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, Mapping) and tree:
+        flat: dict[str, Any] = {}
+        for name, value in tree.items():
+            flat |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
+        return flat
+    return {prefix: list(tree) if isinstance(tree, tuple) else tree}
+
+
+def check_continuation(stored: Mapping[str, Any], config: Mapping[str, Any], run_dir: Path) -> list[str]:
+    """Sorts the differences; returns what to tell the user.
+
+    Raises:
+        ConfigError: keys differ that decide what the run is.
+    """
+    schedule, trainer = config["schedule"], config["trainer"]
+    listens = schedule.get("monitor") is not None or trainer["early_stop_patience"] is not None
+    differences = compare(stored, config, cadence_matters=listens)
+    if differences.identity:
+        raise ConfigError(
+            f"{run_dir} holds a run with another configuration ({'; '.join(differences.identity)}); "
+            "choose another run_dir, or type the values it has"
+        )
+    notes = [f"{line}: the schedule now spans the new budget" for line in differences.grown]
+    if differences.hardware:
+        notes.append(f"{'; '.join(differences.hardware)}: results may differ in the last bits from here on")
+    return notes
+
+
+def check_budget(stored: Mapping[str, Any], trainer: Any) -> None:
+    """A run can grow but not shrink: its schedule has been spanning the old budget."""
+    before = stored.get("max_steps") or stored["epochs"] * trainer.steps_per_epoch
+    if trainer.total_steps < before:
+        epochs = -(-before // trainer.steps_per_epoch)
+        raise ConfigError(
+            f"{trainer.total_steps} steps are fewer than the {before} the run was started with; "
+            f"type trainer.epochs={epochs} or more (trainer.max_steps=null), or start a new run"
+        )
+
+
+def check_machine(run_dir: Path, device: str) -> list[str]:
+    """One warning where a run goes on elsewhere: it is no longer promised to be bit for bit the same."""
+    from vit_train.report.record import package_versions, read_facts
+
+    facts = read_facts(run_dir)
+    if not facts:
+        return []
+    now = {"device": device, **package_versions()}
+    then = {"device": facts.get("device"), **facts.get("versions", {})}
+    changed = [f"{key} {then.get(key)} -> {value}" for key, value in now.items() if then.get(key) != value]
+    return [f"{', '.join(changed)}: results may differ in the last bits from here on"] if changed else []
+
+
+def check_data(found: checkpoint.Checkpoint, data: Any, run_dir: Path, *, force: bool) -> list[str]:
+    """The data is that of the run, or the user insists that it may have changed.
+
+    Args:
+        found: where the run continues.
+        data: set up.
+        run_dir: for messages.
+        force: whether `resume=force` was typed.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        DataError: it differs, or differs more than can be continued.
+    """
+    if found.state.get("dataset_fingerprint") == data.fingerprint():
+        return []
+    names = found.state.get("inference", {}).get("class_names")
+    steps = found.state.get("train", {}).get("steps_per_epoch")
+    if not force:
+        raise DataError(
+            f"the data is not what {run_dir} was trained on (classes or files differ); restore it, start a "
+            f"new run with another run_dir, or type resume=force run_dir={run_dir} to go on all the same"
+        )
+    if names != data.class_names:
+        raise DataError(f"the data has other classes than {run_dir} was trained on; start a new run")
+    now = len(data.loader("train"))
+    if steps != now:
+        raise DataError(
+            f"the changed data makes epochs of {now} steps instead of {steps}, so the place where {run_dir} "
+            "stopped does not exist any more; start a new run"
+        )
+    return ["the data has changed since the run was started (resume=force): the continuation is not exact"]

@@ -1,0 +1,142 @@
+"""When checkpoints are written: in the background, one at a time, and again where it failed.
+
+A failed save costs nothing but itself: the earlier checkpoints are untouched, the run goes on and saves again
+at the next interval. Three failures in a row end the run, and so does a failure at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any
+
+from torch import Tensor, nn
+
+from vit_train.checkpoint import Checkpoint, Checkpointer, directory_name, load, newest_valid
+from vit_train.ema import Ema
+from vit_train.errors import CheckpointError, SaveError
+
+MAX_FAILED_SAVES = 3
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One moment of a run: what `Checkpointer.save` takes. Without tensors on all ranks but the first."""
+
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    step: int
+    best: bool
+    keep: int
+    anchor: int | None
+
+
+class Saver:
+    """Hands snapshots to a checkpointer. A snapshot belongs to the saver; nobody changes it any more.
+
+    Args:
+        checkpointer: writes them.
+        background: whether training goes on while a checkpoint is written.
+        say: is told about each failed save, at once.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, *, background: bool, say: Callable[[str], None]) -> None:
+        self.checkpointer, self.background, self.say = checkpointer, background, say
+        self._thread: Thread | None = None
+        self._failures: list[SaveError] = []  # in a row
+        self._bug: BaseException | None = None
+        self._unsaved_best: Snapshot | None = None
+
+    def check_space(self, model: nn.Module, ema: Ema | None) -> None:
+        """Refuses to begin where two checkpoints would not fit; see `Checkpointer.check_space`.
+
+        An optimizer is taken to keep two numbers per trained parameter, as AdamW does.
+
+        Raises:
+            SaveError: the file system has less free space.
+        """
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        held = sum(
+            t.nbytes for m in (model, ema.module if ema else None) if m for t in m.state_dict().values()
+        )
+        self.checkpointer.check_space(held + 2 * trained)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begins to write a checkpoint, once the one before is written.
+
+        Raises:
+            SaveError: too many saves in a row have failed.
+        """
+        self.wait()
+        if not snapshot.tensors:
+            return
+        self._thread = Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._thread.start()
+        if not self.background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns once nothing is being written.
+
+        Raises:
+            SaveError: too many saves in a row have failed.
+        """
+        self._join()
+        if len(self._failures) >= MAX_FAILED_SAVES:
+            raise SaveError(f"{len(self._failures)} saves in a row failed: {self._failures[-1]}")
+
+    def finish(self) -> None:
+        """As `wait`, at a point where the newest save must not be missing.
+
+        Raises:
+            SaveError: it failed.
+        """
+        self.wait()
+        if self._failures:
+            raise self._failures[-1]
+
+    def close(self) -> None:
+        """Lets the save in flight end, on the way out of a run that failed for a reason of its own."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def checkpoint_of(self, step: int) -> Checkpoint:
+        """The checkpoint of a step; where that one is damaged, the newest one that verifies.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        self._join()
+        try:
+            return load(self.checkpointer.root / directory_name(step))
+        except CheckpointError as error:
+            found, _ = newest_valid(self.checkpointer.root.parent)
+            if found is None:
+                raise
+            self.say(f"{error}; going back to {found.path.name} instead")
+            return found
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._bug is not None:
+            raise self._bug
+
+    def _write(self, snapshot: Snapshot) -> None:
+        """A best checkpoint that failed comes first: nothing later can stand in for it."""
+        waiting = [self._unsaved_best, snapshot] if self._unsaved_best and not snapshot.best else [snapshot]
+        try:
+            for one in waiting:
+                self._unsaved_best = one if one.best else None
+                self.checkpointer.save(
+                    one.tensors, one.state, step=one.step, best=one.best, keep=one.keep, anchor=one.anchor
+                )
+                self._unsaved_best = None
+            self._failures.clear()
+        except SaveError as error:
+            self._failures.append(error)
+            self.say(f"{error}. Saving is tried again at the next interval")
+        except BaseException as error:  # raised again in the main thread
+            self._bug = error
