@@ -254,7 +254,11 @@ def test_a_run_directory_without_permission(refused, in_tmp):
 
 
 def test_nothing_to_resume(refused, in_tmp):
-    refused("resume=nowhere", code=4, words=["resume=nowhere", "no config.yaml", "type the run directory"])
+    refused(
+        "resume=nowhere",
+        code=4,
+        words=["resume=nowhere", "neither config.yaml nor checkpoints", "type its directory"],
+    )
     refused("resume=latest", code=4, words=["resume=latest finds no run under ./runs", "type resume=PATH"])
 
 

@@ -223,7 +223,7 @@ def test_a_run_that_is_not_there(typed, in_tmp):
 
 def test_a_damaged_checkpoint_names_the_file(typed, digits_run, in_tmp):
     shutil.copytree(digits_run, in_tmp / "run", symlinks=True)
-    for name in ("state.json", "ema.safetensors"):  # the order in which they are read, backwards
+    for name in ("ema.safetensors", "state.json"):  # the order in which they are read, backwards
         file = in_tmp / "run" / "checkpoints" / "best" / name
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1

@@ -5,25 +5,29 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from vit_train.guard import Answer, Guard, nonfinite_error
+from vit_train.guard import Answer, Guard, Signals
 from vit_train.strategy import SingleDevice
 
 FINE, BAD = torch.tensor(False), torch.tensor(True)
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
 
-def guard(*, stop_at_step=None, stop_after_minutes=None) -> Guard:
-    return Guard(SingleDevice(device="cpu"), stop_at_step=stop_at_step, stop_after_minutes=stop_after_minutes)
+@contextmanager
+def guard(**limits):
+    """A guard whose process listens to signals."""
+    with Signals() as signals:
+        yield Guard(SingleDevice(device="cpu"), signals, **limits)
 
 
 def test_without_a_reason_it_goes_on() -> None:
     with guard() as it:
         assert it.answer(FINE, step=1) == Answer(nonfinite=False, skipped=False, stop=None)
-        assert not it.signalled()
+        assert not it.signals.arrived()
 
 
 def test_a_nonfinite_step_is_told_and_is_no_stop() -> None:
@@ -37,7 +41,7 @@ def test_a_signal_is_answered_at_the_next_step(number, late) -> None:
     """Also where the time is up: the signal decides the exit code."""
     with guard(stop_after_minutes=0.0 if late else None) as it:
         os.kill(os.getpid(), number)
-        assert it.signalled()
+        assert it.signals.arrived()
         answer = it.answer(FINE, step=1)
         assert (answer.stop.signum, answer.stop.reason) == (number, f"stopped by {number.name}")
         assert not answer.nonfinite
@@ -115,21 +119,6 @@ def test_the_answer_is_that_of_any_rank() -> None:
         def max(self, x):
             return torch.maximum(x, torch.tensor([1.0, 0.0, 2.0 * signal.SIGUSR1]))
 
-    with Guard(Crowd(device="cpu"), stop_at_step=None, stop_after_minutes=None) as it:
-        answer = it.answer(FINE, step=1)
+    answer = Guard(Crowd(device="cpu"), Signals()).answer(FINE, step=1)
     assert answer.nonfinite
     assert answer.stop.signum == signal.SIGUSR1
-
-
-@pytest.mark.parametrize(
-    ("loss", "norm", "files", "what", "shown"),
-    [
-        (float("nan"), float("nan"), ["a"], "the loss is nan at step 7;", "The batch held a"),
-        (2.0, float("inf"), list("abc"), "the gradient norm is inf at step 7;", "The batch held a, b, c"),
-        (2.0, float("nan"), list("abcde"), "the gradient norm is nan", "The batch held a, b, c and 2 more"),
-    ],
-)
-def test_what_is_said_of_a_nonfinite_step(loss, norm, files, what, shown) -> None:
-    message = str(nonfinite_error(7, loss, norm, files))
-    assert message.startswith(what)
-    assert message.endswith(shown)

@@ -138,23 +138,22 @@ def test_a_nonfinite_step_changes_nothing(in_tmp, poison, what) -> None:
         return state, trainer.state.step, trainer.sums.tolist()
 
     trainer.guard = Guard(trainer.strategy, Signals())
-    if True:
-        first = everything()
-        for batch in batches[:2]:
-            trainer.train_step(batch, 0)
-        trainer.objective.poison = poison
-        if poison == "weight":
-            with torch.no_grad():
-                next(trainer.model.parameters())[0] = math.nan
-        before = everything()
-        assert {name.split("/")[0] for name in before[0]} == {"model", "ema", "optimizer"}
-        assert before[0] != first[0]
-        with pytest.raises(NonFiniteError) as caught:
-            trainer.train_step(batches[2], 0)
-        after = everything()
-        assert after[0].keys() == before[0].keys()
-        assert [name for name, data in before[0].items() if after[0][name] != data] == []
-        assert after[1:] == before[1:]
+    first = everything()
+    for batch in batches[:2]:
+        trainer.train_step(batch, 0)
+    trainer.objective.poison = poison
+    if poison == "weight":
+        with torch.no_grad():
+            next(trainer.model.parameters())[0] = math.nan
+    before = everything()
+    assert {name.split("/")[0] for name in before[0]} == {"model", "ema", "optimizer"}
+    assert before[0] != first[0]
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.train_step(batches[2], 0)
+    after = everything()
+    assert after[0].keys() == before[0].keys()
+    assert [name for name, data in before[0].items() if after[0][name] != data] == []
+    assert after[1:] == before[1:]
     message, index = str(caught.value), batches[2].index.tolist()
     assert message.startswith(f"{what} at step 3; the update was not made.")
     sources = [trainer.parts.data.source("train", i) for i in index]

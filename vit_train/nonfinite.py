@@ -70,7 +70,7 @@ class NonFinite:
         """An update was not made. Puts back what the forward passes changed, and acts.
 
         Args:
-            state: its counts are increased; its step is the bad one.
+            state: at the steps done before the bad one; its counts are increased.
             batch: whose update was not made.
             loss: mean over the batch.
             norm: total gradient norm.
@@ -88,7 +88,9 @@ class NonFinite:
         what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         files = [self.source("train", index) for index in batch.index.tolist()]
         shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-        self._act(state, f"{what} at step {state.step}; the update was not made. The batch held {shown}")
+        self._act(
+            state, f"{what} at step {state.step + 1}; the update was not made", f" The batch held {shown}"
+        )
 
     def check(self, state: TrainState) -> None:
         """Before an evaluation or a save: finite gradients can carry weights beyond the range.
@@ -109,24 +111,26 @@ class NonFinite:
             raise NonFiniteError(f"{what}; it was not saved. {_ADVICE}")
         self._act(state, what)
 
-    def _act(self, state: TrainState, problem: str) -> None:
+    def _act(self, state: TrainState, problem: str, batch: str = "") -> None:
         tried = ""
         if self.policy == "skip":
             state.nonfinite_in_a_row += 1
             if state.nonfinite_in_a_row < MAX_IN_A_ROW:
-                self.saver.say(f"{problem}. The run goes on with the next step")
+                self.saver.say(f"{problem}; the run goes on with the next step.{batch}")
                 return
             tried = f"{state.nonfinite_in_a_row} steps in a row were left out (trainer.on_nonfinite=skip). "
         elif self.policy == "rollback":
             if state.rollbacks < MAX_ROLLBACKS:
                 state.rollbacks += 1
-                self._go_back(state, problem)
+                self._go_back(state, problem, batch)
                 return
             tried = f"The run went back {MAX_ROLLBACKS} times already (trainer.on_nonfinite=rollback). "
-        raise NonFiniteError(f"{problem}. {tried}{_ADVICE}")
+        raise NonFiniteError(f"{problem}. {tried}{_ADVICE}.{batch}")
 
-    def _go_back(self, state: TrainState, problem: str) -> None:
+    def _go_back(self, state: TrainState, problem: str, batch: str) -> None:
         assert state.anchor is not None, "a run that may go back saves before its first step"
         back = self.saver.checkpoint_of(state.anchor)
         self.strategy.restore(back.tensors, self.model, self.ema, self.optimizer)
-        self.saver.say(f"{problem}. The run goes on with the next step and the weights of {back.path.name}")
+        self.saver.say(
+            f"{problem}; the run goes on with the next step and the weights of {back.path.name}.{batch}"
+        )

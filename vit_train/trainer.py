@@ -196,7 +196,6 @@ class Trainer:
         answer = self.guard.answer(
             ~sums[0].isfinite() | (infinite & ~skipped), skipped=skipped, step=step + 1
         )
-        self.state.step += 1
         if answer.nonfinite or answer.skipped:
             loss_seen, scaling = float(sums[0]) / len(images), not answer.nonfinite
             self.nonfinite.bad_step(self.state, batch, loss_seen, float(self.norm), scaling=scaling)
@@ -208,6 +207,7 @@ class Trainer:
             self.sums += sums
         self.scaler.update()
         self.optimizer.zero_grad()
+        self.state.step += 1
         return answer.stop
 
     def close_epoch(self, epoch: int) -> Stop | None:

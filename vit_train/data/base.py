@@ -166,7 +166,7 @@ class ImageData(abc.ABC):
         *,
         batch_size: int,
         num_workers: int | None,
-        worker_timeout_seconds: float,
+        worker_timeout_seconds: float = 600.0,
         img_size: int | None,
         in_channels: Literal[1, 3],
         val_fraction: float,
