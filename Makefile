@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format tensorboard clean
+.PHONY: help demo test test-faults lint format tensorboard clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ demo: $(STAMP)  ## train a small ViT on scikit-learn's digits, in under a minute
 
 test: $(STAMP)  ## run the tests, in two processes with one thread each
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-faults: $(STAMP)  ## interrupt, kill and damage runs in every way: a quarter of an hour
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m faults tests/faults
 
 lint: $(STAMP)  ## check style and types
 	@$(BIN)/ruff check .

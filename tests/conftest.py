@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +37,10 @@ TINY = (
     "trainer.save_every_epochs=1",
     "tracker.tensorboard=false",
 )
+
+# The same for tests/faults: 3 epochs of 6 steps. `pytest.param(..., marks=pytest.mark.faults)` there is a case
+# that only `make test-faults` runs.
+EIGHTEEN = (*TINY, "data.limit=96", "run_dir=run")
 
 
 def environment() -> dict[str, str]:
@@ -120,23 +125,43 @@ def vit_train_here(*arguments, cwd, **variables):
     return Done(code, out.getvalue(), err.getvalue())
 
 
-def vit_train_forked(*arguments, cwd, check=True):
-    """`vit-train` in a new process forked from this warm one: without the seconds that imports take."""
-    import vit_train.trainer  # noqa: F401 - so that the child has it
-    from vit_train.cli.train import main
+class Forked:
+    """`vit-train` in a new process forked from this warm one: without the seconds that imports take.
 
-    out, err = cwd / f"out_{os.urandom(4).hex()}", cwd / f"err_{os.urandom(4).hex()}"
-    child = os.fork()
-    if child == 0:
+    It leads a process group of its own, as a command typed in a shell does.
+
+    Args:
+        arguments: as typed.
+        cwd: where.
+        fault: what VIT_TRAIN_FAULT would hold, see vit_train/faults.py.
+        prepare: called in the child before anything else.
+    """
+
+    def __init__(self, *arguments, cwd, fault=None, prepare=lambda: None):
+        import vit_train.saver
+        import vit_train.trainer  # noqa: F401 - so that the child has them
+
+        self.out, self.err = cwd / f"out_{os.urandom(4).hex()}", cwd / f"err_{os.urandom(4).hex()}"
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(arguments, cwd, fault, prepare)
+
+    def _run(self, arguments, cwd, fault, prepare):
+        from vit_train import faults
+        from vit_train.cli.train import main
+
         code: Any = 70  # a bug in this very function
         try:
-            for path, descriptor in ((out, 1), (err, 2)):
+            os.setpgid(0, 0)
+            for path, descriptor in ((self.out, 1), (self.err, 2)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             os.chdir(cwd)
             os.environ.clear()
             os.environ.update(environment())
             sys.argv = ["vit-train", *arguments]
+            faults.arm(fault)
+            prepare()
             try:
                 main()
                 code = 0
@@ -148,13 +173,37 @@ def vit_train_forked(*arguments, cwd, check=True):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code or 0)
-    _, status = os.waitpid(child, 0)
-    done = Done(os.waitstatus_to_exitcode(status), out.read_text(), err.read_text())
-    out.unlink()
-    err.unlink()
-    if check:
-        assert done.code == 0, done
-    return done
+
+    def wait(self, check=True):
+        """Its end: exit code (negative where a signal killed it) and what it printed."""
+        _, status = os.waitpid(self.pid, 0)
+        done = Done(os.waitstatus_to_exitcode(status), self.out.read_text(), self.err.read_text())
+        self.out.unlink()
+        self.err.unlink()
+        if check:
+            assert done.code == 0, done
+        return done
+
+
+def vit_train_forked(*arguments, cwd, check=True, **settings):
+    """`vit-train` in a forked process, to its end."""
+    return Forked(*arguments, cwd=cwd, **settings).wait(check)
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """Everything a run imports is imported in this process once, so that those forked from it need not."""
+    settings = (*EIGHTEEN, "trainer.epochs=1", "tracker.tensorboard=true")
+    done = vit_train_here(*settings, cwd=tmp_path_factory.mktemp("warm"))
+    assert done.code == 0, done.err
+
+
+@pytest.fixture(scope="session")
+def eighteen(warm, tmp_path_factory):
+    """The state after those 18 steps when nothing interrupts them."""
+    folder = tmp_path_factory.mktemp("eighteen")
+    vit_train_forked(*EIGHTEEN, cwd=folder)
+    return whole_state(folder / "run")
 
 
 @pytest.fixture
@@ -198,3 +247,44 @@ def checkpoint_hashes(run_dir: Path) -> dict[str, str]:
         name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
         for name, tensor in load(path).tensors.items()
     }
+
+
+def whole_state(run_dir: Path) -> dict[str, Any]:
+    """Everything two equal runs have in common: SHA-256 of every tensor of `last` and `best`, the training
+    state, and every logged figure; less what depends on the clock."""
+    from vit_train.checkpoint import load, resolve_link
+
+    state: dict[str, Any] = {}
+    for link in ("last", "best"):
+        path = resolve_link(run_dir / "checkpoints" / link)
+        checkpoint = load(path)
+        state |= {
+            f"{link}/{name}": hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+            for name, tensor in checkpoint.tensors.items()
+        }
+        state[f"{link}/state"] = {k: v for k, v in checkpoint.state["train"].items() if k != "seconds"}
+        state[f"{link}/name"] = path.name
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    # The running figures of a window are means since the last log or start: an interruption moves the windows
+    epochs = [event for event in events if event["event"] != "step"]
+    return state | {"events": epochs, "result": _result(run_dir)}
+
+
+def _result(run_dir: Path) -> dict[str, Any]:
+    result = json.loads((run_dir / "result.json").read_text())
+    return {k: v for k, v in result.items() if k not in ("seconds", "images_per_second")}
+
+
+def stale_files(run_dir: Path) -> list[str]:
+    """What a crash left behind and a finished run must not hold any more."""
+    hidden = [p for p in run_dir.rglob("*") if p.name.startswith(".")]
+    return sorted(str(p.relative_to(run_dir)) for p in hidden)
+
+
+def scalar_steps(run_dir: Path) -> dict[str, list[int]]:
+    """The steps of each scalar tag, as TensorBoard's own reader sees them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
