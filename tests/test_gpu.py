@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TINY, build
+import yaml
+from conftest import TINY, build, checkpoint_hashes, vit_train_here
 
 from vit_train.layers import attention
 
@@ -69,3 +70,74 @@ def test_auto_precision_is_bf16_where_the_gpu_computes_in_it(in_tmp) -> None:
     run = build(*TINY, "trainer.precision=auto", "strategy=single", "strategy.device=cuda")
     wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     assert run.trainer.precision == wanted
+
+
+EXACT = (
+    *SMALL,
+    "model=vit_cifar",
+    "model.depth=2",
+    "model.drop_rate=0.1",
+    "model.drop_path_rate=0.2",
+    "data.img_size=32",
+    "trainer.precision=bf16",
+    "trainer.compile=true",
+    "trainer.deterministic=true",
+    "strategy=single",
+    "strategy.device=cuda",
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """15 steps, compiled, in bf16, with deterministic operators."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    vit_train_here(*EXACT, "run_dir=run", cwd=folder)
+    return checkpoint_hashes(folder / "run")
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 8, 14])
+def test_interrupted_equals_uninterrupted_on_the_gpu(uninterrupted, tmp_path, stop) -> None:
+    assert vit_train_here(*EXACT, "run_dir=run", f"trainer.stop_at_step={stop}", cwd=tmp_path).code == 0
+    assert checkpoint_hashes(tmp_path / "run") != uninterrupted
+    assert vit_train_here("resume=run", cwd=tmp_path).code == 0
+    assert checkpoint_hashes(tmp_path / "run") == uninterrupted
+
+
+@pytest.fixture
+def little_memory():
+    """One gigabyte of the GPU, all that this process may use meanwhile."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(2**30 / total)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+LARGE = (
+    *SMALL,
+    "model=vit_tiny",
+    "data.img_size=224",
+    "data.limit=512",
+    "data.batch_size=512",
+    "trainer.epochs=1",
+    "trainer.grad_accum_steps=1",
+    "strategy=single",
+    "strategy.device=cuda",
+    "run_dir=run",
+)
+
+
+def test_a_batch_that_does_not_fit_says_what_to_type(little_memory, tmp_path) -> None:
+    done = vit_train_here(*LARGE, cwd=tmp_path)
+    assert done.code == 7
+    for word in ("out of memory", "ViT", "data.batch_size=512", "GiB", "trainer.grad_accum_steps=2"):
+        assert word in done.err
+
+
+def test_the_micro_batch_is_halved_until_it_fits(little_memory, tmp_path) -> None:
+    done = vit_train_here(*LARGE, "trainer.auto_batch=true", cwd=tmp_path)
+    assert done.code == 0, done.err
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["trainer"]["grad_accum_steps"] in (2, 4, 8, 16, 32, 64, 128)
+    assert config["data"]["batch_size"] == 512

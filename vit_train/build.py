@@ -275,6 +275,8 @@ def _adopt(cfg: DictConfig, stored: Mapping[str, Any]) -> None:
         known = OmegaConf.select(OmegaConf.create(dict(stored)), key)
         if OmegaConf.select(cfg, key) in (None, "auto") and known is not None:
             OmegaConf.update(cfg, key, known)
+    if cfg.trainer.auto_batch and stored["trainer"].get("auto_batch"):
+        cfg.trainer.grad_accum_steps = stored["trainer"]["grad_accum_steps"]
 
 
 # ------------------------------------------------------------------------------------------------- building
@@ -389,8 +391,9 @@ def _build(
         named,
         lambda path, _, shapes: checkpoint.check_shapes(path, shapes, model, ema=has_ema),
     )
+    fingerprint = data.fingerprint()
     if found is not None:
-        notes += check_data(found, data, run_dir, force=force)
+        notes += check_data(found, data, fingerprint, run_dir, force=force)
     notes += check_machine(run_dir, strategy.describe())
     with _as_config_error():
         parts = Parts(
@@ -409,7 +412,7 @@ def _build(
             about={
                 "config": config,
                 "inference": _inference(data),
-                "dataset_fingerprint": data.fingerprint(),
+                "dataset_fingerprint": fingerprint,
             },
         )
         trainer = _make(cfg, "trainer", allow)(parts)
@@ -506,8 +509,9 @@ def _check_free(run_dir: Path) -> None:
         raise ConfigError(f"run_dir={run_dir} cannot be made: {existing} is a file")
     if not os.access(existing, os.W_OK):
         raise ConfigError(f"run_dir={run_dir} cannot be written: no permission to write in {existing}")
-    # hidden files are what a crash leaves behind before the first one is in place
-    if run_dir.is_dir() and not holds_run(run_dir) and any(p.name[0] != "." for p in run_dir.iterdir()):
+    # what a crash leaves behind before config.yaml is in place: its log and hidden files
+    begun = run_dir.is_dir() and not holds_run(run_dir)
+    if begun and any(p.name[0] != "." and p.name != "train.log" for p in run_dir.iterdir()):
         raise ConfigError(f"run_dir={run_dir} holds files that are no run; name a new or empty directory")
 
 

@@ -7,8 +7,10 @@ non-finite flag, so every rank takes the same branch at the same step.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -72,6 +74,9 @@ class Signals:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         self.signum = signum
+        name = signal.Signals(signum).name
+        with suppress(OSError):  # print is not safe inside a signal handler
+            os.write(2, f"\n{name}: saving at the end of this step; once more stops at once\n".encode())
 
 
 class Guard:

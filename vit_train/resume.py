@@ -259,12 +259,15 @@ def check_machine(run_dir: Path, device: str) -> list[str]:
     return [f"{', '.join(changed)}: results may differ in the last bits from here on"] if changed else []
 
 
-def check_data(found: checkpoint.Checkpoint, data: Any, run_dir: Path, *, force: bool) -> list[str]:
+def check_data(
+    found: checkpoint.Checkpoint, data: Any, fingerprint: str, run_dir: Path, *, force: bool
+) -> list[str]:
     """The data is that of the run, or the user insists that it may have changed.
 
     Args:
         found: where the run continues.
         data: set up.
+        fingerprint: of the data.
         run_dir: for messages.
         force: whether `resume=force` was typed.
 
@@ -274,7 +277,7 @@ def check_data(found: checkpoint.Checkpoint, data: Any, run_dir: Path, *, force:
     Raises:
         DataError: it differs, or differs more than can be continued.
     """
-    if found.state.get("dataset_fingerprint") == data.fingerprint():
+    if found.state.get("dataset_fingerprint") == fingerprint:
         return []
     names = found.state.get("inference", {}).get("class_names")
     steps = found.state.get("train", {}).get("steps_per_epoch")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_train.errors import CheckpointError, ConfigError, DataError, VitTrainError, suggest
+from vit_train.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, VitTrainError, suggest
 
 if TYPE_CHECKING:
     from vit_train.evaluation import Evaluation
@@ -29,6 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     except VitTrainError as error:
         print(f"vit-eval: error: {error}", file=sys.stderr)
         return error.exit_code
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it takes seconds
+            raise
+        print("vit-eval: error: out of memory; type a smaller data.batch_size", file=sys.stderr)
+        return OutOfMemoryError.exit_code
     except KeyboardInterrupt:
         return 130
     return 0

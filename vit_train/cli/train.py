@@ -24,7 +24,7 @@ from vit_train.build import Launch, Run, build_run, config_dir
 from vit_train.errors import ConfigError, Interrupted, OutOfMemoryError, SaveError, VitTrainError, suggest
 
 if TYPE_CHECKING:
-    from vit_train.guard import Stop
+    from vit_train.guard import Signals, Stop
     from vit_train.tracker import Plan
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -77,12 +77,25 @@ def train(cfg: DictConfig) -> float | None:
     from vit_train.guard import Signals
 
     with Signals() as signals:
-        built = build_run(cfg, _launch(), signals)
+        built = _build(cfg, signals)
         if isinstance(built, Path):
             print(f"{built} is finished: nothing to do. Its figures:  vit-eval {built}")
             return None
         result = execute(built)
     return None if result is None else result["best/val/top1"]
+
+
+def _build(cfg: DictConfig, signals: Signals) -> Run | Path:
+    try:
+        return build_run(cfg, _launch(), signals)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it takes seconds
+            raise
+        said = " ".join(str(error).split("\n")[0].split())
+        raise OutOfMemoryError(
+            f"out of memory before the first step ({said}); something else may be using the device: type "
+            "strategy.device=cuda:1 or cpu, or a smaller model"
+        ) from error
 
 
 def _launch() -> Launch:
@@ -124,10 +137,11 @@ def execute(run: Run) -> dict[str, Any] | None:
     trainer, run_dir = run.trainer, run.run_dir
     data, strategy = trainer.parts.data, trainer.strategy
     try:
-        open_run_dir(run_dir, run.config)
+        run_dir.mkdir(parents=True, exist_ok=True)
         run.console.log_to(run_dir / "train.log")
         trainer.parts.checkpointer.remove_partial()
         trainer.saver.check_space(trainer.model, trainer.ema)
+        open_run_dir(run_dir, run.config)
         write_facts(
             run_dir,
             config=run.config,

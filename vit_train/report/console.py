@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
+from typing import IO
 
 import rich.console
 from rich.console import RenderableType
 from tqdm import tqdm
 
+from vit_train.errors import ConfigError
+
 _PLAIN_WIDTH = 110  # columns where the output is no terminal, so that logs do not wrap at 80
+
+
+def _claim(file: IO[str]) -> bool:
+    """Whether no other process holds the file. The operating system lets go when the process ends.
+
+    Record locks, because they are not inherited by the forked workers, which may live a little longer.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # a file system may have no locks
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 class Console:
@@ -23,8 +43,15 @@ class Console:
         self._log: rich.console.Console | None = None
 
     def log_to(self, path: Path) -> None:
-        """Appends everything said from now on to a file."""
+        """Appends everything said from now on to a file, which is this process's own as long as it is open.
+
+        Raises:
+            ConfigError: another process is writing to it.
+        """
         file = path.open("a", encoding="utf-8", buffering=1)
+        if not _claim(file):
+            file.close()
+            raise ConfigError(f"{path.parent} is in use: another process is training this run")
         self._log = rich.console.Console(file=file, width=_PLAIN_WIDTH, highlight=False, emoji=False)
 
     def say(self, what: RenderableType = "") -> None:
