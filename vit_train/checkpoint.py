@@ -98,7 +98,8 @@ class Checkpointer:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             faults.point("save.made")
-            _write_checkpoint(aside, tensors, state)
+            now_best = target if best else self.best_path()
+            _write_checkpoint(aside, tensors, {**state, "best": now_best and now_best.name})
             self._rename(aside, target)
             durable.sync_directory(self.root)
             faults.point("save.durable")
@@ -116,6 +117,28 @@ class Checkpointer:
                 f"checkpoint {target} could not be written: {reason}; earlier checkpoints are untouched"
             ) from error
         return target
+
+    def finish_interrupted(self, *, step: int, keep: int, anchor: int | None) -> None:
+        """Moves the links and removes what is no longer kept, where a crash came between that and the save.
+
+        Args:
+            step: of the checkpoint the run continues from; without one nothing happens.
+            keep, anchor: as in `save`.
+
+        Raises:
+            OSError: the operating system refused.
+            CheckpointError: the checkpoint cannot be read any more.
+        """
+        newest = self.root / directory_name(step)
+        if not newest.is_dir():
+            return
+        state = _parse_json(_read(newest / _STATE, _MAX_JSON_BYTES), newest / _STATE)
+        for link, target in (("last", newest.name), ("best", state.get("best"))):
+            linked = resolve_link(self.root / link)
+            known = any(path.name == target for path in checkpoint_directories(self.root))
+            if known and (linked is None or linked.name != target):
+                self._point(link, str(target))
+        self._retain(keep, newest=newest.name, anchor=anchor)
 
     def remove_partial(self) -> None:
         """Deletes what an interrupted save left behind."""

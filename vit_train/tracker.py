@@ -133,8 +133,10 @@ class Tracker(NullTracker):
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = plan.first_step + 1 if plan.first_step else None
-            self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge, flush_secs=10)
+            folder = self.run_dir / "tensorboard"
+            begun = folder.is_dir() and any(folder.iterdir())  # perhaps killed before its first checkpoint
+            purge = (plan.first_step + 1 if plan.first_step else 0) if begun else None
+            self.writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
 
     def first_batch(self, model: nn.Module, images: Tensor, targets: Tensor) -> None:
         """Logs the picture of an augmented batch and the model's graph."""

@@ -250,12 +250,12 @@ class Trainer:
     def evaluate_split(self, split: Literal["val", "test"]) -> dict[str, float] | None:
         """Metrics of a split as `<split>/...`: of the averaged weights where there are any, and in
         validation then also of the raw ones as `val_raw/...`. None where a signal ended it."""
-        models: dict[str, nn.Module] = {split: self.model}
-        if self.ema is not None:
-            raw = {"val_raw": self.model} if split == "val" else {}
-            models = {split: self.ema.module, **raw}
+        models: dict[str, nn.Module] = {split: self.model if self.ema is None else self.ema.module}
+        if self.ema is not None and split == "val":
+            models["val_raw"] = self.model
         metrics: dict[str, float] = {}
         loader = self.parts.data.loader(split)
+        loader.should_stop = self.guard.stop_waiting
         for prefix, model in models.items():
             result = evaluate(
                 model,

@@ -140,6 +140,9 @@ def execute(run: Run) -> dict[str, Any] | None:
         run_dir.mkdir(parents=True, exist_ok=True)
         run.console.log_to(run_dir / "train.log")
         trainer.parts.checkpointer.remove_partial()
+        trainer.parts.checkpointer.finish_interrupted(
+            step=trainer.state.step, keep=trainer.keep_checkpoints, anchor=trainer.state.anchor
+        )
         trainer.saver.check_space(trainer.model, trainer.ema)
         open_run_dir(run_dir, run.config)
         write_facts(

@@ -23,12 +23,13 @@ _PACKAGES = ("vit-train", "torch", "torchvision", "numpy", "pillow", "safetensor
 
 
 def open_run_dir(run_dir: Path, config: Mapping[str, Any]) -> None:
-    """Writes config.yaml into the run directory; drops the result of a run that goes on.
+    """Makes the run directory with its config.yaml; drops the result of a run that goes on.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
         durable.replace(run_dir / "config.yaml", text)
         (run_dir / "result.json").unlink(missing_ok=True)
