@@ -24,7 +24,7 @@ test: $(STAMP)  ## run the tests, in two processes with one thread each
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 test-faults: $(STAMP)  ## interrupt, kill and damage runs in every way: a quarter of an hour
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m faults tests/faults
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m faults
 
 lint: $(STAMP)  ## check style and types
 	@$(BIN)/ruff check .

@@ -147,9 +147,14 @@ class Forked:
             self._run(arguments, cwd, fault, prepare)
 
     def _run(self, arguments, cwd, fault, prepare):
+        from threading import RLock
+
+        from tqdm import tqdm
+
         from vit_train import faults
         from vit_train.cli.train import main
 
+        tqdm.set_lock(RLock())  # the one that all forks share would stay locked by one that is killed
         code: Any = 70  # a bug in this very function
         try:
             os.setpgid(0, 0)

@@ -83,7 +83,7 @@ def test_a_round_trip_keeps_every_bit(tmp_path) -> None:
         other = loaded.tensors[name]
         assert (other.dtype, other.shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(other.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
-    assert loaded.state == {"format": 1, **STATE}
+    assert loaded.state == {"format": 1, **STATE, "best": None}
 
 
 def test_the_files_are_those_promised_and_nothing_else(tmp_path) -> None:

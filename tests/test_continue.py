@@ -6,10 +6,10 @@ import json
 import shutil
 
 import pytest
-from conftest import TINY, everything_in, vit_train_here
+from conftest import TINY, checkpoint_hashes, everything_in, vit_train_here
 from PIL import Image
 
-from vit_train.checkpoint import checkpoint_directories
+from vit_train.checkpoint import checkpoint_directories, directory_name
 
 
 def flip(file) -> None:
@@ -124,3 +124,173 @@ def test_a_machine_that_changed_is_said(run, in_tmp) -> None:
     assert done.code == 0, done.err
     assert "torch 1.0 -> " in done.out
     assert "last bits" in " ".join(done.out.split())
+
+
+# ---------------------------------------------------------------------------------------- although it changed
+SMALL = [o for o in TINY if not o.startswith("data.limit")]
+FOLDER = (*SMALL, "data=imagefolder", "data.root=photos", "data.in_channels=1", "model=vit_digits")
+
+
+@pytest.fixture
+def on_photos(in_tmp):
+    """A run on a folder of two classes, stopped after the first of its three steps."""
+    make_folder(in_tmp / "photos")
+    done = vit_train_here(*FOLDER, "run_dir=run", "trainer.stop_at_step=1", cwd=in_tmp)
+    assert done.code == 0, done.err
+    return in_tmp / "photos"
+
+
+def test_changed_data_is_taken_where_the_user_insists(on_photos, in_tmp) -> None:
+    (on_photos / "dog/11.png").rename(on_photos / "dog/12.png")
+    line = refused("resume=run", cwd=in_tmp, code=3)
+    assert "type resume=force run_dir=run to go on all the same" in line
+    done = vit_train_here("resume=force", "run_dir=run", "trainer.stop_at_step=2", cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert "the data has changed since the run was started (resume=force)" in " ".join(done.out.split())
+    done = vit_train_here("resume=run", cwd=in_tmp)  # from here on it is the data of the run
+    assert done.code == 0, done.err
+    assert json.loads((in_tmp / "run/result.json").read_text())["steps"] == 3
+
+
+def test_other_classes_are_never_taken(on_photos, in_tmp) -> None:
+    (on_photos / "dog").rename(on_photos / "wolf")
+    line = refused("resume=force", "run_dir=run", cwd=in_tmp, code=3)
+    assert "the data has other classes than run was trained on; start a new run" in line
+
+
+def test_another_number_of_steps_is_never_taken(on_photos, in_tmp) -> None:
+    for i in range(20):
+        shutil.copy(on_photos / "dog/1.png", on_photos / f"dog/more_{i}.png")
+    line = refused("resume=force", "run_dir=run", cwd=in_tmp, code=3)
+    assert "the changed data makes epochs of 2 steps instead of 1" in line
+
+
+def test_to_insist_takes_a_run(in_tmp) -> None:
+    assert "resume=force needs the run" in refused("resume=force", cwd=in_tmp, code=2)
+    assert "no run there" in refused("resume=force", "run_dir=none", cwd=in_tmp, code=4)
+
+
+# ------------------------------------------------------------------------------------------ which one it is
+def test_only_the_newest_checkpoint_can_be_continued(run, in_tmp) -> None:
+    """A run has one history: what was logged and saved after an older one would be in the way."""
+    newest, older = checkpoint_directories(run / "checkpoints")
+    line = refused(f"resume=run/checkpoints/{older.name}", cwd=in_tmp, code=2)
+    assert f"{older.name} is not the newest checkpoint of the run: {newest.name} is" in line
+    done = vit_train_here(f"resume=run/checkpoints/{newest.name}", cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert (run / "checkpoints" / directory_name(15)).is_dir()
+
+
+def test_the_newest_checkpoint_by_its_name_has_no_stand_in(run, in_tmp) -> None:
+    newest = checkpoint_directories(run / "checkpoints")[0]
+    flip(newest / "model.safetensors")
+    assert "is damaged" in refused(f"resume=run/checkpoints/{newest.name}", cwd=in_tmp, code=4)
+
+
+DAMAGED = {
+    "missing": None,
+    "empty": "",
+    "half": "name: run\nmodel: {_target_: vit_train.models.V",
+    "a list": "- name\n- seed\n",
+    "binary": "\x00\x01",
+    "too large": "x: " + "y" * 2**20,
+    "a reference": "name: ${oc.env:HOME}",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("command", [("resume=run",), (*TINY, "run_dir=run")], ids=["resume", "full"])
+def test_a_damaged_configuration_is_that_of_the_newest_checkpoint(run, in_tmp, damage, command) -> None:
+    before = (run / "config.yaml").read_text()
+    (run / "config.yaml").unlink()
+    if DAMAGED[damage] is not None:
+        (run / "config.yaml").write_text(DAMAGED[damage])
+    done = vit_train_here(*command, "trainer.stop_at_step=8", cwd=in_tmp)
+    assert done.code == 0, done.err
+    said = " ".join(done.out.split())
+    assert "run/config.yaml" in said
+    assert "the configuration comes from run/checkpoints/step_00000007" in said
+    assert (run / "config.yaml").read_text() == before.replace("stop_at_step: 7", "stop_at_step: 8")
+    assert (run / "checkpoints" / directory_name(8)).is_dir()
+
+
+def test_without_configuration_and_checkpoint_there_is_no_run(run, in_tmp) -> None:
+    (run / "config.yaml").write_text("- a list")
+    for path in checkpoint_directories(run / "checkpoints"):
+        flip(path / "state.json")
+    assert "run/config.yaml is damaged" in refused("resume=run", cwd=in_tmp, code=4)
+    (run / "config.yaml").unlink()
+    shutil.rmtree(run / "checkpoints")
+    assert "no run there" in refused("resume=run", cwd=in_tmp, code=4)
+
+
+def test_a_directory_with_nothing_but_leftovers_of_a_crash_can_be_used(in_tmp) -> None:
+    (in_tmp / "run").mkdir()
+    (in_tmp / "run/.config.yaml").write_text("half a conf")
+    (in_tmp / "run/train.log").touch()
+    done = vit_train_here(*TINY, "run_dir=run", "trainer.max_steps=1", cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert [path for path in (in_tmp / "run").iterdir() if path.name.startswith(".")] == []
+    (in_tmp / "other").mkdir()
+    (in_tmp / "other/thesis.tex").touch()
+    assert "holds files that are no run" in refused(*TINY, "run_dir=other", cwd=in_tmp, code=2)
+
+
+# ------------------------------------------------------------------------------------------------- no secrets
+VALUE = "hunter2-f3a9c1"
+
+
+@pytest.mark.parametrize(
+    "variable", ["MY_TOKEN", "WANDB_API_KEY", "DB_PASSWORD", "aws_secret", "CREDENTIALS"]
+)
+@pytest.mark.parametrize("default", ["", ",nothing"])
+def test_a_secret_of_the_environment_does_not_become_part_of_a_run(in_tmp, variable, default) -> None:
+    before = everything_in(in_tmp)
+    done = vit_train_here(
+        *TINY, f"name=${{oc.env:{variable}{default}}}", "run_dir=run", cwd=in_tmp, **{variable: VALUE}
+    )
+    assert (done.code, done.err.count("\n")) == (2, 1), done
+    assert f"${{oc.env:{variable}}} would be written into the run directory" in done.err
+    assert VALUE not in done.out + done.err
+    assert everything_in(in_tmp) == before
+
+
+def test_not_even_an_error_repeats_a_secret(in_tmp) -> None:
+    done = vit_train_here(*TINY, "data.batch_size=${oc.env:MY_TOKEN}", cwd=in_tmp, MY_TOKEN=VALUE)
+    assert done.code == 2
+    assert VALUE not in done.out + done.err
+
+
+def test_a_continuation_takes_no_secret_either(run, in_tmp) -> None:
+    before = everything_in(in_tmp)
+    done = vit_train_here("resume=run", "name=${oc.env:MY_TOKEN}", cwd=in_tmp, MY_TOKEN=VALUE)
+    assert (done.code, done.err.count("\n")) == (2, 1), done
+    assert VALUE not in done.out + done.err
+    assert everything_in(in_tmp) == before
+
+
+def test_a_run_holds_nothing_else_of_the_environment(in_tmp) -> None:
+    """What a user takes from it by name does become part of it."""
+    done = vit_train_here(
+        *TINY,
+        "name=${oc.env:PROJECT}",
+        "run_dir=run",
+        "trainer.max_steps=1",
+        "tracker.tensorboard=true",
+        cwd=in_tmp,
+        PROJECT="named-by-me",
+        MY_TOKEN=VALUE,
+        SOME_SETTING="something-i-never-typed",
+    )
+    assert done.code == 0, done.err
+    contents = [content for content in everything_in(in_tmp).values() if content]
+    assert any(b"named-by-me" in content for content in contents)
+    for value in (VALUE, "something-i-never-typed"):
+        assert not any(value.encode() in content for content in contents)
+
+
+def test_to_insist_on_unchanged_data_is_to_resume(run, in_tmp) -> None:
+    shutil.copytree(run, in_tmp / "other", symlinks=True)
+    assert vit_train_here("resume=run", cwd=in_tmp).code == 0
+    assert vit_train_here("resume=force", "run_dir=other", cwd=in_tmp).code == 0
+    assert checkpoint_hashes(in_tmp / "run") == checkpoint_hashes(in_tmp / "other")

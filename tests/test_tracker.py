@@ -18,6 +18,7 @@ from vit_train.tracker import NullTracker, Plan, Tracker, duration
 def plan(first_step=0, total_steps=100) -> Plan:
     return Plan(
         first_step=first_step,
+        closed_epochs=first_step // 10,
         total_steps=total_steps,
         steps_per_epoch=10,
         batch_size=16,

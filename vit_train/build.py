@@ -28,6 +28,7 @@ from vit_train.resume import (
     check_budget,
     check_continuation,
     check_data,
+    check_entries,
     check_machine,
     checkpoint_to_continue,
     find_run,
@@ -36,6 +37,8 @@ from vit_train.resume import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from vit_train.guard import Signals
 
 _GROUPS = ("model", "data", "augment", "objective", "optimizer", "schedule", "strategy", "trainer", "tracker")
@@ -50,10 +53,17 @@ _RESOLVED_KEYS = (
 )
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 # What a stored configuration may name; the user's own command may name anything
-_STORED_CODE = tuple(
-    f"vit_train.{room}"
-    for room in ("models", "layers", "data", "objective", "optim", "strategy", "trainer", "tracker")
-)
+_STORED_CODE = {
+    "model": ("vit_train.models", "vit_train.layers"),
+    "data": ("vit_train.data",),
+    "augment": ("vit_train.data",),
+    "objective": ("vit_train.objective",),
+    "optimizer": ("vit_train.optim",),
+    "schedule": ("vit_train.optim",),
+    "strategy": ("vit_train.strategy",),
+    "trainer": ("vit_train.trainer",),
+    "tracker": ("vit_train.tracker",),
+}
 _NOT_IN_STORE = ("resume", "run_dir")
 
 
@@ -272,7 +282,10 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
 def _adopt(cfg: DictConfig, stored: Mapping[str, Any]) -> None:
     """What was left to the data or to `auto` is taken from the run that is continued."""
     for key in _RESOLVED_KEYS:
-        known = OmegaConf.select(OmegaConf.create(dict(stored)), key)
+        group, name = key.split(".")
+        known = stored[group].get(name)
+        if foreign_code(known, ()):  # a node: it would be built, and the user did not name it
+            continue
         if OmegaConf.select(cfg, key) in (None, "auto") and known is not None:
             OmegaConf.update(cfg, key, known)
     if cfg.trainer.auto_batch and stored["trainer"].get("auto_batch"):
@@ -295,13 +308,48 @@ def build_run(cfg: DictConfig, launch: Launch, signals: Signals | None = None) -
         ConfigError, DataError, CheckpointError: see the messages.
     """
     check_launch(launch)
+    if cfg.resume is None:
+        return _build_run(cfg, launch, signals)
+    with _blaming(str(cfg.resume)):
+        return _build_run(cfg, launch, signals)
+
+
+@contextmanager
+def _blaming(resume: str) -> Iterator[None]:
+    """Whatever goes wrong while a stored configuration is built is a mistake in it, whoever wrote it.
+
+    Raises:
+        CheckpointError: something did.
+    """
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:
+        if type(e).__name__ == "OutOfMemoryError":
+            raise
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise CheckpointError(f"resume={resume}: the stored configuration makes no run ({reason})") from e
+
+
+def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run | Path:
     allow = named = None
     notes: list[str] = []
     stored: dict[str, Any] = {}
     if cfg.resume is not None:
         run_dir, named = find_run(str(cfg.resume), None if cfg.run_dir is None else str(cfg.run_dir))
         stored, notes = read_config(run_dir)
-        foreign = foreign_code(stored, _STORED_CODE)
+        foreign = [
+            line
+            for key, node in stored.items()
+            for line in foreign_code(node, _STORED_CODE.get(key, ()), key)
+        ]
         if foreign:
             raise ConfigError(
                 f"{run_dir / 'config.yaml'} names code that is not vit-train's ({'; '.join(foreign)}); "
@@ -309,11 +357,12 @@ def build_run(cfg: DictConfig, launch: Launch, signals: Signals | None = None) -
             )
         force = cfg.resume == "force"
         cfg, allow = _with_overrides(stored, launch.overrides), _STORED_CODE
+        _refuse_secrets(cfg)
         check_config(cfg)
     else:
         force = False
+        _refuse_secrets(cfg)  # first: the other check repeats the values it does not like
         check_config(cfg)
-        _refuse_secrets(cfg)
         run_dir = choose_run_dir(cfg, launch)
         if holds_run(run_dir):
             stored, notes = read_config(run_dir)
@@ -328,6 +377,8 @@ def build_run(cfg: DictConfig, launch: Launch, signals: Signals | None = None) -
     _check_numbers(cfg)
     if stored:
         _adopt(cfg, stored)
+        check_config(cfg)  # what was adopted as well
+        _check_numbers(cfg)
         notes += check_continuation(stored, _plain(cfg), run_dir)
         if (run_dir / "result.json").is_file() and not _grown(stored, cfg):
             return run_dir
@@ -350,7 +401,7 @@ def _build(
     run_dir: Path,
     *,
     stored: Mapping[str, Any],
-    allow: tuple[str, ...] | None,
+    allow: Mapping[str, tuple[str, ...]] | None,
     notes: list[str],
     named: Path | None,
     force: bool,
@@ -363,6 +414,7 @@ def _build(
     from vit_train.report.console import Console
     from vit_train.rng import seed_device
     from vit_train.state import Parts
+    from vit_train.trained import check_sizes, without_download
 
     strategy = _make(cfg, "strategy", allow)
     if cfg.trainer.compile and not strategy.supports_compile:
@@ -382,15 +434,29 @@ def _build(
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
     config = _plain(cfg)
 
-    cost = _multiply_adds(config, allow)
-    seed_device(strategy.device, cfg.seed, "init")
-    model = _make(cfg, "model", allow)
     console, has_ema = Console(), config["trainer"]["ema_decay"] is not None
-    found, problems = checkpoint_to_continue(
-        run_dir,
-        named,
-        lambda path, _, shapes: checkpoint.check_shapes(path, shapes, model, ema=has_ema),
-    )
+    costs: list[int] = []
+
+    def fits(path: Path, _: Any, shapes: checkpoint.Shapes) -> None:
+        """Compares with a model without memory: what is stored may lie about its size."""
+        if allow is not None:
+            check_sizes(config["model"], shapes, path)
+        outline, cost = _outline(config, allow)
+        costs.append(cost)
+        checkpoint.check_shapes(path, shapes, outline, ema=has_ema)
+
+    found, problems = checkpoint_to_continue(run_dir, named, fits)
+    cost = costs[-1] if found is not None else _outline(config, allow)[1]
+    seed_device(strategy.device, cfg.seed, "init")
+    if allow is not None and without_download(config["model"]) != config["model"]:
+        if found is None:
+            raise CheckpointError(
+                f"{run_dir} was to start from pretrained weights and has no checkpoint yet; type the full "
+                f"command with run_dir={run_dir}: nothing stored starts a download"
+            )
+        model = make(without_download(config["model"]), key="model", allow=allow["model"])
+    else:
+        model = _make(cfg, "model", allow)
     fingerprint = data.fingerprint()
     if found is not None:
         notes += check_data(found, data, fingerprint, run_dir, force=force)
@@ -416,12 +482,14 @@ def _build(
             },
         )
         trainer = _make(cfg, "trainer", allow)(parts)
+    _check_kinds(trainer, config)
     if stored:
         check_budget(stored["trainer"], trainer)
     if found is not None:
         try:
             trainer.resume(found)
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            trainer.state.check_position(trainer.steps_per_epoch, trainer.total_steps)
+        except (AttributeError, ArithmeticError, RuntimeError, ValueError, TypeError, LookupError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error
         if trainer.state.closed_epochs < trainer.total_epochs and (run_dir / "result.json").is_file():
@@ -445,11 +513,39 @@ def _build(
     )
 
 
-def _make(cfg: DictConfig, key: str, allow: tuple[str, ...] | None) -> Any:
+def _make(cfg: DictConfig, key: str, allow: Mapping[str, tuple[str, ...]] | None) -> Any:
     node: Any = _plain(cfg)
     for part in key.split("."):
         node = node[part]
-    return make(node, key=key, allow=allow)
+    return make(node, key=key, allow=None if allow is None else allow[key.partition(".")[0]])
+
+
+def _check_kinds(trainer: Any, config: Mapping[str, Any]) -> None:
+    """That each node made what its place needs: constructors are checked before, what they make only now.
+
+    Raises:
+        ConfigError: one made something else.
+    """
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from vit_train.optim import Schedule
+    from vit_train.tracker import NullTracker
+    from vit_train.trainer import Trainer
+
+    if not isinstance(trainer, Trainer):
+        raise ConfigError(f"trainer: expected a Trainer, {config['trainer']['_target_']} makes another thing")
+    parts: dict[str, tuple[Any, type]] = {
+        "model": (trainer.model, nn.Module),
+        "objective": (trainer.objective, nn.Module),
+        "optimizer": (trainer.optimizer, Optimizer),
+        "schedule": (trainer.schedule, Schedule),
+        "tracker": (trainer.tracker, NullTracker),
+    }
+    for key, (made, kind) in parts.items():
+        if not isinstance(made, kind):
+            target = config[key]["_target_"]
+            raise ConfigError(f"{key}: expected {kind.__name__}, {target} makes {type(made).__name__}")
 
 
 @contextmanager
@@ -474,15 +570,19 @@ def _inference(data: Any) -> dict[str, Any]:
     }
 
 
-def _multiply_adds(config: Mapping[str, Any], allow: tuple[str, ...] | None) -> int:
-    """Per image, from a copy of the model that holds no memory; also proves that it takes such images."""
+def _outline(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...]] | None) -> tuple[nn.Module, int]:
+    """A copy of the model that holds no memory, and its multiply-adds per image, which proves that it takes
+    such images."""
     import torch
 
     from vit_train.report.summary import multiply_adds
     from vit_train.trained import without_download
 
     with torch.device("meta"):
-        model = make(without_download(config["model"]), key="model", allow=allow)
+        node = without_download(config["model"])
+        model = make(node, key="model", allow=None if allow is None else allow["model"])
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "num_classes"):
+        raise ConfigError(f"model: {node['_target_']} makes no model")
     data = config["data"]
     if model.num_classes != data["num_classes"]:
         raise ConfigError(
@@ -490,7 +590,7 @@ def _multiply_adds(config: Mapping[str, Any], allow: tuple[str, ...] | None) -> 
             "leave it out: it comes from the data"
         )
     with _as_config_error("model"):
-        return multiply_adds(model, in_channels=data["in_channels"], img_size=data["img_size"])
+        return model, multiply_adds(model, in_channels=data["in_channels"], img_size=data["img_size"])
 
 
 def _check_numbers(cfg: DictConfig) -> None:
@@ -507,6 +607,8 @@ def _check_free(run_dir: Path) -> None:
     existing = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(f"run_dir={run_dir} cannot be made: {existing} is a file")
+    if run_dir.is_dir():
+        check_entries(run_dir)
     if not os.access(existing, os.W_OK):
         raise ConfigError(f"run_dir={run_dir} cannot be written: no permission to write in {existing}")
     # what a crash leaves behind before config.yaml is in place: its log and hidden files

@@ -30,6 +30,8 @@ from vit_train.errors import CheckpointError, SaveError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from vit_train.ema import Ema
+
 # torch and safetensors are imported where tensors are read or written: the commands compare configurations
 # and find checkpoints before they need either.
 
@@ -91,9 +93,7 @@ class Checkpointer:
         target = self.root / directory_name(step)
         aside = self.root / f"{_PARTIAL}{target.name}_{os.getpid()}"
         try:
-            if not self.root.is_dir():
-                self.root.mkdir(parents=True)
-                durable.sync_directory(self.root.parent)
+            durable.make_directory(self.root)
             faults.point("save.begin")
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
@@ -263,8 +263,8 @@ def resolve_link(link: Path) -> Path | None:
     target = None
     if link.is_symlink() or link.is_dir():
         target = link
-    elif link.is_file() and link.stat().st_size < 1000:
-        target = link.parent / link.read_text().strip()
+    elif link.is_file() and link.stat().st_size < 100:  # longer than our names, shorter than any may be
+        target = link.parent / link.read_text(encoding="utf-8", errors="ignore").strip()
     if target is None or not target.is_dir():
         return None
     resolved = target.resolve()
@@ -281,12 +281,16 @@ def restore_replaced(root: Path) -> None:
 
 def newest_valid(run_dir: Path, fits: Fits | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of a run that verifies, and a line about each newer one that does not."""
-    problems: list[str] = []
-    restore_replaced(run_dir / "checkpoints")
-    for path in checkpoint_directories(run_dir / "checkpoints"):
+    root = run_dir / "checkpoints"
+    # said, or a run whose checkpoints are all links would begin anew
+    problems = [
+        f"{path} is a link, which is not followed" for path in root.glob("step_*") if path.is_symlink()
+    ]
+    restore_replaced(root)
+    for path in checkpoint_directories(root):
         try:
             return load(path, fits), problems
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             problems.append(str(error))
     return None, problems
 
@@ -333,13 +337,38 @@ def load(path: Path, fits: Fits | None = None) -> Checkpoint:
         CheckpointError: the directory is missing, incomplete, damaged or does not fit; the message says
             which file and how.
     """
+    try:
+        return _load(path, fits)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}"
+        ) from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The verified state.json of a checkpoint directory, without its tensors.
+
+    Raises:
+        CheckpointError: see `load`.
+    """
+    try:
+        return _load_state(path, _listed_files(path))
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}"
+        ) from error
+
+
+def _load_state(path: Path, files: Mapping[str, Any]) -> dict[str, Any]:
+    return _parse_json(_verified(path / _STATE, files[_STATE]), path / _STATE)
+
+
+def _load(path: Path, fits: Fits | None) -> Checkpoint:
     import safetensors.torch
 
-    if path.is_symlink() and resolve_link(path) is None:
-        raise CheckpointError(f"{path} is a link that leads out of its folder; it is not followed")
     files = _listed_files(path)
     kinds = {name: name.removesuffix(".safetensors") for name in sorted(files) if name != _STATE}
-    state = _parse_json(_verified(path / _STATE, files[_STATE]), path / _STATE)
+    state = _load_state(path, files)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, kind in kinds.items():
         _check_size(path / name, files[name])
@@ -355,6 +384,11 @@ def load(path: Path, fits: Fits | None = None) -> Checkpoint:
             raise CheckpointError(f"{path / name} is not a safetensors file: {error}") from error
         tensors |= {f"{kind}/{key}": tensor for key, tensor in part.items()}
     return Checkpoint(path, tensors, state)
+
+
+def fits_model(model: nn.Module, ema: Ema | None) -> Fits:
+    """What `load` takes, for a model and its average that exist already; see `check_shapes`."""
+    return lambda path, _, shapes: check_shapes(path, shapes, model, ema=ema is not None)
 
 
 def check_shapes(path: Path, shapes: Shapes, model: nn.Module, *, ema: bool | None = None) -> None:
@@ -389,6 +423,8 @@ def check_shapes(path: Path, shapes: Shapes, model: nn.Module, *, ema: bool | No
 
 
 def _listed_files(path: Path) -> dict[str, Any]:
+    if path.is_symlink() and resolve_link(path) is None:
+        raise CheckpointError(f"{path} is a link that leads out of its folder; it is not followed")
     manifest_file = path / MANIFEST
     if not manifest_file.is_file():
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}")
@@ -410,30 +446,25 @@ def _listed_files(path: Path) -> dict[str, Any]:
 def _read(path: Path, limit: int) -> bytes:
     """The bytes of a plain file. Links are not followed: they could lead anywhere."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        return durable.read(path, limit)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:
         reason = "it is a link" if path.is_symlink() else error.strerror
         raise CheckpointError(f"{path} cannot be read: {reason}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
-            raise CheckpointError(f"{path} is not a plain file")
-        if about.st_size > limit:
-            raise CheckpointError(f"{path} is damaged: {about.st_size} bytes are more than it can have")
-        return file.read()
 
 
 def _check_size(path: Path, entry: Any) -> int:
     """The recorded size, which is also the size on disk."""
     wanted = entry.get("bytes") if isinstance(entry, dict) else None
     try:
-        size = path.lstat().st_size
+        about = path.lstat()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    if path.is_symlink():
-        raise CheckpointError(f"{path} cannot be read: it is a link")
+    size = about.st_size
+    if not stat.S_ISREG(about.st_mode):
+        kind = "a link" if stat.S_ISLNK(about.st_mode) else "no plain file"
+        raise CheckpointError(f"{path} cannot be read: it is {kind}")
     if type(wanted) is not int or size != wanted:
         raise CheckpointError(f"{path} is damaged: its size is {size} bytes, not as recorded")
     return wanted
@@ -464,7 +495,8 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
         for name, entry in header.items():
             shape = tuple(entry["shape"])
             begin, stop = entry["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)):
+            numbers = (*shape, begin, stop)
+            if len(numbers) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
                 raise TypeError(name)
             shapes[name], end = shape, max(end, stop)
             # an element has at most 8 bytes and at least a half: a shape that says more is a lie

@@ -22,7 +22,7 @@ from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt
-from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, Strict, TypeAdapter, ValidationError
 
 from vit_train.errors import ConfigError, suggest
 
@@ -42,12 +42,21 @@ def is_node(value: object) -> bool:
     return isinstance(value, Mapping) and TARGET in value
 
 
-def locate(path: str) -> Any:
+def locate(path: Any, allow: tuple[str, ...] | None = None) -> Any:
     """Imports the object a dotted path names.
 
+    Args:
+        path: such as vit_train.models.ViT.
+        allow: packages it may come from; None allows everything. What is allowed is a public class or
+            function of a module in them that is defined in them as well: `vit_train.models.vit.torch.load`
+            is not, nor is a method.
+
     Raises:
-        ConfigError: nothing importable has that name; a close name in the same module is suggested.
+        ConfigError: nothing importable has that name (a close name in the same module is suggested), or it is
+            not allowed.
     """
+    if allow is not None:
+        return _locate_inside(path, allow)
     if not isinstance(path, str) or "." not in path:
         raise ConfigError(f"{path!r} is not a dotted path such as vit_train.models.ViT")
     module_path, name = path.rsplit(".", 1)
@@ -69,6 +78,24 @@ def locate(path: str) -> Any:
         raise ConfigError(f"{module_path!r} has no {name!r}{suggest(name, public)}") from None
 
 
+def _locate_inside(path: Any, allow: tuple[str, ...]) -> Any:
+    # Before importing: importing a module already runs code.
+    module_path, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
+    if not _inside(module_path, allow) or not all(part.isidentifier() for part in path.split(".")):
+        raise ConfigError(f"stored data may name only {', '.join(allow)}, not {path!r}")
+    try:
+        target = getattr(importlib.import_module(module_path), name, None)
+    except ImportError:
+        target = None
+    if name.startswith("_") or not callable(target) or not _inside(getattr(target, "__module__", 0), allow):
+        raise ConfigError(f"{path} is not defined in {', '.join(allow)}: not built")
+    return target
+
+
+def _inside(module: Any, allow: tuple[str, ...]) -> bool:
+    return isinstance(module, str) and any(module == p or module.startswith(f"{p}.") for p in allow)
+
+
 def make(node: Any, *, key: str = "", allow: Iterable[str] | None = None) -> Any:
     """Builds the objects a node describes, innermost first.
 
@@ -86,15 +113,10 @@ def make(node: Any, *, key: str = "", allow: Iterable[str] | None = None) -> Any
         return node
     if TARGET not in node:
         return {name: make(value, key=_join(key, name), allow=allow) for name, value in node.items()}
-    path = node[TARGET]
-    if allow is not None:
-        _refuse_outsiders(path, tuple(allow), key)
     try:
-        target = locate(path)
+        target = locate(node[TARGET], None if allow is None else tuple(allow))
     except ConfigError as error:
         raise ConfigError(f"{_join(key, TARGET)}: {error}") from error
-    if allow is not None and not _defined_inside(target, tuple(allow)):
-        raise ConfigError(f"{_join(key, TARGET)}: {path} is not defined in {', '.join(allow)}: not built")
     hints = _hints(target)
     arguments = {}
     for name, value in node.items():
@@ -145,14 +167,17 @@ def check(node: Any, *, key: str = "", pending: frozenset[str] = frozenset()) ->
 
 
 def foreign_code(node: Any, allow: tuple[str, ...], key: str = "") -> list[str]:
-    """`key._target_: path` of every node that names code outside the packages. Imports nothing."""
+    """`key._target_: path` of every node that names code it may not; see `locate`. Imports ours alone."""
     if isinstance(node, list | tuple):
         return [line for value in node for line in foreign_code(value, allow, key)]
     if not isinstance(node, Mapping):
         return []
-    target = node.get(TARGET)
-    inside = target is None or str(target).startswith(tuple(f"{name}." for name in allow))
-    found = [] if inside else [f"{_join(key, TARGET)}: {target}"]
+    found = []
+    if TARGET in node:
+        try:
+            locate(node[TARGET], allow)
+        except ConfigError:
+            found = [f"{_join(key, TARGET)}: {' '.join(str(node[TARGET]).split())}"]
     return found + [
         line for name, value in node.items() for line in foreign_code(value, allow, _join(key, str(name)))
     ]
@@ -210,6 +235,8 @@ def _check_value(full: str, hint: Any, value: Any) -> list[str]:
         _adapter(hint).validate_python(value)
     except ValidationError as error:
         return [_explain(full, hint, value, error)]
+    except PydanticUserError:  # an annotation it can make nothing of
+        return []
     return []
 
 
@@ -271,20 +298,8 @@ def _converted(hint: Any, built: Any, value: Any) -> Any:
         return tuple(built) if get_origin(hint) is tuple and isinstance(built, list) else built
     try:
         return _adapter(hint).validate_python(built)
-    except ValidationError:
+    except (ValidationError, PydanticUserError):
         return built  # `check` reports it; here the constructor has the last word
-
-
-def _refuse_outsiders(path: Any, allow: tuple[str, ...], key: str) -> None:
-    # Before importing: importing a module already runs code.
-    if not isinstance(path, str) or not any(path.startswith(f"{prefix}.") for prefix in allow):
-        raise ConfigError(f"{_join(key, TARGET)}: stored data may name only {', '.join(allow)}, not {path!r}")
-
-
-def _defined_inside(target: Any, allow: tuple[str, ...]) -> bool:
-    """`vit_train.models.vit.torch.load` starts with an allowed prefix and is not ours."""
-    module = getattr(target, "__module__", "") or ""
-    return callable(target) and any(module == p or module.startswith(f"{p}.") for p in allow)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -6,15 +6,21 @@ its name is durable too. `replace` does all of it for a single file.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 from vit_train import faults
 
 
 def write(path: Path, data: bytes) -> None:
-    """Writes and syncs one file."""
-    with path.open("wb") as file:
+    """Writes and syncs one new file; never through a link that somebody put in its place.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    with path.open("xb") as file:
         faults.point("write", file, data)
         file.write(data)
         file.flush()
@@ -29,12 +35,37 @@ def replace(path: Path, text: str) -> None:
     """
     aside = path.with_name(f".{path.name}")
     try:
-        write(aside, text.encode())
+        aside.unlink(missing_ok=True)  # left by a crash
+        write(aside, text.encode(errors="backslashreplace"))  # a name may hold half a surrogate pair
         aside.replace(path)
     except OSError:
         aside.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def read(path: Path, limit: int) -> bytes:
+    """The bytes of a plain file. Links are not followed, and nothing is waited for.
+
+    Raises:
+        OSError: it is missing, no plain file, or longer than `limit` bytes.
+    """
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "it is not a plain file")
+        if about.st_size > limit:
+            raise OSError(errno.EFBIG, f"{about.st_size} bytes are more than it can have")
+        return file.read()
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory and those above it that are missing, all durable; it may be there already."""
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync_directory(folder.parent)
 
 
 def sync_directory(path: Path) -> None:

@@ -10,11 +10,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 10_000  # characters of a message: a hostile file may put megabytes into one
+
+
+def printable(text: str) -> str:
+    """The same text, safe for a terminal: names of files and classes may hold escape sequences.
+
+    What is not printable but for line ends is written as its Python escape, and what is too long is cut.
+    """
+    shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shown)
+
 
 class VitTrainError(Exception):
     """Base of every error that ends a command with one clear line."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(VitTrainError):

@@ -14,8 +14,9 @@ from vit_train.precision import autocast
 def fit_micro_batch(trainer: Any, batch_size: int) -> int:
     """Doubles the number of micro-batches until one of them, and an optimizer step, fit in memory.
 
-    The batch, and so what a step learns from, stays as large. Nothing of the trainer changes but
-    `grad_accum_steps`; weights and running statistics are put back.
+    Where twice as many do not divide the batch it is the next number that does. The batch, and so what a
+    step learns from, stays as large. Nothing of the trainer changes but `grad_accum_steps`; weights and
+    running statistics are put back.
 
     Args:
         trainer: before its first step.
@@ -31,13 +32,12 @@ def fit_micro_batch(trainer: Any, batch_size: int) -> int:
     pieces = trainer.grad_accum_steps
     try:
         while not _fits(trainer, -(-batch_size // pieces)):
-            if pieces * 2 > batch_size or batch_size % (pieces * 2):
+            finer = _next_divisor(batch_size, pieces)
+            if finer is None:
                 raise OutOfMemoryError(
-                    f"out of memory even with {pieces} micro-batches of {batch_size // pieces} images "
-                    f"(data.batch_size={batch_size} does not divide further): type a smaller model, "
-                    "data.img_size or data.batch_size"
+                    "out of memory with micro-batches of one image; type a smaller model or data.img_size"
                 )
-            pieces *= 2
+            pieces = finer
     finally:
         trainer.model.zero_grad(set_to_none=True)
         for name, buffer in trainer.model.named_buffers():
@@ -80,12 +80,19 @@ def advice(config: Mapping[str, Any], name: str, device: torch.device, error: Ex
         used = torch.cuda.max_memory_allocated(device) / 2**30
         size = torch.cuda.get_device_properties(device).total_memory / 2**30
         total = f"; {used:.1f} of {size:.1f} GiB were in use"
+    finer = _next_divisor(batch, pieces)
+    typed = (
+        "micro-batches hold one image already: type a smaller model or data.img_size"
+        if finer is None
+        else f"type trainer.grad_accum_steps={finer} for the same batch in less memory "
+        "(trainer.auto_batch=true finds the number), or a smaller data.batch_size"
+    )
     return (
         f"out of memory: {name} with data.batch_size={batch} in {pieces} micro-batches of {batch // pieces}"
-        f"{total} ({said}); type trainer.grad_accum_steps={_next_divisor(batch, pieces)} for the same batch "
-        "in less memory (trainer.auto_batch=true finds the number), or a smaller data.batch_size"
+        f"{total} ({said}); {typed}"
     )
 
 
-def _next_divisor(batch: int, pieces: int) -> int:
-    return next((n for n in range(2 * pieces, batch) if batch % n == 0), batch)
+def _next_divisor(batch: int, pieces: int) -> int | None:
+    """The smallest divisor at least twice as large; None where a piece is one image already."""
+    return next((n for n in range(2 * pieces, batch + 1) if batch % n == 0), None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vit_train.checkpoint import fits_model
 from vit_train.data import Batch
 from vit_train.ema import Ema
 from vit_train.errors import NonFiniteError
@@ -129,7 +130,7 @@ class NonFinite:
 
     def _go_back(self, state: TrainState, problem: str, batch: str) -> None:
         assert state.anchor is not None, "a run that may go back saves before its first step"
-        back = self.saver.checkpoint_of(state.anchor)
+        back = self.saver.checkpoint_of(state.anchor, fits_model(self.model, self.ema))
         self.strategy.restore(back.tensors, self.model, self.ema, self.optimizer)
         self.saver.say(
             f"{problem}; the run goes on with the next step and the weights of {back.path.name}.{batch}"

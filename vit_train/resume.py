@@ -14,12 +14,15 @@ from typing import Any
 
 import yaml
 
-from vit_train import checkpoint
+from vit_train import checkpoint, durable
 from vit_train.errors import CheckpointError, ConfigError, DataError
 
 CONFIG = "config.yaml"
 _MAX_CONFIG_BYTES = 2**20
 _MAX_CONFIG_VALUES = 100_000  # aliases let a few bytes of YAML stand for billions
+_MAX_CONFIG_DEPTH = 30
+_MAX_STRING = 10_000  # characters
+_NODES = ("model", "data", "objective", "optimizer", "schedule", "strategy", "trainer", "tracker")
 
 
 # ------------------------------------------------------------------------------------------- which run it is
@@ -101,48 +104,89 @@ def read_config(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
     Raises:
         CheckpointError: there is neither, or it is not plain data.
     """
+    check_entries(run_dir)
     path = run_dir / CONFIG
     try:
         return _parse_config(path), []
     except CheckpointError as error:
-        found, _ = checkpoint.newest_valid(run_dir)
-        if found is None or not isinstance(found.state.get("config"), dict):
-            raise
-        check_plain(found.state["config"], found.path)
-        return found.state["config"], [f"{error}: the configuration comes from {found.path}"]
+        for folder in checkpoint.checkpoint_directories(run_dir / "checkpoints"):
+            try:
+                stored = checkpoint.load_state(folder).get("config")
+                check_stored(stored, folder)
+            except CheckpointError:
+                continue
+            return stored, [f"{error}: the configuration comes from {folder}"]  # type: ignore[return-value]
+        raise
+
+
+def check_entries(run_dir: Path) -> None:
+    """A run directory holds files and folders. A run writes into them: a link would lead it elsewhere.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    for entry in run_dir.iterdir():
+        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+            raise CheckpointError(
+                f"{entry} is a link or no plain file, and a run would write to it; put in its place what it "
+                "stands for"
+            )
 
 
 def _parse_config(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} cannot be read: it is too large for a configuration")
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        stored = yaml.safe_load(durable.read(path, _MAX_CONFIG_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # a date may not exist
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    check_stored(stored, path)
+    return stored
+
+
+def check_stored(stored: Any, path: Path) -> None:
+    """A stored configuration is plain data with everything a run consists of.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     if not isinstance(stored, dict):
         raise CheckpointError(f"{path} is damaged: expected keys and values")
     check_plain(stored, path)
-    return stored
+    for group in _NODES:
+        node = stored.get(group)
+        if not isinstance(node, dict) or "_target_" not in node:
+            raise CheckpointError(f"{path} is damaged: it does not say what the {group} is")
+    trainer = stored["trainer"]
+    for key in ("epochs", "max_steps", "grad_accum_steps"):
+        if type(trainer.get(key)) not in (int, type(None)):
+            raise CheckpointError(f"{path} is damaged: trainer.{key} is {trainer[key]!r}")
 
 
 def check_plain(stored: Mapping[str, Any], path: Path) -> None:
     """A stored configuration is plain data: every value was resolved before it was written.
 
     Raises:
-        CheckpointError: it refers to something (`${...}`), or is far larger than any configuration.
+        CheckpointError: it refers to something (`${...}`), holds something else than plain values, or is far
+            larger than any configuration.
     """
-    left, waiting = _MAX_CONFIG_VALUES, [stored]
+    left, waiting = _MAX_CONFIG_VALUES, [(0, stored)]
     while waiting:
-        value: Any = waiting.pop()
-        left -= 1
-        if left < 0:
-            raise CheckpointError(f"{path} cannot be read: it is too large for a configuration")
-        if isinstance(value, Mapping):
-            waiting += [*value.keys(), *value.values()]
+        depth, value = waiting.pop()
+        inside: list[Any] = []
+        if isinstance(value, dict):
+            inside = [*value.keys(), *value.values()]
         elif isinstance(value, list):
-            waiting += value
+            inside = value
         elif isinstance(value, str) and "${" in value:
             raise CheckpointError(f"{path} holds the reference {value!r}; a stored configuration has none")
+        elif not isinstance(value, str | int | float | None):
+            raise CheckpointError(f"{path} holds a {type(value).__name__}; a stored configuration does not")
+        left -= len(inside)
+        endless = isinstance(value, str) and len(value) > _MAX_STRING
+        if endless or left < 0 or depth > _MAX_CONFIG_DEPTH:
+            raise CheckpointError(f"{path} cannot be read: it is too large for a configuration")
+        waiting += [(depth + 1, one) for one in inside]
 
 
 # ----------------------------------------------------------------------------------------- what may change
@@ -237,7 +281,7 @@ def check_continuation(stored: Mapping[str, Any], config: Mapping[str, Any], run
 
 def check_budget(stored: Mapping[str, Any], trainer: Any) -> None:
     """A run can grow but not shrink: its schedule has been spanning the old budget."""
-    before = stored.get("max_steps") or stored["epochs"] * trainer.steps_per_epoch
+    before = stored.get("max_steps") or (stored.get("epochs") or 0) * trainer.steps_per_epoch
     if trainer.total_steps < before:
         epochs = -(-before // trainer.steps_per_epoch)
         raise ConfigError(
@@ -279,8 +323,9 @@ def check_data(
     """
     if found.state.get("dataset_fingerprint") == fingerprint:
         return []
-    names = found.state.get("inference", {}).get("class_names")
-    steps = found.state.get("train", {}).get("steps_per_epoch")
+    inference, train = found.state.get("inference"), found.state.get("train")
+    names = inference.get("class_names") if isinstance(inference, dict) else None
+    steps = train.get("steps_per_epoch") if isinstance(train, dict) else None
     if not force:
         raise DataError(
             f"the data is not what {run_dir} was trained on (classes or files differ); restore it, start a "

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vit_train.checkpoint import Checkpoint, Checkpointer, directory_name, load, newest_valid
+from vit_train.checkpoint import Checkpoint, Checkpointer, Fits, directory_name, load, newest_valid
 from vit_train.ema import Ema
 from vit_train.errors import CheckpointError, SaveError
 
@@ -101,7 +101,7 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
-    def checkpoint_of(self, step: int) -> Checkpoint:
+    def checkpoint_of(self, step: int, fits: Fits | None = None) -> Checkpoint:
         """The checkpoint of a step; where that one is damaged, the newest one that verifies.
 
         Raises:
@@ -109,9 +109,9 @@ class Saver:
         """
         self._join()
         try:
-            return load(self.checkpointer.root / directory_name(step))
+            return load(self.checkpointer.root / directory_name(step), fits)
         except CheckpointError as error:
-            found, _ = newest_valid(self.checkpointer.root.parent)
+            found, _ = newest_valid(self.checkpointer.root.parent, fits)
             if found is None:
                 raise
             self.say(f"{error}; going back to {found.path.name} instead")

@@ -83,7 +83,23 @@ class TrainState:
             kinds = (int, float) if isinstance(default, float) else type(default)
             if default is not None and (not isinstance(value, kinds) or (type(value) is int and value < 0)):
                 raise ValueError(f"{field_.name} is {value!r}")
+        best = {"val/top1": 0.0} if state.best is None else state.best
+        figures = [*state.sums, state.seconds, *state.last.values(), *best.values()]
+        if len(state.sums) != 4 or "val/top1" not in best or not all(map(_is_figure, figures)):
+            raise ValueError("a figure is missing or no number")
+        if not isinstance(state.anchor, int | None):
+            raise ValueError(f"anchor is {state.anchor!r}")
         return state
+
+    def check_position(self, steps_per_epoch: int, total_steps: int) -> None:
+        """That its step lies in the epoch which is open, or at the end of the run.
+
+        Raises:
+            ValueError: it does not.
+        """
+        first = self.closed_epochs * steps_per_epoch
+        if not first <= self.step <= first + steps_per_epoch and self.step != total_steps:
+            raise ValueError(f"step {self.step} is not in epoch {self.closed_epochs + 1}")
 
     def judge(self, metrics: dict[str, float], epoch: int) -> bool:
         """Whether these validation metrics are the best so far, and remembers them if so.
@@ -121,3 +137,7 @@ def check_listeners(
         )
     if early_stop_patience is not None and not sizes["val"]:
         raise ValueError("trainer.early_stop_patience needs a validation split; set data.val_fraction")
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -11,6 +11,7 @@ Tags: `train_step/{loss,lr,grad_norm,images_per_second}` while an epoch lasts; `
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import warnings
@@ -40,6 +41,7 @@ class Plan:
     """What the tracker has to know of the run before it starts."""
 
     first_step: int
+    closed_epochs: int
     total_steps: int
     steps_per_epoch: int
     batch_size: int
@@ -127,16 +129,29 @@ class Tracker(NullTracker):
         self.plan = plan
         self.estimated = False
         metrics_file = self.run_dir / "metrics.jsonl"
-        kept = [event for event in read_events(metrics_file) if event["step"] <= plan.first_step]
+        kept = [event for event in read_events(metrics_file) if self._stands(event)]
         durable.replace(metrics_file, "".join(json.dumps(event) + "\n" for event in kept))
         self.file = metrics_file.open("a", encoding="utf-8")
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            folder = self.run_dir / "tensorboard"
-            begun = folder.is_dir() and any(folder.iterdir())  # perhaps killed before its first checkpoint
-            purge = (plan.first_step + 1 if plan.first_step else 0) if begun else None
-            self.writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+            # TensorBoard cuts before a step, not after: what stands of that step is written again. It takes
+            # the first cut it meets for the start of the run, so a new run has one too.
+            self.writer = SummaryWriter(
+                str(self.run_dir / "tensorboard"), purge_step=plan.first_step, flush_secs=10
+            )
+            for event in kept:
+                if event["step"] == plan.first_step:
+                    prefix = "train_step/" if event["event"] == "step" else ""
+                    figures = {k: v for k, v in event.items() if k not in ("event", "step", "epoch_float")}
+                    self._scalars(plan.first_step, {f"{prefix}{name}": v for name, v in figures.items()})
+
+    def _stands(self, event: Mapping[str, Any]) -> bool:
+        """Whether the continuation will not write an event (of metrics.jsonl) again: at the step it starts
+        from an epoch may be open or closed, and a test is always to come."""
+        step, kind = event["step"], event["event"]
+        again = kind == "test" or (kind == "epoch" and event["epoch"] > self.plan.closed_epochs)
+        return step < self.plan.first_step or (step == self.plan.first_step and not again)
 
     def first_batch(self, model: nn.Module, images: Tensor, targets: Tensor) -> None:
         """Logs the picture of an augmented batch and the model's graph."""
@@ -221,9 +236,8 @@ class Tracker(NullTracker):
         for split in ("train", "val", "val_raw"):
             if f"{split}/top1" in metrics:
                 label = split.replace("_raw", " (raw weights)")
-                parts.append(
-                    f"{label} loss {metrics[f'{split}/loss']:.4f} top-1 {metrics[f'{split}/top1']:.2%}"
-                )
+                value = metrics.get(f"{split}/loss", math.nan)  # only what is finite is among them
+                parts.append(f"{label} loss {value:.4f} top-1 {metrics[f'{split}/top1']:.2%}")
         self.console.say(" | ".join([*parts, duration(elapsed)]))
 
     def progress(self, batches: Iterable[Batch], label: str) -> Iterable[Batch]:
@@ -287,7 +301,9 @@ class Tracker(NullTracker):
 
     def _write(self, event: str, step: int, values: Mapping[str, float]) -> None:
         if self.file is not None:
-            self.file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+            # without the gradient norm of a step that was left out: JSON knows neither NaN nor Infinity
+            finite = {name: value for name, value in values.items() if math.isfinite(value)}
+            self.file.write(json.dumps({"event": event, "step": step, **finite}) + "\n")
 
     def _close_bar(self) -> None:
         if self.bar is not None:

@@ -6,7 +6,6 @@ backbones never download (the weights are in the checkpoint).
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ from torch import nn
 from vit_train import checkpoint
 from vit_train.construct import is_node, make
 from vit_train.errors import CheckpointError, ConfigError
-from vit_train.resume import check_plain
+from vit_train.resume import check_stored
 
 MODEL_CODE = ("vit_train.models", "vit_train.layers")
+# What a constructor or a forward pass may raise where a file made up its arguments
+_NO_MODEL = (ConfigError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Weights = Literal["auto", "raw", "ema"]
 
 
@@ -79,29 +80,71 @@ def fits(path: Path, state: Mapping[str, Any], shapes: checkpoint.Shapes) -> Non
     config = state.get("config")
     if not isinstance(config, dict) or not is_node(config.get("model")):
         raise CheckpointError(f"{path} does not describe a model")
-    check_plain(config, path)
+    check_stored(config, path)
     node = config["model"]
-    largest = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model/"))
-    lie = _larger(node, largest)
-    if lie is not None:
-        raise CheckpointError(f"{path} does not describe its own model: {lie} in a file of {largest} weights")
+    check_sizes(node, shapes, path)
     try:
         with torch.device("meta"):
             model = make(without_download(node), key="model", allow=MODEL_CODE)
-    except (ConfigError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"{node['_target_']} makes a {type(model).__name__}")
+            checkpoint.check_shapes(path, shapes, model)
+            _check_inference(state["inference"], model)
+    except _NO_MODEL as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} does not describe a model that can be built: {reason}") from error
-    if not isinstance(model, nn.Module):
-        raise CheckpointError(f"{path} does not describe a model, but a {type(model).__name__}")
-    checkpoint.check_shapes(path, shapes, model)
 
 
-def _larger(node: Any, limit: int) -> int | None:
-    """A number in a model's configuration above `limit`: width, depth and classes all count its weights."""
-    values = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
+def check_sizes(node: Mapping[str, Any], shapes: checkpoint.Shapes, path: Path) -> None:
+    """That no number of a model's configuration is larger than the checkpoint allows.
+
+    Width and classes are sides of its tensors; each of the blocks that depth counts has tensors of its own.
+    Without it a few bytes would make a constructor count to a billion.
+
+    Args:
+        node: of the model.
+        shapes: of the tensors.
+        path: for the message.
+
+    Raises:
+        CheckpointError: one is larger.
+    """
+    own = [math.prod(shape) for name, shape in shapes.items() if name.startswith("model/")]
+    lie = _larger(node, sum(own), len(own))
+    if lie is not None:
+        raise CheckpointError(
+            f"{path} does not describe its own model: {lie} in a file of {len(own)} tensors with {sum(own)} "
+            "weights"
+        )
+
+
+def _larger(node: Any, weights: int, tensors: int, key: str = "") -> int | None:
     if isinstance(node, int):
-        return node if node > limit else None
-    return next((n for value in values if (n := _larger(value, limit)) is not None), None)
+        return node if node > (tensors if key.startswith("depth") else weights) else None
+    inside = list(node.items()) if isinstance(node, Mapping) else []
+    inside += [(key, value) for value in node] if isinstance(node, list) else []
+    lies = (_larger(value, weights, tensors, str(name)) for name, value in inside)
+    return next((lie for lie in lies if lie is not None), None)
+
+
+def _check_inference(inference: Mapping[str, Any], model: nn.Module) -> None:
+    """That what is stored for feeding the model and reading its answers fits it.
+
+    Raises:
+        ValueError, KeyError, TypeError: it does not.
+    """
+    names, side, channels = inference["class_names"], inference["img_size"], inference["in_channels"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names is no list of names")
+    if channels not in (1, 3) or type(side) is not int or side < 1:
+        raise ValueError(f"images of {channels!r} channels and {side!r} pixels")
+    for key in ("mean", "std"):
+        if len(inference[key]) != channels or not all(type(x) in (int, float) for x in inference[key]):
+            raise ValueError(f"{key} is {inference[key]!r} for {channels} channels")
+    with torch.no_grad():
+        answer = model.eval()(torch.empty(1, channels, side, side))
+    if tuple(answer.shape) != (1, len(names)):
+        raise ValueError(f"answers of shape {tuple(answer.shape)} for {len(names)} classes")
 
 
 def from_checkpoint(
@@ -131,7 +174,7 @@ def from_checkpoint(
             weights=chosen,
             step=stored.state["train"]["step"],
         )
-    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except _NO_MODEL as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} does not describe a model that can be built: {reason}") from error
 
@@ -150,14 +193,11 @@ def stored_config(stored: checkpoint.Checkpoint) -> dict[str, Any]:
 
 def without_download(node: Mapping[str, Any]) -> dict[str, Any]:
     """The same model node with every `pretrained: true` turned off."""
-    copied: dict[str, Any] = copy.deepcopy(dict(node))
-    _turn_off(copied)
+    copied: dict[str, Any] = _turned_off(node)
     return copied
 
 
-def _turn_off(node: dict[str, Any]) -> None:
-    for key, value in node.items():
-        if key == "pretrained":
-            node[key] = False
-        elif is_node(value):
-            _turn_off(value)
+def _turned_off(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: False if key == "pretrained" else _turned_off(inner) for key, inner in value.items()}
+    return [_turned_off(inner) for inner in value] if isinstance(value, list) else value

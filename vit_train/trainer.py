@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from vit_train.checkpoint import Checkpoint, load_run
+from vit_train.checkpoint import Checkpoint, fits_model, load_run
 from vit_train.construct import NotNegative, NotNegativeFloat, Positive, PositiveFloat, TwoOrMore
 from vit_train.data import Batch
 from vit_train.ema import Ema
@@ -240,7 +240,7 @@ class Trainer:
         """Test metrics of the checkpoint a user would load: the best one. Leaves its weights in the model."""
         if not self.parts.data.sizes["test"]:
             return {}
-        best, _ = load_run(self.parts.checkpointer.root.parent)
+        best, _ = load_run(self.parts.checkpointer.root.parent, fits_model(self.model, self.ema))
         self.strategy.restore(best.tensors, self.model, self.ema, None)
         metrics = self.evaluate_split("test")
         # stopped by a signal: everything was saved before, the continuation tests again

@@ -262,6 +262,9 @@ class Faulty:
             self.act()
         return self.inner.read(index)
 
+    def name(self, index):
+        return self.inner.name(index)
+
 
 def unreadable():
     raise DataError("/some/file.jpg cannot be read (cut off)")

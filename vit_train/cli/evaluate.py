@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from vit_train.trained import Trained
 
 _OVERRIDABLE = ("data", "strategy", "trainer.precision")
+# What building and running raise where a stored value, or one beside RUN, makes no sense
+_UNFIT = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,6 +66,11 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
             present = ", ".join(name for name, size in data.sizes.items() if size)
             raise DataError(f"this data has no {split} images; type --split with one of {present}")
         evaluation = _evaluate(trained, config, strategy, data, split)
+    except _UNFIT as error:
+        lost = data.worker_lost(error)
+        if lost is not None or type(error).__name__ == "OutOfMemoryError":
+            raise lost or error from error
+        raise ConfigError(f"{stored.path} cannot be evaluated on this data: {_reason(error)}") from error
     finally:
         data.close()
     result = evaluation_json(evaluation, trained, split=split, fingerprint=data.fingerprint())
@@ -131,6 +139,7 @@ def build_data(config: dict[str, Any]) -> tuple[Any, Any]:
         ConfigError, DataError: see the messages.
     """
     from vit_train.construct import check, foreign_code, make
+    from vit_train.precision import Precision
 
     # before `check`, which imports what is named
     foreign = foreign_code(config["data"], ("vit_train.data",), "data")
@@ -142,14 +151,21 @@ def build_data(config: dict[str, Any]) -> tuple[Any, Any]:
     errors = check(node, key="data") + check(config["strategy"], key="strategy")
     if errors:
         raise ConfigError("; ".join(errors))
+    precisions = typing.get_args(Precision)
+    if config["trainer"].get("precision") not in precisions:
+        raise ConfigError(f"trainer.precision: expected one of {', '.join(precisions)}")
     strategy = make(config["strategy"], key="strategy", allow=("vit_train.strategy",))
-    strategy.start()
     data = make(node, key="data", allow=("vit_train.data",))
     try:
+        strategy.start()
         data.setup(device=strategy.device, rank=0, world_size=1)
-    except ValueError as error:
-        raise ConfigError(f"data: {error}") from error
+    except _UNFIT as error:
+        raise ConfigError(f"data: {_reason(error)}") from error
     return strategy, data
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def with_overrides(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def execute(run: Run) -> dict[str, Any] | None:
     trainer, run_dir = run.trainer, run.run_dir
     data, strategy = trainer.parts.data, trainer.strategy
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        durable.make_directory(run_dir)
         run.console.log_to(run_dir / "train.log")
         trainer.parts.checkpointer.remove_partial()
         trainer.parts.checkpointer.finish_interrupted(
@@ -170,16 +170,19 @@ def execute(run: Run) -> dict[str, Any] | None:
                 f"trainer.deterministic=true: {str(error).split(', but you set')[0]}"
             ) from error
         raise
-    except VitTrainError as error:
-        if not isinstance(error, Interrupted):
-            run.console.log(f"error: {error}")
-        raise
     except OSError as error:
         raise SaveError(f"{run_dir} cannot be written: {error.strerror or error}") from error
     finally:
-        for cleanup in (trainer.tracker.close, data.close, partial(_draw, run), run.console.close):
+        log_error = partial(_log_error, run, sys.exc_info()[1])
+        # data first: until its workers have ended, the death of another one can interrupt anything
+        for cleanup in (data.close, trainer.tracker.close, partial(_draw, run), log_error, run.console.close):
             with suppress(OSError):  # a full disk ends in its own error, not in that of the cleaning up
                 cleanup()
+
+
+def _log_error(run: Run, error: BaseException | None) -> None:
+    if isinstance(error, VitTrainError) and not isinstance(error, Interrupted):
+        run.console.log(f"error: {error}")
 
 
 def _draw(run: Run) -> None:
@@ -195,6 +198,7 @@ def _plan(run: Run) -> Plan:
     data, evaluations = trainer.parts.data, 1 if trainer.ema is None else 2
     return Plan(
         first_step=trainer.state.step,
+        closed_epochs=trainer.state.closed_epochs,
         total_steps=trainer.total_steps,
         steps_per_epoch=trainer.steps_per_epoch,
         batch_size=min(run.config["data"]["batch_size"], data.sizes["train"]),
@@ -232,6 +236,7 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     trainer.tracker.picture("predictions", lambda: sheet_of_predictions(trainer), step)
     final = {k: v for k, v in result.items() if isinstance(v, float) and "/top1" in k}
     trainer.tracker.hparams(hyperparameters(run.config), final)
+    trainer.tracker.flush()  # with its result a run counts as finished, and nothing is logged again
     durable.replace(run_dir / "result.json", json.dumps(result, indent=1))
     run.console.say(closing_table(result))
     by_steps = run.config["trainer"]["max_steps"] is not None

@@ -8,6 +8,7 @@ arithmetic in the main process: no skipped image is read.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import re
 import signal
@@ -15,7 +16,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
+from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -41,7 +45,9 @@ Key: TypeAlias = tuple[int, int, int]  # (epoch, index, draw)
 _START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 _POLL_SECONDS = 1  # how soon a signal is noticed while all workers are stuck
+_ORPHAN_SECONDS = 5  # how soon a worker notices that its parent is gone
 _MAX_WORKERS = 1024
+_DIED = "DataLoader worker (pid"  # how torch's line about it begins
 
 
 class Source(Protocol):
@@ -108,7 +114,7 @@ class Samples(Dataset[Sample | Failure]):
             return self._sample(*key)
         except DataError as error:
             return Failure(str(error))
-        except Exception as error:  # from the transform or the source: no traceback tells which sample it was
+        except (Exception, SystemExit) as error:  # no traceback of the user's code tells which sample it was
             where = traceback.extract_tb(error.__traceback__)[-1]
             reason = " ".join(str(error).split())
             return Failure(
@@ -279,17 +285,11 @@ class Loader:
                     raise DataError(batch.line)
                 yield batch
         except (RuntimeError, EOFError, ConnectionError) as error:
-            cause: Exception = error
-            reading = self.read_by(error)
-            try:
-                self.close()
-            except RuntimeError as late:  # the signal of a death that a broken connection told first
-                cause = late
-                reading = self.read_by(late) or reading
-            lost = worker_lost(cause, reading)
+            lost = worker_lost(error, self.read_by(error))
+            self.close()
             if lost is None:
                 raise
-            raise lost from cause
+            raise lost from error
         finally:
             if not self._persistent:
                 self.close()
@@ -304,25 +304,53 @@ class Loader:
                 if not str(error).startswith("DataLoader timed out"):
                     raise
             if self.should_stop():
+                self.close(stuck=True)
                 return None
             if time.monotonic() - since >= self._timeout:
+                reading = self._samples.being_read()
+                self.close(stuck=True)
                 raise WorkerLostError(
-                    f"no data worker has answered for {self._timeout:g} s{self._samples.being_read()}; "
+                    f"no data worker has answered for {self._timeout:g} s{reading}; "
                     "look at that file and its disk, or type a larger data.worker_timeout_seconds"
                 )
 
     def read_by(self, error: BaseException) -> str:
-        """What the worker that `error` names was reading."""
-        pids = [process.pid for process in getattr(self._iterator, "_workers", [])]
-        named = [int(pid) for pid in re.findall(r"\d+", str(error).partition("\n")[0])]
-        known = [pids.index(pid) for pid in named if pid in pids]
+        """What the worker that `error` names was reading; or the one whose connection broke."""
+        workers = getattr(self._iterator, "_workers", [])
+        named = [int(pid) for pid in re.findall(r"\d+", str(_death(error)).partition("\n")[0])]
+        if workers and _is_broken(error):
+            try:
+                gone = wait([worker.sentinel for worker in workers], timeout=_POLL_SECONDS)
+                for worker in workers:
+                    if worker.sentinel in gone:
+                        named.append(worker.pid)
+                        worker.join(_POLL_SECONDS)
+            except RuntimeError as death:  # torch's signal handler was faster
+                return self.read_by(death)
+        known = [i for i, worker in enumerate(workers) if worker.pid in named]
         return self._samples.being_read(known[0]) if known else ""
 
-    def close(self) -> None:
-        """Ends the workers. A later iteration starts new ones."""
+    def close(self, *, stuck: bool = False) -> None:
+        """Ends the workers. A later iteration starts new ones.
+
+        Args:
+            stuck: whether they do not answer. Otherwise they end in peace first, for which torch waits five
+                seconds each.
+        """
         # torch ends workers when their iterator is collected, which a traceback may put off.
-        if hasattr(self._iterator, "_shutdown_workers"):
-            self._iterator._shutdown_workers()
+        workers = getattr(self._iterator, "_workers", [])
+        if stuck:
+            for worker in workers:
+                worker.terminate()
+        try:
+            if workers:
+                self._iterator._shutdown_workers()
+        except RuntimeError as error:
+            if not str(error).startswith(_DIED):  # one that was not needed any more
+                raise
+        for worker in workers:
+            if worker.is_alive():  # inside a decoder that never comes back to Python
+                worker.kill()
         self._iterator = self._loader._iterator = None
 
 
@@ -336,10 +364,10 @@ def worker_lost(error: BaseException, reading: str = "") -> WorkerLostError | No
         error: what was raised.
         reading: what the worker was doing, where that is known.
     """
-    text = str(error)
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
+    text = str(_death(error))
+    if isinstance(error, RuntimeError) and text.startswith(_DIED):
         reason = text.splitlines()[0].rstrip(". ")
-    elif isinstance(error, EOFError | ConnectionError) and not text.startswith("Caught "):
+    elif _is_broken(error):
         reason = "a DataLoader worker died"
     else:
         return None
@@ -348,12 +376,54 @@ def worker_lost(error: BaseException, reading: str = "") -> WorkerLostError | No
     )
 
 
+def _death(error: BaseException) -> BaseException:
+    """What the signal handler said, where the DataLoader caught it and said less: not how the worker died."""
+    cause = error.__cause__
+    return cause if cause is not None and str(cause).startswith(_DIED) else error
+
+
+def _is_broken(error: BaseException) -> bool:
+    """Whether a batch was on its way from a worker that died; not: whether a worker reports such an error."""
+    first = str(error).partition("\n")[0]
+    reported = first.startswith("Caught ") and "in pin memory thread" not in first
+    return isinstance(error, EOFError | ConnectionError) and not reported
+
+
 def _detach_worker(worker_id: int) -> None:  # noqa: ARG001 - the DataLoader passes it
     """Leaves the terminal's process group, so Ctrl-C and a scheduler's signal reach the main process only.
 
     It then stops at a step boundary with its workers still serving. The DataLoader ends the workers, and they
-    notice by themselves when the main process is gone.
+    notice by themselves when the main process is gone. Where a scheduler signals every process of a job, a
+    worker obeys its parent only.
     """
+    started_by = multiprocessing.parent_process()
+    assert started_by is not None, "a worker is a process that another one started"
+    parent = started_by.pid
     if hasattr(os, "setsid"):
         os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # The DataLoader's own watch compares with whoever is the parent when it begins: too late, if the main
+        # process was killed while this one started
+        if os.getppid() != parent:
+            os._exit(0)
+    sys.excepthook = _report
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM ends a worker whoever sends it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_obey, args=(parent,), name="obey", daemon=True).start()
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As usual; but the thread that hands batches over says nothing where the main process breaks it off."""
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _obey(parent: int | None) -> None:
+    """Waits until the parent sends SIGTERM or is gone, then ends this process in peace: it is no error."""
+    while os.getppid() == parent:
+        told = signal.sigtimedwait({signal.SIGTERM}, _ORPHAN_SECONDS)
+        if told is not None and told.si_pid == parent:
+            break
+    os._exit(0)

@@ -11,7 +11,7 @@ import rich.console
 from rich.console import RenderableType
 from tqdm import tqdm
 
-from vit_train.errors import ConfigError
+from vit_train.errors import ConfigError, printable
 
 _PLAIN_WIDTH = 110  # columns where the output is no terminal, so that logs do not wrap at 80
 
@@ -61,6 +61,7 @@ class Console:
         Lines are not wrapped: a command in them is to be copied.
         """
         is_text = isinstance(what, str)
+        what = printable(what) if isinstance(what, str) else what
         with tqdm.external_write_mode(file=sys.stdout):
             self._out.print(what, markup=False, soft_wrap=is_text)
         if self._log is not None:
@@ -69,7 +70,7 @@ class Console:
     def log(self, text: str) -> None:
         """A line for train.log alone: what stderr gets anyway."""
         if self._log is not None:
-            self._log.print(text, markup=False, soft_wrap=True)
+            self._log.print(printable(text), markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Closes train.log."""

@@ -7,6 +7,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from vit_train.errors import printable
 from vit_train.evaluation import Evaluation
 from vit_train.report.summary import percent
 from vit_train.trained import Trained
@@ -59,9 +60,10 @@ def evaluation_tables(evaluation: Evaluation, trained: Trained, *, split: str) -
         classes.add_column(heading, justify="right" if heading in ("images", "top-1 %") else "left")
     mistakes = evaluation.confusion.clone()
     mistakes.fill_diagonal_(0)
-    rows = zip(trained.class_names, evaluation.confusion.sum(1).tolist(), evaluation.per_class(), mistakes)
+    names = [printable(name) for name in trained.class_names]
+    rows = zip(names, evaluation.confusion.sum(1).tolist(), evaluation.per_class(), mistakes)
     for name, total, recall, wrong in rows:
         times, other = wrong.max(0)
-        confused = f"{trained.class_names[int(other)]} ({int(times)})" if int(times) else ""
+        confused = f"{names[int(other)]} ({int(times)})" if int(times) else ""
         classes.add_row(name, f"{total:,}", percent(recall), confused)
     return [overall, classes]

@@ -6,17 +6,36 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vit_train import durable
+
+_MAX_BYTES = 2**30  # ten million steps that log every tenth make 150 MB
+
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a metrics.jsonl; a last line cut off by a crash is left out."""
+    """The events of a metrics.jsonl; a line cut off by a crash, or that is no event, is left out.
+
+    Raises:
+        OSError: it cannot be read, or is no plain file.
+    """
     events = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in durable.read(path, _MAX_BYTES).decode(errors="replace").splitlines():
             try:
-                events.append(json.loads(line))
-            except ValueError:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if _is_event(event):
+                events.append(event)
     return events
+
+
+def _is_event(event: Any) -> bool:
+    """Its kind, its step, and figures (None where one was not finite)."""
+    if not isinstance(event, dict) or not isinstance(kind := event.get("event"), str):
+        return False
+    figures = all(isinstance(value, int | float | None) for name, value in event.items() if name != "event")
+    numbered = ("step", "epoch") if kind == "epoch" else ("step",)
+    return figures and all(event.get(name) is not None for name in numbered)
 
 
 def draw_history(run_dir: Path, title: str) -> Path | None:
@@ -32,7 +51,11 @@ def draw_history(run_dir: Path, title: str) -> Path | None:
 
     events = read_events(run_dir / "metrics.jsonl")
     epochs = [event for event in events if event["event"] == "epoch"]
-    steps = [event for event in events if event["event"] == "step"]
+    steps = [
+        event
+        for event in events
+        if event["event"] == "step" and None not in (event.get("epoch_float"), event.get("lr"))
+    ]
     if not epochs:
         return None
     figure = Figure(figsize=(12, 3.6), dpi=110, layout="constrained")
@@ -52,7 +75,7 @@ def draw_history(run_dir: Path, title: str) -> Path | None:
     curve(accuracy, "train/top1", "train", 100)
     curve(accuracy, "val/top1", "val", 100)
     curve(accuracy, "val_raw/top1", "val, raw weights", 100, ":")
-    tests = [event for event in events if event["event"] == "test" and "test/top1" in event]
+    tests = [event for event in events if event["event"] == "test" and event.get("test/top1") is not None]
     if tests:
         top1 = 100 * tests[-1]["test/top1"]
         accuracy.axhline(top1, color="grey", linewidth=0.8, linestyle="--", label=f"test {top1:.1f}")

@@ -19,6 +19,7 @@ import yaml
 from vit_train import durable
 from vit_train.errors import ConfigError
 
+_MAX_FACTS_BYTES = 16 * 2**20
 _PACKAGES = ("vit-train", "torch", "torchvision", "numpy", "pillow", "safetensors", "hydra-core")
 
 
@@ -29,10 +30,12 @@ def open_run_dir(run_dir: Path, config: Mapping[str, Any]) -> None:
         ConfigError: it cannot be written.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        durable.make_directory(run_dir)
+        # first of all: with the configuration of a larger budget beside it, the run would count as finished
+        (run_dir / "result.json").unlink(missing_ok=True)
+        durable.sync_directory(run_dir)
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
         durable.replace(run_dir / "config.yaml", text)
-        (run_dir / "result.json").unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror or error}") from error
 
@@ -73,10 +76,14 @@ def write_facts(
 def read_facts(run_dir: Path) -> dict[str, Any]:
     """run.json, or nothing where it is missing or damaged."""
     try:
-        facts = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts = json.loads(durable.read(run_dir / "run.json", _MAX_FACTS_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    kinds = {"started": list, "versions": dict}
+    usual = isinstance(facts, dict) and all(
+        isinstance(facts.get(k, kind()), kind) for k, kind in kinds.items()
+    )
+    return facts if usual else {}
 
 
 def driver_version() -> str | None:

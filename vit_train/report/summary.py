@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 
+from vit_train.errors import printable
 from vit_train.tracker import duration
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def key_value_table(rows: Mapping[str, str]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in rows.items():
-        table.add_row(key, value)
+        table.add_row(key, printable(value))
     return table
 
 

@@ -1,0 +1,151 @@
+"""Out of memory: found a way around before the first step, and one line to act on after it.
+
+A hook of torch's own makes the model refuse more than so many images at a time, as a full GPU would.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY, build, vit_train_forked, whole_state
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from vit_train.checkpoint import load, resolve_link
+from vit_train.memory import advice
+from vit_train.models import ViT
+
+PROBE = (*TINY, "trainer.grad_accum_steps=1", "trainer.epochs=1")  # 5 steps of 16 images
+AUTO = (*PROBE, "trainer.auto_batch=true", "run_dir=run")
+
+
+def small_memory(limit, after=0, diary=None):
+    """From now on a training pass of more than `limit` images finds the memory full.
+
+    Args:
+        limit: images.
+        after: so many passes go through whatever their size.
+        diary: a file that gets the size of each pass.
+    """
+    passes = 0
+
+    def hook(module, arguments):
+        nonlocal passes
+        if not isinstance(module, ViT) or not module.training or arguments[0].is_meta:
+            return
+        passes += 1
+        if diary is not None:
+            with Path(diary).open("a") as file:
+                file.write(f"{len(arguments[0])} ")
+        if len(arguments[0]) > limit and passes > after:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd much more.")
+
+    return register_module_forward_pre_hook(hook)
+
+
+def on_small_device(*arguments, cwd, check=True, **settings):
+    """`vit-train` where that is so, and the size of each of its training passes."""
+    diary = cwd / "diary"
+    diary.write_text("")
+    hook = functools.partial(small_memory, diary=diary, **settings)
+    done = vit_train_forked(*arguments, cwd=cwd, check=check, prepare=hook)
+    return done, [int(size) for size in diary.read_text().split()]
+
+
+# --------------------------------------------------------------------------------------- before the first step
+def test_the_micro_batch_that_fits_is_found_and_kept(warm, tmp_path) -> None:
+    """As if the number had been typed; and looked for once."""
+    _, passes = on_small_device(*AUTO, "trainer.stop_at_step=2", cwd=tmp_path, limit=5)
+    assert passes == [16, 8, 4] + 2 * [4, 4, 4, 4]
+    stored = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert stored["trainer"]["grad_accum_steps"] == 4
+    state = load(resolve_link(tmp_path / "run/checkpoints/last")).state
+    assert state["config"]["trainer"]["grad_accum_steps"] == 4
+    assert state["train"]["step"] == 2
+
+    # by either command, also where there is more memory now
+    _, passes = on_small_device("resume=run", "trainer.stop_at_step=3", cwd=tmp_path, limit=5)
+    assert passes == [4, 4, 4, 4]
+    _, passes = on_small_device(*AUTO, cwd=tmp_path, limit=100)
+    assert passes == 2 * [4, 4, 4, 4]
+
+    vit_train_forked(*PROBE, "trainer.grad_accum_steps=4", "run_dir=typed", cwd=tmp_path)
+    assert whole_state(tmp_path / "run") == whole_state(tmp_path / "typed")
+
+
+def test_with_memory_enough_nothing_is_cut(warm, tmp_path) -> None:
+    _, passes = on_small_device(*AUTO, cwd=tmp_path, limit=16)
+    assert passes == [16] + 5 * [16]
+
+
+def test_a_batch_that_halves_once_is_cut_further(warm, tmp_path) -> None:
+    """18 images are not four pieces; six of three fit."""
+    _, passes = on_small_device(*AUTO, "data.batch_size=18", "trainer.stop_at_step=1", cwd=tmp_path, limit=4)
+    assert passes == [18, 9, 3] + 6 * [3]
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["trainer"]["grad_accum_steps"] == 6
+
+
+def test_not_even_one_image_fits(warm, tmp_path) -> None:
+    done, passes = on_small_device(*AUTO, cwd=tmp_path, check=False, limit=0)
+    assert passes == [16, 8, 4, 2, 1]
+    assert (done.code, done.err.count("\n")) == (7, 1), done
+    assert "out of memory with micro-batches of one image" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_looking_for_it_changes_nothing(in_tmp) -> None:
+    settings = (
+        "model=hybrid_cifar",
+        "model.patch_embed.layer=layer1",
+        "model.depth=1",
+        "data.batch_size=16",
+        "data.num_workers=0",
+        "trainer.ema_decay=0.9",
+    )
+    usual = build(*settings, "run_dir=a").trainer
+    handle = small_memory(4)
+    try:
+        probed = build(*settings, "run_dir=b", "trainer.auto_batch=true").trainer
+    finally:
+        handle.remove()
+    assert (usual.grad_accum_steps, probed.grad_accum_steps) == (1, 4)
+    for one, other in ((usual.model, probed.model), (usual.ema.module, probed.ema.module)):
+        other_state = other.state_dict()
+        assert [n for n, t in one.state_dict().items() if not torch.equal(t, other_state[n])] == []
+    assert all(parameter.grad is None for parameter in probed.model.parameters())
+    assert (probed.model.training, probed.optimizer.state, probed.state.step) == (True, {}, 0)
+    # the control: a pass does change the running statistics
+    before = usual.model.patch_embed.backbone.bn1.running_var.clone()
+    usual.model(torch.zeros(4, 1, 8, 8))
+    assert not torch.equal(usual.model.patch_embed.backbone.bn1.running_var, before)
+
+
+# ------------------------------------------------------------------------------------------------ in the middle
+@pytest.mark.parametrize(("batch", "pieces", "typed"), [(16, 2, 4), (15, 1, 3), (18, 3, 6)])
+def test_out_of_memory_names_what_to_type(warm, tmp_path, batch, pieces, typed) -> None:
+    settings = (*PROBE, f"data.batch_size={batch}")
+    arguments = (*settings, f"trainer.grad_accum_steps={pieces}", "trainer.save_every_steps=2")
+    done, _ = on_small_device(
+        *arguments, "run_dir=run", cwd=tmp_path, check=False, limit=batch // typed, after=3 * pieces
+    )
+    assert (done.code, done.err.count("\n")) == (7, 1), done
+    assert done.err.startswith(
+        f"vit-train: error: out of memory: ViT with data.batch_size={batch} in {pieces} micro-batches of "
+        f"{batch // pieces} (CUDA out of memory. Tried to allocate 2.00 GiB.)"
+    )
+    override = re.search(r"trainer\.grad_accum_steps=\d+", done.err)[0]
+    assert override == f"trainer.grad_accum_steps={typed}"
+    assert load(resolve_link(tmp_path / "run/checkpoints/last")).state["train"]["step"] == 2
+    on_small_device(*settings, override, "run_dir=second", cwd=tmp_path, limit=batch // typed)
+
+
+def test_where_nothing_is_left_to_cut_the_advice_is_another() -> None:
+    config = {"data": {"batch_size": 8}, "trainer": {"grad_accum_steps": 8}}
+    line = advice(config, "ViT", torch.device("cpu"), torch.OutOfMemoryError("full"))
+    assert "grad_accum_steps" not in line
+    assert "one image" in line
+    assert "smaller model" in line
