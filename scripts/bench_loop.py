@@ -31,7 +31,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from vit_train.build import Launch, build_run, config_dir
+from vit_train.build import build_run
+from vit_train.composed import Launch, config_dir
 from vit_train.data import Batch
 from vit_train.guard import Guard, Signals
 from vit_train.optim import adamw

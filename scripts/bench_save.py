@@ -20,7 +20,8 @@ from collections.abc import Callable
 import torch
 from hydra import compose, initialize_config_dir
 
-from vit_train.build import Launch, build_run, config_dir
+from vit_train.build import build_run
+from vit_train.composed import Launch, config_dir
 from vit_train.guard import Guard, Signals
 from vit_train.saver import Saver
 from vit_train.tracker import NullTracker

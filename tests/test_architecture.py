@@ -106,17 +106,32 @@ LOWER_ROOMS = (
     "precision",
     "construct",
     "state",
+    "saver",
+    "nonfinite",
+    "resume",
+    "run_dir",
+    "memory",
+    "durable",
+    "faults",
 )
 
 
 @pytest.mark.parametrize("room", [room for room in LOWER_ROOMS if modules_in(room)])
 def test_lower_rooms_do_not_know_what_stands_on_them(room):
-    above = ("vit_train.trainer", "vit_train.build", "vit_train.cli", "hydra", "omegaconf")
+    above = (
+        "vit_train.trainer",
+        "vit_train.build",
+        "vit_train.composed",
+        "vit_train.cli",
+        "hydra",
+        "omegaconf",
+    )
     assert violations(modules_in(room), lambda name: not inside(name, *above)) == []
 
 
 def test_only_the_top_knows_hydra():
-    others = [path for path in MODULES if path not in (PACKAGE / "build.py", PACKAGE / "cli" / "train.py")]
+    top = (PACKAGE / "build.py", PACKAGE / "composed.py", PACKAGE / "cli" / "train.py")
+    others = [path for path in MODULES if path not in top]
     assert violations(others, lambda name: not inside(name, "hydra", "omegaconf")) == []
 
 

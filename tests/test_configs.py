@@ -10,7 +10,7 @@ import yaml
 from conftest import compose
 from omegaconf import OmegaConf
 
-from vit_train.build import check_config
+from vit_train.composed import check_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

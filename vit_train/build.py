@@ -1,47 +1,49 @@
-"""From a composed configuration to a run: the only room below the commands that knows Hydra.
+"""From a composed configuration to a run.
 
-`check_config` reports everything wrong with a configuration before a device or a file is touched.
-`build_run` then decides where the run lives and what it continues, sets the data up, writes what only the
-data knows (class count, image size) into the configuration, and builds the rest. Nothing is written to disk
-before all of it succeeded.
+Once `composed.check_config` has nothing to say, `build_run` decides where the run lives and what it
+continues, sets the data up, writes what only the data knows (class count, image size) into the configuration,
+and builds the rest. Nothing is written to disk before all of it succeeded.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from vit_train import checkpoint
-from vit_train.construct import check, foreign_code, is_node, make, with_defaults
+from vit_train.composed import (
+    GROUPS,
+    Launch,
+    check_config,
+    check_launch,
+    check_numbers,
+    config_dir,
+    plain,
+    refuse_secrets,
+)
+from vit_train.construct import foreign_code, make, with_defaults
 from vit_train.errors import CheckpointError, ConfigError, DataError, suggest
 from vit_train.report.origins import origins
 from vit_train.resume import (
     check_budget,
     check_continuation,
     check_data,
-    check_entries,
     check_machine,
     checkpoint_to_continue,
-    find_run,
-    holds_run,
     read_config,
 )
+from vit_train.run_dir import check_free, choose_run_dir, default_name, find_run, holds_run
 
 if TYPE_CHECKING:
     from torch import nn
 
     from vit_train.guard import Signals
 
-_GROUPS = ("model", "data", "augment", "objective", "optimizer", "schedule", "strategy", "trainer", "tracker")
 # What may be left open in a command and is known once a run exists
 _RESOLVED_KEYS = (
     "data.num_classes",
@@ -51,7 +53,6 @@ _RESOLVED_KEYS = (
     "data.std",
     "trainer.precision",
 )
-_SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 # What a stored configuration may name; the user's own command may name anything
 _STORED_CODE = {
     "model": ("vit_train.models", "vit_train.layers"),
@@ -67,51 +68,6 @@ _STORED_CODE = {
 _NOT_IN_STORE = ("resume", "run_dir")
 
 
-def config_dir() -> Path:
-    """The folder of configs: inside the package in a wheel, beside it in a checkout."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "configs", here.parent / "configs"):
-        if (folder / "train.yaml").is_file():
-            return folder
-    raise FileNotFoundError(f"vit-train is installed without its configs: neither in {here} nor beside it")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the command was typed, as Hydra tells it.
-
-    Attributes:
-        overrides: `key=value` arguments.
-        choices: the config chosen for each group.
-        job_dir: the directory of this job of a sweep, None outside sweeps.
-        user_config_dirs: folders given with --config-dir.
-    """
-
-    overrides: list[str] = field(default_factory=list)
-    choices: dict[str, str] = field(default_factory=dict)
-    job_dir: Path | None = None
-    user_config_dirs: list[Path] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Root:
-    """The schema of the whole configuration: its root keys. The groups are nodes of their own."""
-
-    model: Any
-    data: Any
-    augment: Any
-    objective: Any
-    optimizer: Any
-    schedule: Any
-    strategy: Any
-    trainer: Any
-    tracker: Any
-    seed: int
-    name: str | int | None = None
-    run_dir: str | int | None = None
-    resume: str | int | None = None
-
-
 @dataclass
 class Run:
     """A run that is ready to start."""
@@ -123,128 +79,6 @@ class Run:
     origins: dict[str, str]
     notes: list[str]
     multiply_adds: int
-
-
-# ------------------------------------------------------------------------------------------------ checking
-def check_config(cfg: DictConfig) -> None:
-    """Every error of a composed configuration at once, without building or touching anything.
-
-    Raises:
-        ConfigError: one line per error, each with its full key.
-    """
-    errors = _broken_interpolations(cfg)
-    if not errors:
-        plain = _plain(cfg)
-        errors = check({"_target_": "vit_train.build.Root", **plain}, pending=_pending(cfg))
-        augment = plain.get("augment")
-        extra = set(augment) - {"sample", "batch"} if isinstance(augment, dict) else set()
-        errors += [f"augment.{key}: unknown; augment holds sample and batch" for key in sorted(extra)]
-        for group in _GROUPS:
-            if group != "augment" and not is_node(plain.get(group)):
-                errors.append(f"{group}: needs a `_target_`; choose one with {group}=...")
-    if errors:
-        raise ConfigError(_one_message([e.replace("Root has", "the configuration has") for e in errors]))
-
-
-def _one_message(errors: list[str]) -> str:
-    if len(errors) == 1:
-        return errors[0]
-    return f"{len(errors)} errors in the configuration:\n" + "\n".join(f"  {error}" for error in errors)
-
-
-def check_launch(launch: Launch) -> None:
-    """What Hydra would accept silently and the user did not mean.
-
-    Raises:
-        ConfigError: a list of choices for one group, or a user's config hidden by a built-in one.
-    """
-    groups = "|".join((*_GROUPS, "experiment"))
-    for override in launch.overrides:
-        match = re.match(rf"^({groups})=\[(.*)\]$", override)
-        if match:
-            group, wanted = match.groups()
-            first = wanted.split(",")[0].strip() or "NAME"
-            raise ConfigError(
-                f"{override}: one {group} per run; type {group}={first}, or -m {group}={wanted} for a sweep"
-            )
-    for folder in launch.user_config_dirs:
-        for group, choice in launch.choices.items():
-            name = f"{group}/{choice}.yaml"
-            if (folder / name).is_file() and (config_dir() / name).is_file():
-                raise ConfigError(f"{folder / name} has the name of a built-in config, which wins; rename it")
-
-
-def _broken_interpolations(cfg: DictConfig, prefix: str = "") -> list[str]:
-    errors: list[str] = []
-    keys = cfg.keys() if isinstance(cfg, DictConfig) else range(len(cfg))
-    for key in keys:
-        full = f"{prefix}.{key!s}" if prefix else str(key)
-        try:
-            value = cfg[key]
-        except OmegaConfBaseException as error:
-            errors.append(f"{full}: {str(error).splitlines()[0]}")
-            continue
-        if OmegaConf.is_config(value):
-            errors += _broken_interpolations(value, full)
-    return errors
-
-
-def _refuse_secrets(cfg: DictConfig) -> None:
-    """What a configuration holds is written into the run directory, for anyone to read.
-
-    Raises:
-        ConfigError: a value is taken from an environment variable whose name says that it is a secret.
-    """
-    text = OmegaConf.to_yaml(cfg, resolve=False)
-    for name in re.findall(r"\$\{oc\.env:\s*([^},\s]+)", text):
-        if _SECRET.search(name):
-            raise ConfigError(
-                f"${{oc.env:{name}}} would be written into the run directory, where others read it; let your "
-                f"class take {name} from the environment itself"
-            )
-
-
-def _pending(cfg: DictConfig, prefix: str = "") -> frozenset[str]:
-    """Keys whose value is still null because only the data will know it."""
-    found: set[str] = set()
-    for key in cfg.keys():  # noqa: SIM118 - a DictConfig
-        full = f"{prefix}.{key!s}" if prefix else str(key)
-        if OmegaConf.is_interpolation(cfg, key):  # type: ignore[arg-type]
-            if cfg[key] is None:
-                found.add(full)
-        elif isinstance(cfg[key], DictConfig):
-            found |= _pending(cfg[key], full)
-    return frozenset(found)
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items() if key != "hydra"}
-
-
-# -------------------------------------------------------------------------------------------- where it lives
-def default_name(choices: Mapping[str, str]) -> str:
-    """<model>-<data>."""
-    return f"{choices.get('model', 'model')}-{choices.get('data', 'data')}"
-
-
-def choose_run_dir(cfg: DictConfig, launch: Launch) -> Path:
-    """`run_dir`, else the sweep's job directory, else one keyed by the scheduler's job, else by the time.
-
-    A requeued job has the id it had before, so the same command finds its run again.
-    """
-    if cfg.run_dir is not None:
-        return Path(str(cfg.run_dir))
-    if launch.job_dir is not None:
-        return launch.job_dir
-    home = Path("runs") / str(cfg.name or default_name(launch.choices))
-    array = [os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK")]
-    job = "_".join(part for part in array if part) if all(array) else os.environ.get("SLURM_JOB_ID")
-    job = job or os.environ.get("TORCHELASTIC_RUN_ID")
-    if job and job != "none":
-        return home / f"job_{job}"
-    return home / datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
 
 
 def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
@@ -265,7 +99,7 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
         if key in _NOT_IN_STORE:
             continue
         added = override.is_add() and not override.is_force_add()  # the command forces, see cli/train.py
-        if key in (*_GROUPS, "experiment") or added or override.is_delete():
+        if key in (*GROUPS, "experiment") or added or override.is_delete():
             raise ConfigError(
                 f"{override.input_line}: resume= continues with the stored configuration; only single values "
                 "such as trainer.epochs=50 can be given beside it"
@@ -357,29 +191,30 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
             )
         force = cfg.resume == "force"
         cfg, allow = _with_overrides(stored, launch.overrides), _STORED_CODE
-        _refuse_secrets(cfg)
+        refuse_secrets(cfg)
         check_config(cfg)
     else:
         force = False
-        _refuse_secrets(cfg)  # first: the other check repeats the values it does not like
+        refuse_secrets(cfg)  # first: the other check repeats the values it does not like
         check_config(cfg)
-        run_dir = choose_run_dir(cfg, launch)
+        if cfg.name is None:
+            cfg.name = default_name(launch.choices)
+        typed = None if cfg.run_dir is None else str(cfg.run_dir)
+        run_dir = choose_run_dir(typed, str(cfg.name), launch.job_dir)
         if holds_run(run_dir):
             stored, notes = read_config(run_dir)
-    _check_free(run_dir)
-    if cfg.name is None:
-        cfg.name = default_name(launch.choices)
+    check_free(run_dir)
     for group in ("data", "trainer"):  # what a config of the user's own leaves to the constructor
-        defaults = with_defaults(_plain(cfg)[group])
+        defaults = with_defaults(plain(cfg)[group])
         cfg[group] = {**defaults, **cfg[group]}
         if stored and stored[group].get("_target_") == defaults["_target_"]:  # by an older version
             stored[group] = {**defaults, **stored[group]}
-    _check_numbers(cfg)
+    check_numbers(cfg)
     if stored:
         _adopt(cfg, stored)
         check_config(cfg)  # what was adopted as well
-        _check_numbers(cfg)
-        notes += check_continuation(stored, _plain(cfg), run_dir)
+        check_numbers(cfg)
+        notes += check_continuation(stored, plain(cfg), run_dir)
         if (run_dir / "result.json").is_file() and not _grown(stored, cfg):
             return run_dir
     return _build(
@@ -432,7 +267,7 @@ def _build(
     cfg.data.mean, cfg.data.std = list(data.mean), list(data.std)
     with _as_config_error("trainer.precision"):
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
-    config = _plain(cfg)
+    config = plain(cfg)
 
     console, has_ema = Console(), config["trainer"]["ema_decay"] is not None
     costs: list[int] = []
@@ -514,7 +349,7 @@ def _build(
 
 
 def _make(cfg: DictConfig, key: str, allow: Mapping[str, tuple[str, ...]] | None) -> Any:
-    node: Any = _plain(cfg)
+    node: Any = plain(cfg)
     for part in key.split("."):
         node = node[part]
     return make(node, key=key, allow=None if allow is None else allow[key.partition(".")[0]])
@@ -591,30 +426,6 @@ def _outline(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...]] | N
         )
     with _as_config_error("model"):
         return model, multiply_adds(model, in_channels=data["in_channels"], img_size=data["img_size"])
-
-
-def _check_numbers(cfg: DictConfig) -> None:
-    batch, pieces = cfg.data.batch_size, cfg.trainer.grad_accum_steps
-    if pieces < 1 or batch % pieces:
-        fitting = f"; type data.batch_size={-(-batch // pieces) * pieces}" if pieces > 1 else ""
-        raise ConfigError(
-            f"data.batch_size={batch} is not divisible by trainer.grad_accum_steps={pieces}{fitting}"
-        )
-
-
-def _check_free(run_dir: Path) -> None:
-    """A run directory is new, empty, or holds a run; and it can be written."""
-    existing = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"run_dir={run_dir} cannot be made: {existing} is a file")
-    if run_dir.is_dir():
-        check_entries(run_dir)
-    if not os.access(existing, os.W_OK):
-        raise ConfigError(f"run_dir={run_dir} cannot be written: no permission to write in {existing}")
-    # what a crash leaves behind before config.yaml is in place: its log and hidden files
-    begun = run_dir.is_dir() and not holds_run(run_dir)
-    if begun and any(p.name[0] != "." and p.name != "train.log" for p in run_dir.iterdir()):
-        raise ConfigError(f"run_dir={run_dir} holds files that are no run; name a new or empty directory")
 
 
 def _grown(stored: Mapping[str, Any], cfg: DictConfig) -> bool:

@@ -1,4 +1,4 @@
-"""Continuing a run: which one is meant, what it was, and what a continuation may change.
+"""Continuing a run: what it was, and what a continuation may change.
 
 A stored configuration comes from a file that someone else may have written: it is read as plain data, of a
 bounded size, without references to anything outside it. Which code it may name is decided in build.py and
@@ -16,56 +16,13 @@ import yaml
 
 from vit_train import checkpoint, durable
 from vit_train.errors import CheckpointError, ConfigError, DataError
+from vit_train.run_dir import CONFIG, check_entries
 
-CONFIG = "config.yaml"
 _MAX_CONFIG_BYTES = 2**20
 _MAX_CONFIG_VALUES = 100_000  # aliases let a few bytes of YAML stand for billions
 _MAX_CONFIG_DEPTH = 30
 _MAX_STRING = 10_000  # characters
 _NODES = ("model", "data", "objective", "optimizer", "schedule", "strategy", "trainer", "tracker")
-
-
-# ------------------------------------------------------------------------------------------- which run it is
-def holds_run(folder: Path) -> bool:
-    """Whether a directory is that of a run: it has a configuration, or checkpoints, which hold one."""
-    return (folder / CONFIG).is_file() or bool(checkpoint.checkpoint_directories(folder / "checkpoints"))
-
-
-def find_run(resume: str, run_dir: str | None) -> tuple[Path, Path | None]:
-    """What `resume=` means.
-
-    Args:
-        resume: a run directory, one of its checkpoints, `latest`, or `force` (the run at `run_dir`).
-        run_dir: what the command says.
-
-    Returns:
-        The run directory, and the checkpoint where one was named.
-
-    Raises:
-        CheckpointError: there is none.
-        ConfigError: `force` without `run_dir`.
-    """
-    if resume == "force":
-        if run_dir is None:
-            raise ConfigError("resume=force needs the run: type resume=force run_dir=PATH/TO/RUN")
-        resume = run_dir
-    if resume == "latest":
-        runs = [
-            path.parent
-            for pattern in ("runs/*/*", "sweeps/*/*")
-            for path in Path().glob(f"{pattern}/{CONFIG}")
-        ]
-        if not runs:
-            raise CheckpointError("resume=latest finds no run under ./runs; type resume=PATH/TO/RUN")
-        return max(runs, key=lambda run: (run / CONFIG).stat().st_mtime), None
-    run = Path(resume)
-    if run.absolute().parent.name == "checkpoints" and holds_run(run.absolute().parent.parent):
-        return run.parent.parent, run
-    if holds_run(run):
-        return run, None
-    raise CheckpointError(
-        f"resume={resume}: no run there (neither {CONFIG} nor checkpoints); type its directory, or latest"
-    )
 
 
 def checkpoint_to_continue(
@@ -117,20 +74,6 @@ def read_config(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
                 continue
             return stored, [f"{error}: the configuration comes from {folder}"]  # type: ignore[return-value]
         raise
-
-
-def check_entries(run_dir: Path) -> None:
-    """A run directory holds files and folders. A run writes into them: a link would lead it elsewhere.
-
-    Raises:
-        CheckpointError: it holds something else.
-    """
-    for entry in run_dir.iterdir():
-        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
-            raise CheckpointError(
-                f"{entry} is a link or no plain file, and a run would write to it; put in its place what it "
-                "stands for"
-            )
 
 
 def _parse_config(path: Path) -> dict[str, Any]:

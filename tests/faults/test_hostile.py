@@ -31,6 +31,9 @@ import yaml
 from conftest import EIGHTEEN, Forked, environment, everything_in, vit_train_forked
 from safetensors.torch import load_file, save
 
+# The limits of a process are set and read as Linux has them
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+
 MANIFEST = "manifest.json"
 TERABYTE = 10**12
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
@@ -283,7 +286,7 @@ CHECKPOINT_ATTACKS = {
     ],
     "a directory that leads outside": [a_linked_directory, a_path_in_the_manifest],
 }
-CHECKPOINT_SAMPLE = ("a pickle in place of model.safetensors", "a header that claims more than the file has")
+CHECKPOINT_SAMPLE = ("a pickle in place of model.safetensors",)
 
 
 def sampled(attacks, sample):
@@ -319,7 +322,7 @@ def everything_in_but_huge(folder):
     }
 
 
-@pytest.mark.parametrize("kind", sampled(CHECKPOINT_ATTACKS, CHECKPOINT_SAMPLE[:1]))
+@pytest.mark.parametrize("kind", sampled(CHECKPOINT_ATTACKS, CHECKPOINT_SAMPLE))
 def test_the_run_goes_on_from_the_checkpoint_before_a_hostile_one(run, kind) -> None:
     newest, before = checkpoints(run)
     kept = before.name
@@ -571,7 +574,7 @@ CONFIG_ATTACKS = {
         *(without(group) for group in ("model", "data", "strategy", "trainer", "seed")),
     ],
 }
-CONFIG_SAMPLE = ("os.system", "a module beside the run")
+CONFIG_SAMPLE = ("a node inside a list",)
 
 
 @pytest.mark.parametrize("kind", sampled(CONFIG_ATTACKS, CONFIG_SAMPLE))
@@ -630,6 +633,7 @@ def evaluated(config):
 
 
 # ----------------------------------------------------------------------------- the rest of a run directory
+@pytest.mark.faults
 def test_a_hostile_config_file_is_passed_over_where_a_checkpoint_holds_a_copy(run) -> None:
     (run / "config.yaml").write_text(f"!!python/object/apply:os.system ['{SHELL}']")
     done = train(run, "resume=run")
@@ -638,6 +642,7 @@ def test_a_hostile_config_file_is_passed_over_where_a_checkpoint_holds_a_copy(ru
     assert "the configuration comes from" in done.out
 
 
+@pytest.mark.faults
 def test_pretrained_backbones_are_built_without_a_download(stopped, tmp_path) -> None:
     settings = (
         *EIGHTEEN,
@@ -674,6 +679,7 @@ def test_pretrained_backbones_are_built_without_a_download(stopped, tmp_path) ->
     assert_refused(train(run, "resume=run"), run, {4}, "nothing stored starts a download")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "name", ["train.log", "metrics.jsonl", "run.json", ".config.yaml", ".run.json", "checkpoints"]
 )
@@ -700,6 +706,7 @@ def test_a_report_is_not_written_through_a_link(run, tmp_path) -> None:
     assert (tmp_path / "eval_test.json").read_text() == (tmp_path / ".eval_test.json").read_text() == "mine"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["config.yaml", "run.json", "train.log"])
 def test_nobody_waits_for_a_pipe_in_a_run_directory(run, name) -> None:
     (run / name).unlink(missing_ok=True)
@@ -707,6 +714,7 @@ def test_nobody_waits_for_a_pipe_in_a_run_directory(run, name) -> None:
     assert_refused(train(run, "resume=run"), run, {4}, name)
 
 
+@pytest.mark.faults
 def test_nobody_waits_for_a_pipe_in_a_checkpoint(run) -> None:
     for checkpoint in checkpoints(run):
         (checkpoint / "model.safetensors").unlink()
@@ -726,6 +734,7 @@ LINES = [
 ]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("facts", ["[" * 10**5, "[]", '{"versions": 3}', '{"started": {}}', "\x00"])
 def test_hostile_records_are_passed_over(run, facts) -> None:
     (run / "run.json").write_text(facts)
@@ -737,6 +746,7 @@ def test_hostile_records_are_passed_over(run, facts) -> None:
     assert all(json.loads(line)["event"] for line in (run / "metrics.jsonl").read_text().splitlines())
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "train_state",
     [
@@ -761,6 +771,7 @@ def test_a_hostile_training_state_is_refused(run, train_state) -> None:
     assert_refused(train(run, "resume=run"), run, {4})
 
 
+@pytest.mark.faults
 def test_a_hostile_best_checkpoint_is_not_what_is_tested_in_the_end(run) -> None:
     _, older = checkpoints(run)
     CHECKPOINT_ATTACKS["a sparse file of a terabyte"][0](older)
@@ -771,6 +782,7 @@ def test_a_hostile_best_checkpoint_is_not_what_is_tested_in_the_end(run) -> None
     assert (run / "result.json").is_file()
 
 
+@pytest.mark.faults
 def test_names_of_classes_cannot_steer_the_terminal(run) -> None:
     names = [f"{ESCAPE}[bold red]{i}[/] :boom: \u202e \ud800" for i in range(10)]
     for checkpoint in checkpoints(run):

@@ -10,7 +10,8 @@ from conftest import TINY, build, compose
 from omegaconf import OmegaConf
 from rich.table import Table
 
-from vit_train.build import Launch, build_run
+from vit_train.build import build_run
+from vit_train.composed import Launch
 from vit_train.construct import make
 from vit_train.report.console import Console
 from vit_train.report.record import open_run_dir

@@ -1,0 +1,172 @@
+"""A composed configuration, before anything is built from it: what is wrong with it, where configs are found.
+
+`check_config` reports every error at once, with its full key. Beside build.py and the command itself the only
+module that knows Hydra's DictConfig.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vit_train.construct import check, is_node
+from vit_train.errors import ConfigError
+
+GROUPS = ("model", "data", "augment", "objective", "optimizer", "schedule", "strategy", "trainer", "tracker")
+_SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+
+
+def config_dir() -> Path:
+    """The folder of configs: inside the package in a wheel, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"vit-train is installed without its configs: neither in {here} nor beside it")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the command was typed, as Hydra tells it.
+
+    Attributes:
+        overrides: `key=value` arguments.
+        choices: the config chosen for each group.
+        job_dir: the directory of this job of a sweep, None outside sweeps.
+        user_config_dirs: folders given with --config-dir.
+    """
+
+    overrides: list[str] = field(default_factory=list)
+    choices: dict[str, str] = field(default_factory=dict)
+    job_dir: Path | None = None
+    user_config_dirs: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Root:
+    """The schema of the whole configuration: its root keys. The groups are nodes of their own."""
+
+    model: Any
+    data: Any
+    augment: Any
+    objective: Any
+    optimizer: Any
+    schedule: Any
+    strategy: Any
+    trainer: Any
+    tracker: Any
+    seed: int
+    name: str | int | None = None
+    run_dir: str | int | None = None
+    resume: str | int | None = None
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Every error of a composed configuration at once, without building or touching anything.
+
+    Raises:
+        ConfigError: one line per error, each with its full key.
+    """
+    errors = _broken_interpolations(cfg)
+    if not errors:
+        tree = plain(cfg)
+        errors = check({"_target_": "vit_train.composed.Root", **tree}, pending=_pending(cfg))
+        augment = tree.get("augment")
+        extra = set(augment) - {"sample", "batch"} if isinstance(augment, dict) else set()
+        errors += [f"augment.{key}: unknown; augment holds sample and batch" for key in sorted(extra)]
+        for group in GROUPS:
+            if group != "augment" and not is_node(tree.get(group)):
+                errors.append(f"{group}: needs a `_target_`; choose one with {group}=...")
+    if errors:
+        raise ConfigError(_one_message([e.replace("Root has", "the configuration has") for e in errors]))
+
+
+def _one_message(errors: list[str]) -> str:
+    if len(errors) == 1:
+        return errors[0]
+    return f"{len(errors)} errors in the configuration:\n" + "\n".join(f"  {error}" for error in errors)
+
+
+def check_launch(launch: Launch) -> None:
+    """What Hydra would accept silently and the user did not mean.
+
+    Raises:
+        ConfigError: a list of choices for one group, or a user's config hidden by a built-in one.
+    """
+    groups = "|".join((*GROUPS, "experiment"))
+    for override in launch.overrides:
+        match = re.match(rf"^({groups})=\[(.*)\]$", override)
+        if match:
+            group, wanted = match.groups()
+            first = wanted.split(",")[0].strip() or "NAME"
+            raise ConfigError(
+                f"{override}: one {group} per run; type {group}={first}, or -m {group}={wanted} for a sweep"
+            )
+    for folder in launch.user_config_dirs:
+        for group, choice in launch.choices.items():
+            name = f"{group}/{choice}.yaml"
+            if (folder / name).is_file() and (config_dir() / name).is_file():
+                raise ConfigError(f"{folder / name} has the name of a built-in config, which wins; rename it")
+
+
+def _broken_interpolations(cfg: DictConfig, prefix: str = "") -> list[str]:
+    errors: list[str] = []
+    keys = cfg.keys() if isinstance(cfg, DictConfig) else range(len(cfg))
+    for key in keys:
+        full = f"{prefix}.{key!s}" if prefix else str(key)
+        try:
+            value = cfg[key]
+        except OmegaConfBaseException as error:
+            errors.append(f"{full}: {str(error).splitlines()[0]}")
+            continue
+        if OmegaConf.is_config(value):
+            errors += _broken_interpolations(value, full)
+    return errors
+
+
+def refuse_secrets(cfg: DictConfig) -> None:
+    """What a configuration holds is written into the run directory, for anyone to read.
+
+    Raises:
+        ConfigError: a value is taken from an environment variable whose name says that it is a secret.
+    """
+    text = OmegaConf.to_yaml(cfg, resolve=False)
+    for name in re.findall(r"\$\{oc\.env:\s*([^},\s]+)", text):
+        if _SECRET.search(name):
+            raise ConfigError(
+                f"${{oc.env:{name}}} would be written into the run directory, where others read it; let your "
+                f"class take {name} from the environment itself"
+            )
+
+
+def _pending(cfg: DictConfig, prefix: str = "") -> frozenset[str]:
+    """Keys whose value is still null because only the data will know it."""
+    found: set[str] = set()
+    for key in cfg.keys():  # noqa: SIM118 - a DictConfig
+        full = f"{prefix}.{key!s}" if prefix else str(key)
+        if OmegaConf.is_interpolation(cfg, key):  # type: ignore[arg-type]
+            if cfg[key] is None:
+                found.add(full)
+        elif isinstance(cfg[key], DictConfig):
+            found |= _pending(cfg[key], full)
+    return frozenset(found)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if key != "hydra"}
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    batch, pieces = cfg.data.batch_size, cfg.trainer.grad_accum_steps
+    if pieces < 1 or batch % pieces:
+        fitting = f"; type data.batch_size={-(-batch // pieces) * pieces}" if pieces > 1 else ""
+        raise ConfigError(
+            f"data.batch_size={batch} is not divisible by trainer.grad_accum_steps={pieces}{fitting}"
+        )
