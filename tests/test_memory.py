@@ -60,7 +60,7 @@ def on_small_device(*arguments, cwd, check=True, **settings):
 def test_the_micro_batch_that_fits_is_found_and_kept(warm, tmp_path) -> None:
     """As if the number had been typed; and looked for once."""
     _, passes = on_small_device(*AUTO, "trainer.stop_at_step=2", cwd=tmp_path, limit=5)
-    assert passes == [16, 8, 4] + 2 * [4, 4, 4, 4]
+    assert passes == [16, 8, 4, 4] + 2 * [4, 4, 4, 4]
     stored = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert stored["trainer"]["grad_accum_steps"] == 4
     state = load(resolve_link(tmp_path / "run/checkpoints/last")).state
@@ -85,7 +85,7 @@ def test_with_memory_enough_nothing_is_cut(warm, tmp_path) -> None:
 def test_a_batch_that_halves_once_is_cut_further(warm, tmp_path) -> None:
     """18 images are not four pieces; six of three fit."""
     _, passes = on_small_device(*AUTO, "data.batch_size=18", "trainer.stop_at_step=1", cwd=tmp_path, limit=4)
-    assert passes == [18, 9, 3] + 6 * [3]
+    assert passes == [18, 9, 3, 3] + 6 * [3]
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["trainer"]["grad_accum_steps"] == 6
 
 

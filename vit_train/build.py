@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -270,18 +271,14 @@ def _build(
     config = plain(cfg)
 
     console, has_ema = Console(), config["trainer"]["ema_decay"] is not None
-    costs: list[int] = []
+    outline = cache(lambda: _outline(config, allow))
 
     def fits(path: Path, _: Any, shapes: checkpoint.Shapes) -> None:
-        """Compares with a model without memory: what is stored may lie about its size."""
-        if allow is not None:
+        if allow is not None:  # before the outline: what is stored may lie about its size
             check_sizes(config["model"], shapes, path)
-        outline, cost = _outline(config, allow)
-        costs.append(cost)
-        checkpoint.check_shapes(path, shapes, outline, ema=has_ema)
+        checkpoint.check_shapes(path, shapes, outline()[0], ema=has_ema)
 
     found, problems = checkpoint_to_continue(run_dir, named, fits)
-    cost = costs[-1] if found is not None else _outline(config, allow)[1]
     seed_device(strategy.device, cfg.seed, "init")
     if allow is not None and without_download(config["model"]) != config["model"]:
         if found is None:
@@ -324,11 +321,11 @@ def _build(
         try:
             trainer.resume(found)
             trainer.state.check_position(trainer.steps_per_epoch, trainer.total_steps)
+            if _grown(found.state["config"], cfg):  # since that checkpoint was written
+                trainer.state.stopped_early, trainer.state.evaluations_since_best = False, 0
         except (AttributeError, ArithmeticError, RuntimeError, ValueError, TypeError, LookupError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error
-        if trainer.state.closed_epochs < trainer.total_epochs and (run_dir / "result.json").is_file():
-            trainer.state.stopped_early, trainer.state.evaluations_since_best = False, 0
     elif cfg.trainer.auto_batch:
         pieces = fit_micro_batch(trainer, cfg.data.batch_size // strategy.world_size)
         trainer.grad_accum_steps = config["trainer"]["grad_accum_steps"] = pieces
@@ -344,7 +341,7 @@ def _build(
             stored=allow is not None,
         ),
         notes=[*notes, *data.notes, *(f"checkpoint skipped: {problem}" for problem in problems)],
-        multiply_adds=cost,
+        multiply_adds=outline()[1],
     )
 
 

@@ -149,6 +149,8 @@ class Checkpointer:
     def check_space(self, nbytes: int) -> None:
         """Refuses to begin where two checkpoints would not fit: the one kept and the one being written.
 
+        Of a run that has one already, one more has to fit.
+
         Args:
             nbytes: size of one.
 
@@ -156,10 +158,13 @@ class Checkpointer:
             SaveError: the file system has less free space.
         """
         free = shutil.disk_usage(next(p for p in self.root.absolute().parents if p.exists())).free
-        if free < 2 * nbytes:
+        count, word = (
+            (1, "one more checkpoint") if checkpoint_directories(self.root) else (2, "two checkpoints")
+        )
+        if free < count * nbytes:
             raise SaveError(
-                f"{self.root.parent} has {_megabytes(free)} free, but two checkpoints of this run take "
-                f"{_megabytes(2 * nbytes)}; free some space or type run_dir=... on another disk"
+                f"{self.root.parent} has {_megabytes(free)} free, but {word} of this run take(s) "
+                f"{_megabytes(count * nbytes)}; free some space or type run_dir=... on another disk"
             )
 
     def best_path(self) -> Path | None:
@@ -216,18 +221,18 @@ def directory_name(step: int) -> str:
 def _write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     import safetensors.torch
 
-    files = {}
-    for kind in _KINDS:
+    manifest = {}
+
+    def write(name: str, data: bytes) -> None:
+        durable.write(folder / name, data)
+        manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        faults.point("save.file")
+
+    for kind in _KINDS:  # one at a time: serialised, a file is as large in memory as its tensors
         part = {name[len(kind) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{kind}/")}
         if part:
-            files[f"{kind}.safetensors"] = safetensors.torch.save(part)
-    files[_STATE] = json.dumps({"format": FORMAT, **state}, indent=1).encode()
-    manifest = {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
-    }
-    for name, data in files.items():
-        durable.write(folder / name, data)
-        faults.point("save.file")
+            write(f"{kind}.safetensors", safetensors.torch.save(part))
+    write(_STATE, json.dumps({"format": FORMAT, **state}, indent=1).encode())
     faults.point("save.files")
     durable.write(folder / MANIFEST, json.dumps({"format": FORMAT, "files": manifest}, indent=1).encode())
     faults.point("save.manifest")
@@ -306,7 +311,8 @@ def load_run(run: Path, fits: Fits | None = None) -> tuple[Checkpoint, list[str]
         CheckpointError: there is none, or none that verifies.
     """
     root = run / "checkpoints"
-    if (run / MANIFEST).is_file() or run.absolute().parent.name == "checkpoints":
+    inside = run.absolute().parent.name == "checkpoints" and not root.is_dir()
+    if inside or (run / MANIFEST).is_file():
         return load(run, fits), []
     linked = [resolve_link(root / link) for link in ("best", "last")]
     candidates = list(

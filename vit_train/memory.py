@@ -31,7 +31,7 @@ def fit_micro_batch(trainer: Any, batch_size: int) -> int:
     statistics = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
     pieces = trainer.grad_accum_steps
     try:
-        while not _fits(trainer, -(-batch_size // pieces)):
+        while not _fits(trainer, -(-batch_size // pieces), batch_size):
             finer = _next_divisor(batch_size, pieces)
             if finer is None:
                 raise OutOfMemoryError(
@@ -45,17 +45,21 @@ def fit_micro_batch(trainer: Any, batch_size: int) -> int:
     return pieces
 
 
-def _fits(trainer: Any, images: int) -> bool:
-    """One forward and backward pass, beside as much memory as the optimizer will take."""
+def _fits(trainer: Any, images: int, batch_size: int) -> bool:
+    """A forward and backward pass, beside as much memory as the batch and the optimizer will take.
+
+    A second one where there are several micro-batches: the gradients of the first are there by then.
+    """
     data, device = trainer.parts.data, trainer.strategy.device
     try:
-        # AdamW's two averages; after the pass is over the gradients stay as well
+        # AdamW's two averages
         slots = [torch.empty_like(p) for p in trainer.model.parameters() if p.requires_grad for _ in range(2)]
-        x = torch.zeros(images, data.in_channels, data.img_size, data.img_size, device=device)
+        batch = torch.zeros(batch_size, data.in_channels, data.img_size, data.img_size, device=device)
         y = torch.zeros(images, dtype=torch.int64, device=device)
-        with autocast(trainer.precision, device):
-            loss, _ = trainer.objective(trainer.forward, x, y)
-        loss.backward()
+        for _ in range(1 if images == batch_size else 2):
+            with autocast(trainer.precision, device):
+                loss, _ = trainer.objective(trainer.forward, batch[:images], y)
+            loss.backward()
         del slots
     except torch.OutOfMemoryError:
         return False

@@ -53,6 +53,7 @@ class NonFinite:
         source: Callable[[Any, int], str],
     ) -> None:
         self.policy, self.saver, self.source = policy, saver, source
+        self.goes_back = policy == "rollback"
         self.strategy, self.model, self.ema, self.optimizer = strategy, model, ema, optimizer
         # BatchNorm's buffers are changed by the forward pass itself, before anyone knows the loss
         norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))

@@ -74,10 +74,10 @@ def find_run(resume: str, run_dir: str | None) -> tuple[Path, Path | None]:
             raise CheckpointError("resume=latest finds no run under ./runs; type resume=PATH/TO/RUN")
         return max(runs, key=lambda run: (run / CONFIG).stat().st_mtime), None
     run = Path(resume)
-    if run.absolute().parent.name == "checkpoints" and holds_run(run.absolute().parent.parent):
-        return run.parent.parent, run
     if holds_run(run):
         return run, None
+    if run.absolute().parent.name == "checkpoints" and holds_run(run.absolute().parent.parent):
+        return run.parent.parent, run
     raise CheckpointError(
         f"resume={resume}: no run there (neither {CONFIG} nor checkpoints); type its directory, or latest"
     )

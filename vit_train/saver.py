@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vit_train.checkpoint import Checkpoint, Checkpointer, Fits, directory_name, load, newest_valid
+from vit_train.checkpoint import Checkpoint, Checkpointer, Fits, directory_name, load, load_run, newest_valid
 from vit_train.ema import Ema
 from vit_train.errors import CheckpointError, SaveError
 
@@ -100,6 +100,17 @@ class Saver:
         """Lets the save in flight end, on the way out of a run that failed for a reason of its own."""
         if self._thread is not None:
             self._thread.join()
+
+    def best(self, fits: Fits) -> Checkpoint:
+        """The best checkpoint; where that one is damaged, which is said, the newest one that verifies.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        best, problems = load_run(self.checkpointer.root.parent, fits)
+        for problem in problems:
+            self.say(f"{problem}; {best.path.name} is used instead of the best checkpoint")
+        return best
 
     def checkpoint_of(self, step: int, fits: Fits | None = None) -> Checkpoint:
         """The checkpoint of a step; where that one is damaged, the newest one that verifies.

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -158,7 +160,8 @@ class Tracker(NullTracker):
         del targets
         if self.writer is None:
             return
-        self.writer.add_image("train_batch", pictures.batch_grid(images, self.plan.mean, self.plan.std), 0)
+        grid = pictures.batch_grid(images, self.plan.mean, self.plan.std)
+        self._board(lambda writer: writer.add_image("train_batch", grid, 0))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing warns about every shape it fixes
             try:
@@ -200,9 +203,7 @@ class Tracker(NullTracker):
             "images_per_second": rate,
         }
         self._write("step", step, {**event, "epoch_float": step / self.plan.steps_per_epoch})
-        if self.writer is not None:
-            for name, value in event.items():
-                self.writer.add_scalar(f"train_step/{name}", value, step)
+        self._scalars(step, {f"train_step/{name}": value for name, value in event.items()})
         if self.bar is not None:
             self.bar.set_postfix_str(
                 f"loss {loss / count:.3f} top-1 {top1 / count:.1%} lr {lr:.1e} {rate:,.0f} images/s",
@@ -258,14 +259,14 @@ class Tracker(NullTracker):
 
     def text(self, tag: str, content: str) -> None:
         """Logs a text as a code block."""
-        if self.writer is not None:
-            self.writer.add_text(tag, "\n".join(f"    {line}" for line in content.splitlines()), 0)
+        block = "\n".join(f"    {line}" for line in content.splitlines())
+        self._board(lambda writer: writer.add_text(tag, block, 0))
 
     def picture(self, tag: str, draw: Callable[[], NDArray[np.uint8] | None], step: int) -> None:
         """Logs a picture, where there is something to draw."""
         picture = draw() if self.writer is not None else None
         if picture is not None:
-            self.writer.add_image(tag, picture, step, dataformats="HWC")
+            self._board(lambda writer: writer.add_image(tag, picture, step, dataformats="HWC"))
 
     def hparams(self, parameters: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Logs to this run itself; SummaryWriter.add_hparams would make a run of its own."""
@@ -274,36 +275,47 @@ class Tracker(NullTracker):
         from torch.utils.tensorboard.summary import hparams
 
         simple = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in parameters.items()}
-        for summary in hparams(simple, dict(metrics)):
-            self.writer.file_writer.add_summary(summary)
+        summaries = hparams(simple, dict(metrics))
+        self._board(lambda writer: [writer.file_writer.add_summary(summary) for summary in summaries])
 
     def flush(self) -> None:
-        """Flushes both files."""
+        """Brings both files to disk."""
         if self.file is not None:
-            self.file.flush()
-        if self.writer is not None:
-            self.writer.flush()
+            try:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                self.console.say(f"{self.run_dir / 'metrics.jsonl'} could not be written: {error.strerror}")
+        self._board(lambda writer: writer.flush())
 
     def close(self) -> None:
         """Closes bar and files."""
         self._close_bar()
-        if self.file is not None:
-            self.file.close()
-            self.file = None
-        if self.writer is not None:
-            self.writer.close()
+        file, self.file = self.file, None
+        if file is not None:
+            file.close()
+        self._board(lambda writer: writer.close())
+        self.writer = None
+
+    def _board(self, write: Callable[[Any], object]) -> None:
+        """Something for TensorBoard. A full disk costs its curves, not the run."""
+        if self.writer is None:
+            return
+        try:
+            write(self.writer)
+        except OSError as error:
             self.writer = None
+            self.console.say(f"TensorBoard gets nothing more from this process: {error.strerror or error}")
 
     def _scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self.writer is not None:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, step)
+        self._board(lambda writer: [writer.add_scalar(name, v, step) for name, v in metrics.items()])
 
     def _write(self, event: str, step: int, values: Mapping[str, float]) -> None:
         if self.file is not None:
             # without the gradient norm of a step that was left out: JSON knows neither NaN nor Infinity
             finite = {name: value for name, value in values.items() if math.isfinite(value)}
-            self.file.write(json.dumps({"event": event, "step": step, **finite}) + "\n")
+            with suppress(OSError):  # it stays in the buffer, and the next flush tells
+                self.file.write(json.dumps({"event": event, "step": step, **finite}) + "\n")
 
     def _close_bar(self) -> None:
         if self.bar is not None:

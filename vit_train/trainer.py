@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from vit_train.checkpoint import Checkpoint, fits_model, load_run
+from vit_train.checkpoint import Checkpoint, fits_model
 from vit_train.construct import NotNegative, NotNegativeFloat, Positive, PositiveFloat, TwoOrMore
 from vit_train.data import Batch
 from vit_train.ema import Ema
@@ -80,12 +80,12 @@ class Trainer:
         async_save: bool = True,
         on_nonfinite: OnNonFinite = "abort",
         deterministic: bool = False,
-        auto_batch: bool = False,  # build.py does it
+        auto_batch: bool = False,  # noqa: ARG002 - build.py does it
     ) -> None:
         assert precision != "auto", "build.py resolves it"
         use_deterministic_operators(deterministic)
         self.parts, self.strategy, self.tracker = parts, parts.strategy, parts.tracker
-        self.precision, self.grad_accum_steps, self.auto_batch = precision, grad_accum_steps, auto_batch
+        self.precision, self.grad_accum_steps = precision, grad_accum_steps
         self.grad_clip_norm, self.keep_checkpoints = grad_clip_norm, keep_checkpoints
         self.eval_every_epochs, self.early_stop_patience = eval_every_epochs, early_stop_patience
         self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
@@ -138,7 +138,7 @@ class Trainer:
     def train(self) -> Stop | None:
         """All epochs that are left, or those until it is asked to stop."""
         stop = self.guard.asked(self.state.step)
-        if self.state.step == 0 and (stop or self.nonfinite.policy == "rollback"):
+        if (stop and self.state.step == 0) or (self.nonfinite.goes_back and self.state.anchor is None):
             self.save(best=False)  # so that there is something to continue from, or to go back to
         while not stop and self.state.closed_epochs < self.total_epochs and not self.state.stopped_early:
             epoch = self.state.closed_epochs
@@ -158,11 +158,11 @@ class Trainer:
             self.tracker.after_step(self.state.step, len(batch.targets), self.optimizer, self.sums, self.norm)
             if self.state.step == last:
                 return None  # close_epoch asks again
+            due = bool(self.save_every_steps) and self.state.step % (self.save_every_steps or 1) == 0
+            if stop is not None or due:
+                self.save(best=False, due=due)
             if stop is not None:
-                self.save(best=False, due=False)
                 return stop
-            if self.save_every_steps and self.state.step % self.save_every_steps == 0:
-                self.save(best=False)
         self.save(best=False, due=False)
         return self.guard.asked(self.state.step)  # the loader ends early for nothing else
 
@@ -240,7 +240,7 @@ class Trainer:
         """Test metrics of the checkpoint a user would load: the best one. Leaves its weights in the model."""
         if not self.parts.data.sizes["test"]:
             return {}
-        best, _ = load_run(self.parts.checkpointer.root.parent, fits_model(self.model, self.ema))
+        best = self.saver.best(fits_model(self.model, self.ema))
         self.strategy.restore(best.tensors, self.model, self.ema, None)
         metrics = self.evaluate_split("test")
         # stopped by a signal: everything was saved before, the continuation tests again

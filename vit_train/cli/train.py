@@ -35,7 +35,7 @@ def main() -> None:
     """Entry point of `vit-train` and `python -m vit_train`. Exits with the codes of errors.py."""
     wants_traceback = os.environ.get(_FULL_ERROR) == "1"
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises instead of printing and exiting
-    failures: list[VitTrainError] = []
+    failures: list[int] = []  # codes: an error would keep the job it ended, and its memory, alive
     composed = False
 
     def task(cfg: DictConfig) -> float | None:
@@ -50,7 +50,7 @@ def main() -> None:
             if wants_traceback:
                 traceback.print_exc()
             print(f"vit-train: error: {error}", file=sys.stderr)
-            failures.append(error)
+            failures.append(error.exit_code)
             return None
 
     # the shell leaves the ~ of key=~/path to us, and Hydra's grammar has no place for it
@@ -70,7 +70,7 @@ def main() -> None:
         print(f"vit-train: error: {explain(error)}", file=sys.stderr)
         sys.exit(2)
     if failures:
-        sys.exit(failures[0].exit_code)
+        sys.exit(failures[0])
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -140,6 +140,9 @@ def execute(run: Run) -> dict[str, Any] | None:
     try:
         durable.make_directory(run_dir)
         run.console.log_to(run_dir / "train.log")
+    except OSError as error:
+        raise SaveError(f"{run_dir} cannot be written: {error.strerror or error}") from error
+    try:
         trainer.parts.checkpointer.remove_partial()
         trainer.parts.checkpointer.finish_interrupted(
             step=trainer.state.step, keep=trainer.keep_checkpoints, anchor=trainer.state.anchor

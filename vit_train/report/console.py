@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -32,14 +34,18 @@ def _claim(file: IO[str]) -> bool:
     return True
 
 
+class _Terminal(rich.console.Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read along has gone (`| head`): the run goes on, and train.log has it all."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Console:
     """Says things on stdout and, once `log_to` was called, in train.log as well."""
 
     def __init__(self) -> None:
         terminal = sys.stdout.isatty()
-        self._out = rich.console.Console(
-            width=None if terminal else _PLAIN_WIDTH, highlight=False, emoji=False
-        )
+        self._out = _Terminal(width=None if terminal else _PLAIN_WIDTH, highlight=False, emoji=False)
         self._log: rich.console.Console | None = None
 
     def log_to(self, path: Path) -> None:
@@ -65,7 +71,8 @@ class Console:
         with tqdm.external_write_mode(file=sys.stdout):
             self._out.print(what, markup=False, soft_wrap=is_text)
         if self._log is not None:
-            self._log.print(what, markup=False, soft_wrap=is_text)
+            with suppress(OSError):  # a full disk: no reason to end a run
+                self._log.print(what, markup=False, soft_wrap=is_text)
 
     def log(self, text: str) -> None:
         """A line for train.log alone: what stderr gets anyway."""

@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 
 from vit_train import durable
-from vit_train.errors import ConfigError
 
 _MAX_FACTS_BYTES = 16 * 2**20
 _PACKAGES = ("vit-train", "torch", "torchvision", "numpy", "pillow", "safetensors", "hydra-core")
@@ -27,17 +26,15 @@ def open_run_dir(run_dir: Path, config: Mapping[str, Any]) -> None:
     """Makes the run directory with its config.yaml; drops the result of a run that goes on.
 
     Raises:
-        ConfigError: it cannot be written.
+        OSError: it cannot be written.
     """
-    try:
-        durable.make_directory(run_dir)
-        # first of all: with the configuration of a larger budget beside it, the run would count as finished
-        (run_dir / "result.json").unlink(missing_ok=True)
-        durable.sync_directory(run_dir)
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        durable.replace(run_dir / "config.yaml", text)
-    except OSError as error:
-        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror or error}") from error
+    durable.make_directory(run_dir)
+    # first of all: with the configuration of a larger budget beside it, the run would count as finished
+    (run_dir / "result.json").unlink(missing_ok=True)
+    durable.sync_directory(run_dir)
+    durable.replace(
+        run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    )
 
 
 def write_facts(
