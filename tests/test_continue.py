@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import subprocess
 
 import pytest
-from conftest import TINY, checkpoint_hashes, everything_in, vit_train_here
+from conftest import TINY, checkpoint_hashes, command, environment, everything_in, vit_train_here
 from PIL import Image
 
 from vit_train.checkpoint import checkpoint_directories, directory_name
@@ -95,6 +97,70 @@ def test_a_run_that_stopped_early_can_be_grown(in_tmp) -> None:
     assert json.loads((in_tmp / "run/result.json").read_text())["steps"] > first["steps"]
 
 
+def test_growth_that_is_interrupted_at_once_is_not_forgotten(in_tmp) -> None:
+    listening = ("trainer.early_stop_patience=1", "optimizer.lr=0.0", "trainer.epochs=6")
+    assert vit_train_here(*TINY, *listening, "run_dir=run", cwd=in_tmp).code == 0
+    first = json.loads((in_tmp / "run/result.json").read_text())
+    grown = ("resume=run", "trainer.epochs=8", "trainer.stop_after_minutes=0")
+    assert "is saved" in vit_train_here(*grown, cwd=in_tmp).out
+    assert vit_train_here("resume=run", cwd=in_tmp).code == 0
+    assert json.loads((in_tmp / "run/result.json").read_text())["steps"] > first["steps"]
+
+
+def test_a_run_may_live_in_a_folder_called_checkpoints(in_tmp) -> None:
+    short = ("trainer.max_steps=4", "run_dir=checkpoints/one")
+    done = vit_train_here(*TINY, *short, "trainer.stop_at_step=2", cwd=in_tmp)
+    assert done.code == 0, done.err
+    done = vit_train_here("resume=checkpoints/one", cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert (in_tmp / "checkpoints/one/result.json").exists()
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_is_not_started_over(in_tmp) -> None:
+    assert vit_train_here(*TINY, "trainer.epochs=1", "run_dir=run", cwd=in_tmp).code == 0
+    shutil.rmtree(in_tmp / "run/checkpoints")
+    said = refused("resume=run", "trainer.epochs=2", cwd=in_tmp, code=4)
+    assert "its checkpoints are gone" in said
+
+
+def test_an_interruption_at_a_due_save_moves_no_anchor(in_tmp) -> None:
+    """A rollback of the continuation goes where that of the uninterrupted run would go."""
+    due = ("trainer.save_every_steps=2", "trainer.on_nonfinite=rollback", "run_dir=run")
+    assert vit_train_here(*TINY, *due, "trainer.stop_at_step=2", cwd=in_tmp).code == 0
+    assert anchor(in_tmp) == 2
+    assert vit_train_here("resume=run", "trainer.stop_at_step=3", cwd=in_tmp).code == 0
+    assert anchor(in_tmp) == 2
+
+
+def test_a_policy_may_become_rollback_before_any_due_save(in_tmp) -> None:
+    assert vit_train_here(*TINY, "run_dir=run", "trainer.stop_at_step=3", cwd=in_tmp).code == 0
+    assert anchor(in_tmp) is None
+    rollback = ("resume=run", "trainer.on_nonfinite=rollback", "trainer.stop_at_step=4")
+    assert vit_train_here(*rollback, cwd=in_tmp).code == 0
+    assert anchor(in_tmp) == 3
+
+
+def anchor(home):
+    path = checkpoint_directories(home / "run/checkpoints")[0]
+    return json.loads((path / "state.json").read_text())["train"]["anchor"]
+
+
+def test_a_reader_that_goes_away_ends_no_run(in_tmp) -> None:
+    shell = subprocess.run(
+        f"{shlex.join(command('vit_train', *TINY, 'run_dir=run'))} | head -n 1",
+        shell=True,
+        cwd=in_tmp,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert shell.stdout.count("\n") == 1
+    assert (in_tmp / "run/result.json").exists(), shell.stderr
+    assert "test" in (in_tmp / "run/train.log").read_text()
+
+
 def test_resuming_from_another_directory_finds_the_data(in_tmp) -> None:
     make_folder(in_tmp / "photos")
     folder = ("data=imagefolder", "data.root=photos", "data.in_channels=1", "model=vit_digits")
@@ -107,8 +173,6 @@ def test_resuming_from_another_directory_finds_the_data(in_tmp) -> None:
 
 def test_a_printed_command_can_be_pasted(in_tmp) -> None:
     """With a space in the path, through the shell's own splitting."""
-    import shlex
-
     done = vit_train_here(*TINY, "run_dir='my runs/x'", "trainer.stop_at_step=1", cwd=in_tmp)
     assert done.code == 0, done.err
     printed = done.out.splitlines()[-1].strip()

@@ -216,7 +216,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         check_config(cfg)  # what was adopted as well
         check_numbers(cfg)
         notes += check_continuation(stored, plain(cfg), run_dir)
-        if (run_dir / "result.json").is_file() and not _grown(stored, cfg):
+        if (run_dir / "result.json").is_file() and not _grown(stored, cfg) and named is None:
             return run_dir
     return _build(
         cfg,
@@ -279,6 +279,13 @@ def _build(
         checkpoint.check_shapes(path, shapes, outline()[0], ema=has_ema)
 
     found, problems = checkpoint_to_continue(run_dir, named, fits)
+    if found is None and (run_dir / "result.json").is_file():
+        raise CheckpointError(
+            f"{run_dir} was trained to its end, but its checkpoints are gone; restore them, or start a new "
+            "run with another run_dir"
+        )
+    if found is None and stored:
+        notes.append("no checkpoint was written yet: it starts from step 0")
     seed_device(strategy.device, cfg.seed, "init")
     if allow is not None and without_download(config["model"]) != config["model"]:
         if found is None:

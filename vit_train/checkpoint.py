@@ -519,7 +519,7 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: it holds no JSON where it should") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged: expected an object")
     return value

@@ -43,7 +43,7 @@ def checkpoint_to_continue(
         if found.path.resolve() != newest.resolve():
             raise ConfigError(
                 f"{named} is not the newest checkpoint of the run: {newest.name} is. A run has one history; "
-                f"type resume={run_dir}, or copy the run without the later checkpoints"
+                f"type resume={run_dir}, or copy the run without the later checkpoints and result.json"
             )
         return found, []
     newest_valid, problems = checkpoint.newest_valid(run_dir, fits)

@@ -238,7 +238,13 @@ def test_a_file_that_is_damaged_while_training_is_named(home, unbroken, damage, 
     run = paused(*settings, cwd=home, at="save.end:1")
     act(file)
     os.kill(run.pid, signal.SIGCONT)
-    failed(run.wait(check=False), 3, said, TRAINED_ON, "repair or remove it")
+    failed(
+        run.wait(check=False),
+        3,
+        said,
+        TRAINED_ON,
+        "put it back" if act is Path.unlink else "repair or remove it",
+    )
     file.write_bytes(good)
     continues("resume=run", home=home, to=unbroken)
 

@@ -56,7 +56,7 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
     run = Path(arguments.run)
     stored, problems = checkpoint.load_run(run, fits)
     for problem in problems:
-        print(f"vit-eval: skipped: {problem}", file=sys.stderr)
+        print(f"vit-eval: skipped: {problem}; the figures are of {stored.path.name}", file=sys.stderr)
     config = with_overrides(stored_config(stored), arguments.overrides)
     strategy, data = build_data(config)
     try:

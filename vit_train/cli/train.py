@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import threading
 import traceback
 from contextlib import suppress
 from functools import partial
@@ -34,6 +35,7 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 def main() -> None:
     """Entry point of `vit-train` and `python -m vit_train`. Exits with the codes of errors.py."""
     wants_traceback = os.environ.get(_FULL_ERROR) == "1"
+    threading.excepthook = _thread_failed
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises instead of printing and exiting
     failures: list[int] = []  # codes: an error would keep the job it ended, and its memory, alive
     composed = False
@@ -73,6 +75,12 @@ def main() -> None:
         sys.exit(failures[0])
 
 
+def _thread_failed(what: threading.ExceptHookArgs) -> None:
+    """On a full disk TensorBoard's writing thread ends in a traceback; the tracker says it in a line."""
+    if not isinstance(what.exc_value, OSError):
+        threading.__excepthook__(what)
+
+
 def train(cfg: DictConfig) -> float | None:
     """One job: what Hydra calls with the composed configuration. Returns the best validation top-1."""
     from vit_train.guard import Signals
@@ -80,6 +88,8 @@ def train(cfg: DictConfig) -> float | None:
     with Signals() as signals:
         built = _build(cfg, signals)
         if isinstance(built, Path):
+            if (built / ".history.png").exists() or not (built / "history.png").exists():
+                _draw(built)  # killed at the very last
             print(f"{built} is finished: nothing to do. Its figures:  vit-eval {built}")
             return None
         result = execute(built)
@@ -179,7 +189,13 @@ def execute(run: Run) -> dict[str, Any] | None:
     finally:
         log_error = partial(_log_error, run, sys.exc_info()[1])
         # data first: until its workers have ended, the death of another one can interrupt anything
-        for cleanup in (data.close, trainer.tracker.close, partial(_draw, run), log_error, run.console.close):
+        for cleanup in (
+            data.close,
+            trainer.tracker.close,
+            partial(_draw, run_dir),
+            log_error,
+            run.console.close,
+        ):
             with suppress(OSError):  # a full disk ends in its own error, not in that of the cleaning up
                 cleanup()
 
@@ -189,10 +205,10 @@ def _log_error(run: Run, error: BaseException | None) -> None:
         run.console.log(f"error: {error}")
 
 
-def _draw(run: Run) -> None:
+def _draw(run_dir: Path) -> None:
     from vit_train.report.history import draw_history
 
-    draw_history(run.run_dir, f"{run.config['name']}, {run.run_dir}")
+    draw_history(run_dir, str(run_dir))
 
 
 def _plan(run: Run) -> Plan:

@@ -56,6 +56,8 @@ class FileSource:
                 return image
         except UnidentifiedImageError:
             raise DataError(f"{path} is not an image Pillow can read: repair or remove it") from None
+        except FileNotFoundError:
+            raise DataError(f"{path} cannot be read (No such file or directory): put it back") from None
         except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
             reason = " ".join(
                 (getattr(error, "strerror", None) or str(error) or type(error).__name__).split()
