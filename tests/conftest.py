@@ -286,11 +286,3 @@ def stale_files(run_dir: Path) -> list[str]:
     """What a crash left behind and a finished run must not hold any more."""
     hidden = [p for p in run_dir.rglob("*") if p.name.startswith(".")]
     return sorted(str(p.relative_to(run_dir)) for p in hidden)
-
-
-def scalar_steps(run_dir: Path) -> dict[str, list[int]]:
-    """The steps of each scalar tag, as TensorBoard's own reader sees them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
