@@ -158,12 +158,13 @@ class Checkpointer:
             SaveError: the file system has less free space.
         """
         free = shutil.disk_usage(next(p for p in self.root.absolute().parents if p.exists())).free
-        count, word = (
-            (1, "one more checkpoint") if checkpoint_directories(self.root) else (2, "two checkpoints")
+        begun = bool(checkpoint_directories(self.root))
+        count, what = (
+            (1, "one more checkpoint of this run takes") if begun else (2, "two checkpoints of this run take")
         )
         if free < count * nbytes:
             raise SaveError(
-                f"{self.root.parent} has {_megabytes(free)} free, but {word} of this run take(s) "
+                f"{self.root.parent} has {_megabytes(free)} free, but {what} "
                 f"{_megabytes(count * nbytes)}; free some space or type run_dir=... on another disk"
             )
 
