@@ -29,6 +29,18 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     return "fp32"  # mps: autocast covers too few operators to gain
 
 
+def inference_precision(trained_in: object, device: torch.device) -> Precision:
+    """The precision a model was trained in, where this device computes in it; else what `auto` means here.
+
+    Args:
+        trained_in: as a configuration holds it; whatever is no precision counts as auto.
+        device: where the model is now, which may not be where it was trained.
+    """
+    if trained_in == "fp32" or (trained_in == "fp16" and device.type != "cpu"):
+        return trained_in
+    return resolve_precision("auto", device)
+
+
 def _cpu_computes_bf16() -> bool:
     """AVX-512 BF16 or AMX on x86, the bf16 extension on Arm Linux.
 

@@ -17,7 +17,10 @@ from torch import nn
 
 from vit_train import checkpoint
 from vit_train.construct import is_node, make
+from vit_train.data import Normalize
+from vit_train.data.sample_transforms import SampleTransform, plain
 from vit_train.errors import CheckpointError, ConfigError
+from vit_train.precision import Precision, inference_precision
 from vit_train.resume import check_stored
 
 MODEL_CODE = ("vit_train.models", "vit_train.layers")
@@ -36,6 +39,7 @@ class Trained:
         mean, std: normalisation per channel, on the 0 to 1 scale.
         img_size: side of the images in pixels.
         in_channels: 1 or 3.
+        resize: how evaluation made an image square: "crop" or "squash"; see `sample_transforms.plain`.
         config: the run's whole resolved configuration, as plain data.
         path: the checkpoint directory.
         weights: which weights were loaded: "ema" or "raw".
@@ -48,10 +52,24 @@ class Trained:
     std: tuple[float, ...]
     img_size: int
     in_channels: int
+    resize: Literal["crop", "squash"]
     config: dict[str, Any]
     path: Path
     weights: Literal["ema", "raw"]
     step: int
+
+    def precision(self) -> Precision:
+        """What the forward pass computes in: as in training, where the model's device does."""
+        device = next(self.model.parameters()).device
+        return inference_precision(self.config["trainer"].get("precision"), device)
+
+    def sample_transform(self) -> SampleTransform:
+        """What evaluation did to an image on the CPU: PIL image -> PIL image of `img_size`."""
+        return plain(self.img_size, resize=self.resize)
+
+    def batch_transform(self) -> Normalize:
+        """What evaluation did to a batch, on the model's device."""
+        return Normalize(self.mean, self.std).to(next(self.model.parameters()).device)
 
 
 def load(run: Path, *, device: torch.device, weights: Weights = "auto") -> Trained:
@@ -169,6 +187,8 @@ def from_checkpoint(
             std=tuple(inference["std"]),
             img_size=inference["img_size"],
             in_channels=inference["in_channels"],
+            # only a folder of images chooses; a data module of arrays squashes
+            resize="crop" if config["data"].get("resize") == "crop" else "squash",
             config=config,
             path=path,
             weights=chosen,

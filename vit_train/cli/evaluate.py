@@ -9,7 +9,8 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_train.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, VitTrainError, suggest
+from vit_train.cli import command
+from vit_train.errors import CheckpointError, ConfigError, DataError, suggest
 
 if TYPE_CHECKING:
     from vit_train.evaluation import Evaluation
@@ -27,22 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments after the command; None takes the process's own.
     """
     arguments = _parser().parse_args(argv)
-    try:
-        report(arguments)
-    except VitTrainError as error:
-        print(f"vit-eval: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it takes seconds
-            raise
-        print("vit-eval: error: out of memory; type a smaller data.batch_size", file=sys.stderr)
-        return OutOfMemoryError.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return command.run("vit-eval", lambda: report(arguments))
 
 
-def report(arguments: argparse.Namespace) -> dict[str, Any]:
+def report(arguments: argparse.Namespace) -> None:
     """Evaluates, prints the tables and writes the JSON report.
 
     Raises:
@@ -55,8 +44,7 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
 
     run = Path(arguments.run)
     stored, problems = checkpoint.load_run(run, fits)
-    for problem in problems:
-        print(f"vit-eval: skipped: {problem}; the figures are of {stored.path.name}", file=sys.stderr)
+    command.say_skipped("vit-eval", problems, stored.path)
     config = with_overrides(stored_config(stored), arguments.overrides)
     strategy, data = build_data(config)
     try:
@@ -85,7 +73,6 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
         except OSError as error:
             raise ConfigError(f"--json {target} cannot be written: {error.strerror or error}") from error
         console.say(f"report  {target}")
-    return result
 
 
 def _evaluate(trained: Trained, config: dict[str, Any], strategy: Any, data: Any, split: str) -> Evaluation:
@@ -205,17 +192,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Evaluates a trained model: loss, top-1, top-5 and accuracy per class.",
         epilog="Other data by override, classes are matched by name: vit-eval RUN data.root=other/photos",
     )
-    parser.add_argument(
-        "run", metavar="RUN", help="a run directory (its best checkpoint, else its last) or a checkpoint"
-    )
+    command.add_run(parser)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.batch_size=512")
     parser.add_argument("--split", choices=("val", "test"), help="default: test, else val")
-    parser.add_argument(
-        "--weights",
-        choices=("auto", "ema", "raw"),
-        default="auto",
-        help="auto: the average where there is one",
-    )
     parser.add_argument(
         "--json", metavar="FILE", help="where the report goes; default: RUN/eval_<split>.json"
     )
