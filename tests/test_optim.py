@@ -39,7 +39,7 @@ class Small(nn.Module):
 
 def test_only_matrices_decay() -> None:
     model = Small()
-    groups = decay_groups(model, 0.1)
+    groups = decay_groups(model, 0.1, lr=1.0)
     names = {id(p): n for n, p in model.named_parameters()}
     assert [names[id(p)] for p in groups[0]["params"]] == ["linear.weight"]
     assert {names[id(p)] for p in groups[1]["params"]} == {
@@ -54,7 +54,7 @@ def test_only_matrices_decay() -> None:
 def test_frozen_parameters_belong_to_no_group() -> None:
     model = Small()
     model.linear.weight.requires_grad_(False)
-    assert len(decay_groups(model, 0.1)) == 1
+    assert len(decay_groups(model, 0.1, lr=1.0)) == 1
 
 
 def test_cosine_warms_up_peaks_and_ends_at_its_final_factor() -> None:

@@ -20,10 +20,12 @@ from vit_train import checkpoint
 from vit_train.composed import (
     GROUPS,
     Launch,
+    as_pretrained,
     check_config,
     check_launch,
     check_numbers,
     config_dir,
+    is_typed,
     plain,
     refuse_secrets,
 )
@@ -54,6 +56,8 @@ _RESOLVED_KEYS = (
     "data.std",
     "trainer.precision",
 )
+# What decides how a run starts; runs of older versions do not have it
+_START = {"init_from": None, "init_strict": True}
 # What a stored configuration may name; the user's own command may name anything
 _STORED_CODE = {
     "model": ("vit_train.models", "vit_train.layers"),
@@ -114,8 +118,8 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
     return cfg
 
 
-def _adopt(cfg: DictConfig, stored: Mapping[str, Any]) -> None:
-    """What was left to the data or to `auto` is taken from the run that is continued."""
+def _adopt(cfg: DictConfig, stored: Mapping[str, Any], overrides: list[str]) -> None:
+    """What was left to the data, to `auto` or to pretrained weights is as in the run that is continued."""
     for key in _RESOLVED_KEYS:
         group, name = key.split(".")
         known = stored[group].get(name)
@@ -123,6 +127,12 @@ def _adopt(cfg: DictConfig, stored: Mapping[str, Any]) -> None:
             continue
         if OmegaConf.select(cfg, key) in (None, "auto") and known is not None:
             OmegaConf.update(cfg, key, known)
+    if (
+        cfg.init_from is not None
+        and "mask_padding" in stored["model"]
+        and not is_typed("model.mask_padding", overrides)
+    ):
+        cfg.model.mask_padding = stored["model"]["mask_padding"]
     if cfg.trainer.auto_batch and stored["trainer"].get("auto_batch"):
         cfg.trainer.grad_accum_steps = stored["trainer"]["grad_accum_steps"]
 
@@ -180,6 +190,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
     if cfg.resume is not None:
         run_dir, named = find_run(str(cfg.resume), None if cfg.run_dir is None else str(cfg.run_dir))
         stored, notes = read_config(run_dir)
+        stored = {**stored, **_START, **stored}
         foreign = [
             line
             for key, node in stored.items()
@@ -204,15 +215,23 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         run_dir = choose_run_dir(typed, str(cfg.name), launch.job_dir)
         if holds_run(run_dir):
             stored, notes = read_config(run_dir)
+            stored = {**stored, **_START, **stored}
+    from vit_train.weights.source import absolute_source  # here: torch, which --help can do without
+
+    cfg.init_from = absolute_source(cfg.init_from)
     check_free(run_dir)
-    for group in ("data", "trainer"):  # what a config of the user's own leaves to the constructor
+    for group in (
+        "data",
+        "trainer",
+        "optimizer",
+    ):  # what a config of the user's own leaves to the constructor
         defaults = with_defaults(plain(cfg)[group])
         cfg[group] = {**defaults, **cfg[group]}
         if stored and stored[group].get("_target_") == defaults["_target_"]:  # by an older version
             stored[group] = {**defaults, **stored[group]}
     check_numbers(cfg)
     if stored:
-        _adopt(cfg, stored)
+        _adopt(cfg, stored, launch.overrides)
         check_config(cfg)  # what was adopted as well
         check_numbers(cfg)
         notes += check_continuation(stored, plain(cfg), run_dir)
@@ -251,11 +270,16 @@ def _build(
     from vit_train.rng import seed_device
     from vit_train.state import Parts
     from vit_train.trained import check_sizes, without_download
+    from vit_train.weights import load_pretrained, read_pretrained
 
     strategy = _make(cfg, "strategy", allow)
     if cfg.trainer.compile and not strategy.supports_compile:
         raise ConfigError("trainer.compile=true does not work with data_parallel; type strategy=single")
     strategy.start()
+    pretrained = None
+    if cfg.init_from is not None and not stored:
+        pretrained = read_pretrained(cfg.init_from)
+        notes += as_pretrained(cfg, pretrained, launch.overrides)
     data = _make(cfg, "data", allow)
     with _as_config_error("data"):
         data.setup(device=strategy.device, rank=strategy.rank, world_size=strategy.world_size)
@@ -287,15 +311,24 @@ def _build(
     if found is None and stored:
         notes.append("no checkpoint was written yet: it starts from step 0")
     seed_device(strategy.device, cfg.seed, "init")
-    if allow is not None and without_download(config["model"]) != config["model"]:
-        if found is None:
-            raise CheckpointError(
-                f"{run_dir} was to start from pretrained weights and has no checkpoint yet; type the full "
-                f"command with run_dir={run_dir}: nothing stored starts a download"
-            )
-        model = make(without_download(config["model"]), key="model", allow=allow["model"])
+    offline = without_download(config["model"])
+    if allow is not None and found is None and (offline != config["model"] or cfg.init_from is not None):
+        raise CheckpointError(
+            f"{run_dir} was to start from pretrained weights and has no checkpoint yet; type the full "
+            f"command with run_dir={run_dir}: nothing stored starts a download or names a file to read"
+        )
+    if allow is not None:
+        model = make(offline, key="model", allow=allow["model"])
     else:
         model = _make(cfg, "model", allow)
+    if found is None and cfg.init_from is not None:
+        report = load_pretrained(
+            model,
+            pretrained or read_pretrained(cfg.init_from),
+            strict=cfg.init_strict,
+            class_names=data.class_names,
+        )
+        notes.append(str(report))
     fingerprint = data.fingerprint()
     if found is not None:
         notes += check_data(found, data, fingerprint, run_dir, force=force)

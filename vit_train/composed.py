@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vit_train.construct import check, is_node
 from vit_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vit_train.weights import Pretrained
 
 GROUPS = ("model", "data", "augment", "objective", "optimizer", "schedule", "strategy", "trainer", "tracker")
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
@@ -62,6 +65,8 @@ class Root:
     tracker: Any
     seed: int
     name: str | int | None = None
+    init_from: str | None = None
+    init_strict: bool = True
     run_dir: str | int | None = None
     resume: str | int | None = None
 
@@ -161,6 +166,33 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items() if key != "hydra"}
+
+
+def as_pretrained(cfg: DictConfig, weights: Pretrained, overrides: list[str]) -> list[str]:
+    """How pretrained weights were trained goes into the configuration where nothing else was asked for.
+
+    Returns:
+        A line for each key that was set.
+    """
+    notes = []
+    masks = cfg.model.get("mask_padding")
+    if weights.mask_padding is not None and masks is not None and masks != weights.mask_padding:
+        was = f"model.mask_padding={str(weights.mask_padding).lower()}"
+        if is_typed("model.mask_padding", overrides):
+            notes.append(f"the weights were trained with {was}")
+        else:
+            cfg.model.mask_padding = weights.mask_padding
+            notes.append(f"{was}, as the weights were trained")
+    known = [len(values) for values in (weights.mean, weights.std) if values is not None]
+    if cfg.data.mean is None and cfg.data.std is None and known == [cfg.data.in_channels] * 2:
+        cfg.data.mean, cfg.data.std = list(weights.mean or ()), list(weights.std or ())
+        notes.append("data.mean and data.std are those the weights were trained with")
+    return notes
+
+
+def is_typed(key: str, overrides: list[str]) -> bool:
+    """Whether the command line itself sets the key."""
+    return any(override.lstrip("+").startswith(f"{key}=") for override in overrides)
 
 
 def check_numbers(cfg: DictConfig) -> None:

@@ -5,13 +5,17 @@ A schedule is a function of the optimizer step alone (reduce-on-plateau also of 
 resuming needs no replay.
 
 Sources: decoupled weight decay, Loshchilov and Hutter 2019 (arXiv 1711.05101); no decay on norms, biases and
-position tables as in DeiT and Swin; warmup + cosine, Goyal et al. 2017 and Loshchilov and Hutter 2017.
+position tables as in DeiT and Swin; warmup + cosine, Goyal et al. 2017 and Loshchilov and Hutter 2017; a
+learning rate that falls from layer to layer, Clark et al. 2020 (ELECTRA), for vision Bao et al. 2022 (BEiT).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+import re
+import types
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +23,8 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from vit_train.construct import NotNegativeFloat
+from vit_train.errors import suggest
+from vit_train.layers import Block
 
 
 @runtime_checkable
@@ -30,24 +36,107 @@ class HasNoWeightDecay(Protocol):
         ...
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices decay; vectors (norms, biases) and what the model names do not.
+def decay_groups(
+    model: nn.Module, weight_decay: float, *, lr: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay; vectors (norms, biases) and what the model names do not.
+
+    With `layer_decay` there are two for each layer, from the head down: the head learns at `lr`, the last
+    block at `lr * layer_decay`, the one below at `lr * layer_decay ** 2`, down to the patch embedding.
 
     Args:
         model: every parameter with `requires_grad` lands in exactly one group.
-        weight_decay: of the first group.
+        weight_decay: of the groups that decay.
+        lr: of the head.
+        layer_decay: factor from one layer to the one below it; 1 is the same rate for all.
+
+    Raises:
+        ValueError: `layer_decay` is out of range, or the model has no blocks to count.
     """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be above 0 and at most 1, not {layer_decay}")
     exempt = model.no_weight_decay() if isinstance(model, HasNoWeightDecay) else set()
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
+    layers = dict.fromkeys(dict(model.named_parameters()), 0) if layer_decay == 1 else layer_ids(model)
+    top = max(layers.values())
+    groups: dict[tuple[int, bool], dict[str, Any]] = {
+        (layer, decays): {
+            "params": [],
+            "lr": lr * layer_decay ** (top - layer),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for layer in range(top, -1, -1)  # the head first: its rate is the one that is logged
+        for decays in (True, False)
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (spared if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+            groups[layers[name], parameter.ndim > 1 and name not in exempt]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def layer_ids(model: nn.Module) -> dict[str, int]:
+    """The layer of each parameter: 0 what comes before the first block, n block n, then norm and head.
+
+    What stands between two blocks (Swin's patch merging) belongs to the one that follows.
+
+    Raises:
+        ValueError: the model has no `Block`.
+    """
+    blocks = [name for name, module in model.named_modules() if isinstance(module, Block)]
+    if not blocks:
+        raise ValueError(f"layer_decay needs a model of blocks; {type(model).__name__} has none")
+    ids, seen = {}, 0
+    for name, _ in model.named_parameters():
+        inside = next((i for i, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        seen = seen if inside is None else inside + 1
+        ids[name] = seen if inside is not None or seen == 0 else seen + 1
+    return ids
+
+
+def freeze_parts(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Parts of a model that training leaves as they are.
+
+    A frozen batch norm also keeps its statistics: it stays in evaluation mode.
+
+    Args:
+        model: its parameters lose `requires_grad`.
+        names: of modules or parameters, as in `named_parameters()`; blocks.0-5 is blocks.0 to blocks.5.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: the model has no part of that name, or nothing would be left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for prefix in itertools.chain.from_iterable(map(_each, names)):
+        frozen = [name for name in parameters if name == prefix or name.startswith(f"{prefix}.")]
+        if not frozen:
+            known = [name for name, _ in (*model.named_children(), *model.named_parameters(recurse=False))]
+            raise ValueError(
+                f"freeze: {type(model).__name__} has no {prefix!r}{suggest(prefix, known)} "
+                f"(it has {', '.join(known)})"
+            )
+        for name in frozen:
+            parameters[name].requires_grad_(False)
+        for name, module in model.named_modules():
+            if f"{name}.".startswith(f"{prefix}.") and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train = types.MethodType(_stay, module.eval())  # type: ignore[method-assign]
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError("freeze leaves nothing to train")
+    return model
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001
+    return module
+
+
+def _each(name: str) -> list[str]:
+    """blocks.0-2 -> blocks.0, blocks.1, blocks.2."""
+    parts = []
+    for part in name.split("."):
+        span = re.fullmatch(r"(\d+)-(\d+)", part)
+        parts.append([str(i) for i in range(int(span[1]), int(span[2]) + 1)] if span else [part])
+    return [".".join(chosen) for chosen in itertools.product(*parts)]
 
 
 def _fused(model: nn.Module) -> bool:
@@ -63,6 +152,7 @@ def adamw(
     weight_decay: float = 0.05,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    layer_decay: float = 1.0,
 ) -> Optimizer:
     """AdamW with decay groups (`decay_groups`).
 
@@ -72,8 +162,10 @@ def adamw(
         weight_decay: decoupled, of matrices only.
         betas: decay of the two moment averages.
         eps: added to the denominator.
+        layer_decay: factor of the rate from one layer to the one below it; for fine-tuning.
     """
-    return AdamW(decay_groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=_fused(model))
+    groups = decay_groups(model, weight_decay, lr=lr, layer_decay=layer_decay)
+    return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=_fused(model))
 
 
 def adam(
@@ -96,10 +188,11 @@ def sgd(
     weight_decay: float = 0.0,
     momentum: float = 0.9,
     nesterov: bool = False,
+    layer_decay: float = 1.0,
 ) -> Optimizer:
     """SGD with momentum and decay groups (`decay_groups`)."""
     return SGD(
-        decay_groups(model, weight_decay),
+        decay_groups(model, weight_decay, lr=lr, layer_decay=layer_decay),
         lr=lr,
         momentum=momentum,
         nesterov=nesterov,

@@ -23,7 +23,7 @@ from vit_train.ema import Ema
 from vit_train.evaluation import evaluate, hits, means, wide
 from vit_train.guard import Guard, Stop
 from vit_train.nonfinite import NonFinite, OnNonFinite
-from vit_train.optim import set_lr
+from vit_train.optim import freeze_parts, set_lr
 from vit_train.precision import Precision, autocast, grad_scaler
 from vit_train.rng import seed_device, use_deterministic_operators
 from vit_train.saver import Saver, Snapshot
@@ -43,6 +43,7 @@ class Trainer:
         grad_accum_steps: micro-batches one batch is cut into; must divide data.batch_size.
         grad_clip_norm: gradients are scaled down to this total norm.
         ema_decay: of the averaged weights that are evaluated and saved beside the raw ones; null for none.
+        freeze: modules or parameters that keep their weights, such as [patch_embed, blocks.0-5].
         compile: torch.compile the model (costs a minute at the start; gains on a GPU).
         eval_every_epochs: how often the validation split is evaluated; the last epoch always is.
         early_stop_patience: stop when this many evaluations in a row brought no better validation top-1.
@@ -71,6 +72,7 @@ class Trainer:
         grad_accum_steps: Positive = 1,
         grad_clip_norm: PositiveFloat | None = None,
         ema_decay: float | None = None,
+        freeze: tuple[str, ...] = (),
         compile: bool = False,  # noqa: A002 - the key users type
         eval_every_epochs: Positive = 1,
         early_stop_patience: Positive | None = None,
@@ -91,23 +93,21 @@ class Trainer:
         self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
         self.stop_at_step, self.stop_after_minutes = stop_at_step, stop_after_minutes
         self.saver = Saver(parts.checkpointer, background=async_save, say=lambda text: self.tracker.say(text))
-
         self.train_loader = parts.data.loader("train")
         self.steps_per_epoch = len(self.train_loader)
         self.total_steps = epochs * self.steps_per_epoch if max_steps is None else max_steps
         self.total_epochs = math.ceil(self.total_steps / self.steps_per_epoch)
 
-        device = self.strategy.device
-        self.model = parts.model.to(device).train()
+        self.model = freeze_parts(parts.model.to(self.strategy.device).train(), freeze)
         self.ema = Ema(self.model, decay=ema_decay) if ema_decay is not None else None
         if compile:
             self.model.compile()  # in place: parameter names stay clean
         self.forward = self.strategy.wrap(self.model)
-        self.objective = parts.objective.to(device)
+        self.objective = parts.objective.to(self.strategy.device)
         self.optimizer = parts.make_optimizer(self.model)
         self.schedule = parts.make_schedule(self.steps_per_epoch, self.total_steps)
         check_listeners(self.schedule, early_stop_patience, parts.data.sizes, ema=self.ema is not None)
-        self.scaler = grad_scaler(precision, device)
+        self.scaler = grad_scaler(precision, self.strategy.device)
         self.nonfinite = NonFinite(
             on_nonfinite, self.strategy, self.model, self.ema, self.optimizer, self.saver, parts.data.source
         )

@@ -1,0 +1,175 @@
+"""Parameter names of other projects, to ours and back.
+
+Ours are timm's (ViT, DeiT, Swin), but for the head of Swin. Others:
+
+    torchvision   vit_b_16 ..., swin_t ...
+    swin          microsoft/Swin-Transformer: patch merging ends a stage there and begins one here
+    timm          huggingface/pytorch-image-models, and facebookresearch/deit, whose models are timm's
+
+A state dict is recognised by its names alone. Buffers that follow from the sizes (which pair of tokens looks
+up which relative position, which tokens of a shifted window may see each other) are dropped on the way in and
+made again on the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vit_train.errors import ConfigError
+from vit_train.layers import PatchEmbed, WindowAttention
+from vit_train.layers.window import Axis, window_tables
+from vit_train.models import Swin, ViT
+
+Layout = Literal["timm", "torchvision", "swin"]
+# theirs, ours: at the beginning of a name, or anywhere where it begins with a dot
+_Pairs = tuple[tuple[str, str], ...]
+
+_MAX_STAGES = 10
+_TORCHVISION_VIT: _Pairs = (
+    ("class_token", "cls_token"),
+    ("conv_proj.", "patch_embed.proj."),
+    ("encoder.pos_embedding", "pos_embed"),
+    ("encoder.layers.encoder_layer_", "blocks."),
+    ("encoder.ln.", "norm."),
+    ("heads.head.", "head."),
+    (".ln_1.", ".norm1."),
+    (".self_attention.in_proj_", ".attn.qkv."),
+    (".self_attention.out_proj.", ".attn.proj."),
+    (".ln_2.", ".norm2."),
+    (".mlp.0.", ".mlp.fc1."),
+    (".mlp.3.", ".mlp.fc2."),
+)
+# The files torchvision downloads were written by an older version of it.
+_TORCHVISION_VIT_OLD: _Pairs = ((".mlp.linear_1.", ".mlp.fc1."), (".mlp.linear_2.", ".mlp.fc2."))
+_TORCHVISION_SWIN: _Pairs = (
+    ("features.0.0.", "patch_embed.proj."),
+    ("features.0.2.", "patch_embed.norm."),
+    *((f"features.{2 * i + 1}.", f"layers.{i}.blocks.") for i in range(_MAX_STAGES)),
+    *((f"features.{2 * i}.", f"layers.{i}.downsample.") for i in range(1, _MAX_STAGES)),
+    (".mlp.0.", ".mlp.fc1."),
+    (".mlp.3.", ".mlp.fc2."),
+)
+_TIMM_SWIN: _Pairs = (("head.fc.", "head."),)
+_SWIN: _Pairs = tuple((f"layers.{i}.downsample.", f"layers.{i + 1}.downsample.") for i in range(_MAX_STAGES))
+_BUFFERS = ("relative_position_index", "attn_mask")
+_MASKED = -100.0  # what microsoft/Swin-Transformer adds to the score of a pair that must not see each other
+
+
+def to_ours(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Layout | None]:
+    """The same tensors under our names, and whose names they had (None: ours, or none that is known).
+
+    Raises:
+        ConfigError: they are those of a Swin V2, which is another model.
+    """
+    if any("cpb_mlp." in name or name.endswith("logit_scale") for name in tensors):
+        raise ConfigError(
+            "these are the weights of a Swin V2; vit-train has the first Swin (model=swin_tiny)"
+        )
+    layout, pairs = _recognise(tensors)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
+    return {_renamed(name, pairs): tensor for name, tensor in kept.items()}, layout
+
+
+def _recognise(names: Iterable[str]) -> tuple[Layout | None, _Pairs]:
+    names = set(names)
+    is_swin = any(name.endswith("relative_position_bias_table") for name in names)
+    if "encoder.pos_embedding" in names:
+        return "torchvision", _TORCHVISION_VIT + _TORCHVISION_VIT_OLD
+    if "features.0.0.weight" in names and is_swin:
+        return "torchvision", _TORCHVISION_SWIN
+    if "layers.0.downsample.reduction.weight" in names:
+        return "swin", _SWIN
+    if "head.fc.weight" in names and is_swin:
+        return "timm", _TIMM_SWIN
+    return ("timm", ()) if "blocks.0.attn.qkv.weight" in names else (None, ())
+
+
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    anywhere = [pair for pair in pairs if pair[0].startswith(".")]
+    start = next(((old, new) for old, new in pairs if old[0] != "." and name.startswith(old)), ("", ""))
+    name = start[1] + name[len(start[0]) :]
+    for old, new in anywhere:
+        name = name.replace(old, new)
+    return name
+
+
+def state_dict_named(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
+    """The state dict of a model as another project names it; its model of these sizes loads it strictly.
+
+    Under timm's names it may be any model; what timm has no counterpart for keeps our names.
+
+    Raises:
+        ConfigError: there is no such model in that project, or it would compute something else.
+    """
+    own = model.state_dict()
+    if layout == "timm":
+        pairs = _TIMM_SWIN if isinstance(model, Swin) else ()
+    elif isinstance(model, Swin):
+        _check_padding(model, layout)
+        pairs = _SWIN if layout == "swin" else _TORCHVISION_SWIN
+        own = {**own, **_buffers(model, layout)}
+    else:
+        _check_torchvision(model, layout)
+        pairs = _TORCHVISION_VIT
+    backward = [(ours, theirs) for theirs, ours in pairs]
+    return {_renamed(name, backward): tensor for name, tensor in own.items()}
+
+
+def _check_torchvision(model: nn.Module, layout: Layout) -> None:
+    if layout == "swin":
+        raise ConfigError(f"microsoft/Swin-Transformer has no {type(model).__name__}; use timm's names")
+    names = model.state_dict().keys()
+    # an exact type: a DeiT has one token more
+    fits = type(model) is ViT and isinstance(model.patch_embed, PatchEmbed) and model.pool == "cls"
+    if fits:
+        assert isinstance(model, ViT)
+        fits = isinstance(model.head, nn.Linear) and bool(model.blocks[0].norm_first)
+        fits = fits and all(f"blocks.{i}.attn.qkv.bias" in names for i in range(len(model.blocks)))
+    if not fits:
+        raise ConfigError(
+            f"torchvision has no such {type(model).__name__}: its vision transformers have plain patches, a "
+            "class token, a bias everywhere, norms first and one linear head; use timm's names"
+        )
+
+
+def _maps(model: Swin) -> Iterable[tuple[str, WindowAttention, Axis, Axis]]:
+    """Every window attention with how the map it sees is cut."""
+    h, w = model.patch_embed.grid_size  # type: ignore[misc]
+    for i, stage in enumerate(model.layers):
+        if i:
+            h, w = -(-h // 2), -(-w // 2)
+        for j, block in enumerate(stage.blocks):  # type: ignore[arg-type]
+            rows, cols = block.attn.cut(h, w)
+            yield f"layers.{i}.blocks.{j}", block.attn, rows, cols
+
+
+def _check_padding(model: Swin, layout: Layout) -> None:
+    for name, attn, rows, cols in _maps(model):
+        for axis in (rows, cols):
+            whole = axis.size % attn.window_size == 0
+            if not whole and (layout == "swin" or attn.mask_padding):
+                raise ConfigError(
+                    f"{name}: a map of {axis.size} tokens is not whole windows of {attn.window_size}, which "
+                    f"{'microsoft/Swin-Transformer cannot' if layout == 'swin' else 'torchvision does not'} "
+                    "hide from the attention (model.mask_padding=true); use timm's names"
+                )
+
+
+def _buffers(model: Swin, layout: Layout) -> dict[str, Tensor]:
+    """What torchvision and microsoft/Swin-Transformer store beside the parameters."""
+    made = {}
+    for name, attn, rows, cols in _maps(model):
+        one = Axis(attn.window_size, attn.window_size, 0, 0)
+        window, cpu = attn.window_size, torch.device("cpu")
+        index, _ = window_tables(one, one, table_window=window, mask_padding=False, device=cpu)
+        square = (window**2, window**2) if layout == "swin" else (-1,)
+        made[f"{name}.attn.relative_position_index"] = index.view(square).clone()
+        if layout == "swin" and (rows.shift or cols.shift):
+            _, mask = window_tables(rows, cols, table_window=window, mask_padding=False, device=cpu)
+            assert mask is not None
+            made[f"{name}.attn_mask"] = mask.squeeze(1).clamp(min=_MASKED)
+    return made

@@ -1,0 +1,230 @@
+"""Where pretrained weights come from: a run, a checkpoint, a weight file, or torchvision's downloads.
+
+Nothing that is read can run code: safetensors hold numbers only, and pickled files are read by torch's loader
+for weights alone (`weights_only=True`), without a fallback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_train import checkpoint
+from vit_train.errors import CheckpointError, ConfigError, suggest
+from vit_train.weights.names import to_ours
+
+TORCHVISION = "torchvision:"
+_PICKLED = (".pth", ".pt", ".bin", ".tar")
+# Where training scripts keep the weights in what they save; averaged ones first, as `weights=auto` has it
+_NESTED = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+# All weights of torchvision are trained with these, see the `transforms` of its weight classes.
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights from elsewhere, under our names.
+
+    Attributes:
+        source: as typed.
+        whose: whose parameter names they had, for messages.
+        tensors: on the CPU.
+        align_corners: how that project resizes position embeddings: with the corners of the grids aligned
+            (torchvision), or the corners of their cells and antialiasing (timm).
+        mask_padding: of a Swin, how it was trained; None where the weights do not tell.
+        class_names: in the order of the logits, where they are known.
+        mean, std: normalisation they were trained with, where it is known.
+    """
+
+    source: str
+    whose: str
+    tensors: dict[str, Tensor]
+    align_corners: bool = False
+    mask_padding: bool | None = None
+    class_names: list[str] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def absolute_source(source: str | None) -> str | None:
+    """The same source from any directory."""
+    if source is None or source.startswith(TORCHVISION):
+        return source
+    return str(Path(source).expanduser().absolute())
+
+
+def read_pretrained(source: str) -> Pretrained:
+    """Reads the weights `init_from` names.
+
+    Args:
+        source: a run directory (its best checkpoint, else its last), a checkpoint directory, a .safetensors,
+            .pth or .pt file, or `torchvision:vit_b_16` (downloaded once, and checked against the hash in the
+            file's name).
+
+    Raises:
+        ConfigError: nothing of that name is known, or it is a model that vit-train does not have.
+        CheckpointError: it cannot be read.
+    """
+    if source.startswith(TORCHVISION):
+        return _from_torchvision(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _from_run(source, path)
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise CheckpointError(f"init_from={source}: no such file or run{suggest(path.name, siblings)}")
+    try:
+        if path.suffix == ".safetensors":
+            return _from_safetensors(source, path)
+        if path.suffix in _PICKLED:
+            return _from_pickle(source, path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    raise ConfigError(
+        f"init_from={source}: weights come from a run directory, a .safetensors, .pth or .pt file, or "
+        f"{TORCHVISION}vit_b_16"
+    )
+
+
+def _from_torchvision(source: str) -> Pretrained:
+    from torchvision import models
+
+    name = source.removeprefix(TORCHVISION)
+    known = [n for n in models.list_models(module=models) if n.startswith(("vit_", "swin_"))]
+    if name not in known:
+        ours = [n for n in known if "v2" not in n]
+        raise ConfigError(
+            f"init_from={source}: no such model in torchvision{suggest(name, ours)} "
+            f"(choices: {', '.join(ours)})"
+        )
+    try:
+        weights = models.get_model_weights(name).DEFAULT
+        state = weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network; a download that is not what its name says
+        raise CheckpointError(
+            f"init_from={source} cannot be downloaded ({' '.join(str(error).split())}); where there is no "
+            "network, copy the file and type init_from=FILE.pth"
+        ) from error
+    return _foreign(source, state, mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
+
+
+def _from_run(source: str, path: Path) -> Pretrained:
+    stored, _ = checkpoint.load_run(path)
+    has_ema = any(name.startswith("ema/") for name in stored.tensors)
+    prefix = "ema/" if has_ema else "model/"
+    tensors = {name[len(prefix) :]: t for name, t in stored.tensors.items() if name.startswith(prefix)}
+    config, inference = stored.state.get("config"), stored.state.get("inference")
+    return _own(
+        source,
+        f"checkpoint {stored.path.name}{', averaged weights' if has_ema else ''}",
+        tensors,
+        inference if isinstance(inference, dict) else {},
+        config.get("model") if isinstance(config, dict) else None,
+    )
+
+
+def _from_safetensors(source: str, path: Path) -> Pretrained:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            about = (file.metadata() or {}).get("vit_train")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    return _foreign(source, tensors) if about is None else _exported(source, tensors, about)
+
+
+def _from_pickle(source: str, path: Path) -> Pretrained:
+    try:
+        # DeiT's and Swin's own scripts save their command line beside the weights: a bag of plain values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, AttributeError, ImportError) as error:
+        raise CheckpointError(
+            f"{path} holds Python objects beside weights (a whole model was saved?), and loading those can "
+            "run any code; where you trust the file, keep its weights alone: python -c "
+            + shlex.quote(
+                f"import torch; m = torch.load({str(path)!r}, weights_only=False); "
+                "torch.save(m.state_dict(), 'weights.pth')"
+            )
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} is no file of weights, or not whole: {reason[:200]}") from error
+    about = saved.get("vit_train") if isinstance(saved, Mapping) else None
+    for key in _NESTED:
+        if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
+            saved = saved[key]
+            break
+    tensors = (
+        {str(k): v for k, v in saved.items() if isinstance(v, Tensor)} if isinstance(saved, Mapping) else {}
+    )
+    if not tensors:
+        raise CheckpointError(f"{path} holds no weights: expected a state dict, or one under {_NESTED[3]!r}")
+    return _foreign(source, tensors) if not isinstance(about, str) else _exported(source, tensors, about)
+
+
+def _exported(source: str, tensors: dict[str, Tensor], about: str) -> Pretrained:
+    """A file `vit-export` wrote: timm's names, and our own description."""
+    try:
+        described = json.loads(about)
+    except ValueError as error:
+        raise CheckpointError(f"init_from={source}: its description is no JSON") from error
+    described = described if isinstance(described, dict) else {}
+    renamed, _ = to_ours(tensors)
+    return _own(source, "exported by vit-train", renamed, described, described.get("model"))
+
+
+def _own(
+    source: str, whose: str, tensors: dict[str, Tensor], about: Mapping[str, Any], model: Any
+) -> Pretrained:
+    names, mean, std = about.get("class_names"), about.get("mean"), about.get("std")
+    masked = model.get("mask_padding") if isinstance(model, Mapping) else None
+    return Pretrained(
+        source,
+        whose,
+        tensors,
+        mask_padding=masked if isinstance(masked, bool) else None,
+        class_names=[str(name) for name in names] if isinstance(names, list) else None,
+        mean=_numbers(mean),
+        std=_numbers(std),
+    )
+
+
+def _numbers(values: Any) -> tuple[float, ...] | None:
+    fits = isinstance(values, list) and values and all(type(x) in (int, float) for x in values)
+    return tuple(values) if fits else None
+
+
+def _foreign(
+    source: str,
+    tensors: Mapping[str, Tensor],
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Pretrained:
+    plain = dict(tensors)
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in plain)), ""):
+        plain = {name[len(prefix) :]: tensor for name, tensor in plain.items()}
+    renamed, layout = to_ours(plain)
+    is_swin = any(name.endswith("relative_position_bias_table") for name in renamed)
+    names = {"swin": "microsoft/Swin-Transformer's names", None: "names as they are"}
+    return Pretrained(
+        source,
+        names.get(layout, f"{layout}'s names"),
+        renamed,
+        align_corners=layout == "torchvision",
+        mask_padding=False if is_swin else None,  # everyone else lets padding take part
+        mean=mean,
+        std=std,
+    )
