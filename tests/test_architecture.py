@@ -99,6 +99,7 @@ LOWER_ROOMS = (
     "checkpoint",
     "tracker",
     "trained",
+    "export",
     "evaluation",
     "guard",
     "rng",

@@ -69,6 +69,7 @@ class Root:
     init_strict: bool = True
     run_dir: str | int | None = None
     resume: str | int | None = None
+    summary: bool = False
 
 
 def check_config(cfg: DictConfig) -> None:

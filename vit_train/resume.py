@@ -138,6 +138,7 @@ def check_plain(stored: Mapping[str, Any], path: Path) -> None:
 _FREE = (
     "run_dir",
     "resume",
+    "summary",
     "name",
     "tracker",
     "data.root",  # a moved folder is still the same data: the fingerprint says so

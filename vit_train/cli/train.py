@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vit_train import durable
-from vit_train.build import Run, build_run
+from vit_train.build import Run, build_run, describe
 from vit_train.composed import Launch, config_dir
 from vit_train.errors import ConfigError, Interrupted, OutOfMemoryError, SaveError, VitTrainError, suggest
 
@@ -83,6 +83,9 @@ def _thread_failed(what: threading.ExceptHookArgs) -> None:
 
 def train(cfg: DictConfig) -> float | None:
     """One job: what Hydra calls with the composed configuration. Returns the best validation top-1."""
+    if cfg.get("summary"):
+        _describe(cfg)
+        return None
     from vit_train.guard import Signals
 
     with Signals() as signals:
@@ -94,6 +97,18 @@ def train(cfg: DictConfig) -> float | None:
             return None
         result = execute(built)
     return None if result is None else result["best/val/top1"]
+
+
+def _describe(cfg: DictConfig) -> None:
+    """`summary=true`: what the configuration costs."""
+    described = describe(cfg, _launch())
+
+    from vit_train.report.console import Console
+    from vit_train.report.layers import description
+
+    console = Console()
+    for part in description(described):
+        console.say(part)
 
 
 def _build(cfg: DictConfig, signals: Signals) -> Run | Path:
@@ -212,6 +227,7 @@ def _draw(run_dir: Path) -> None:
 
 
 def _plan(run: Run) -> Plan:
+    from vit_train.report.attention import sheet_of_attention
     from vit_train.tracker import Plan
 
     trainer = run.trainer
@@ -225,6 +241,7 @@ def _plan(run: Run) -> Plan:
         eval_images_per_epoch=evaluations * data.sizes["val"] // trainer.eval_every_epochs,
         mean=data.mean,
         std=data.std,
+        draw_attention=partial(sheet_of_attention, trainer),
     )
 
 
@@ -239,6 +256,7 @@ def _stopped(run: Run, stop: Stop) -> dict[str, Any] | None:
 def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     import json
 
+    from vit_train.report.attention import sheet_of_attention
     from vit_train.report.pictures import sheet_of_predictions
     from vit_train.report.record import closing_figures
     from vit_train.report.summary import closing_table, hyperparameters
@@ -253,7 +271,8 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     )
     step = trainer.state.step
     trainer.tracker.test(step, test)
-    trainer.tracker.picture("predictions", lambda: sheet_of_predictions(trainer), step)
+    trainer.tracker.picture("predictions", partial(sheet_of_predictions, trainer), step)
+    trainer.tracker.picture("attention", partial(sheet_of_attention, trainer), step)
     final = {k: v for k, v in result.items() if isinstance(v, float) and "/top1" in k}
     trainer.tracker.hparams(hyperparameters(run.config), final)
     trainer.tracker.flush()  # with its result a run counts as finished, and nothing is logged again

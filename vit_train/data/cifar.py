@@ -30,6 +30,7 @@ class Cifar10(ImageData):
     # Per-channel statistics of the 50,000 training images.
     default_mean: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
     default_std: ClassVar[tuple[float, ...]] = (0.2470, 0.2435, 0.2616)
+    default_num_classes: ClassVar[int | None] = 10
 
     def __init__(
         self,
@@ -102,3 +103,4 @@ class Cifar100(Cifar10):
     name: ClassVar[str] = "cifar100"
     default_mean: ClassVar[tuple[float, ...]] = (0.5071, 0.4865, 0.4409)
     default_std: ClassVar[tuple[float, ...]] = (0.2673, 0.2564, 0.2762)
+    default_num_classes: ClassVar[int | None] = 100

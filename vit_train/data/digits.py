@@ -28,6 +28,7 @@ class Digits(ImageData):
     # Mean and std of all pixels / 16.
     default_mean: ClassVar[tuple[float, ...]] = (0.3053,)
     default_std: ClassVar[tuple[float, ...]] = (0.3760,)
+    default_num_classes: ClassVar[int | None] = 10
     max_workers: ClassVar[int] = 0
 
     def __init__(

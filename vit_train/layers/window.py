@@ -117,6 +117,11 @@ def window_tables(
     return tables(rows, cols, table_window, mask_padding, device)
 
 
+def forget_window_tables() -> None:
+    """Drops what is remembered: tables made under a mode of torch's are of no use outside of it."""
+    _cached_window_tables.cache_clear()
+
+
 def _insert_padding(x: Tensor, dim: int, axis: Axis, fill: Tensor | None) -> Tensor:
     """Adds the padding of one axis, zeros or the token `fill`, to a map whose real tokens are rolled."""
     if axis.padding == 0:

@@ -1,0 +1,130 @@
+"""`vit-export RUN --format onnx`: a trained model as a file that other software loads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vit_train.cli import command
+from vit_train.errors import ConfigError, SaveError, printable
+
+if TYPE_CHECKING:
+    from vit_train.trained import Trained
+    from vit_train.weights import Layout
+
+FORMATS = {
+    "onnx": "a graph for onnxruntime and others",
+    "pt2": "a graph for torch.export.load, which needs no code of ours",
+    "safetensors": "weights",
+    "pth": "weights, under 'state_dict'",
+}
+NAMES = ("timm", "torchvision", "swin")
+_LONGEST_NAME = 100  # characters of a file name
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `vit-export` and returns its exit code.
+
+    Args:
+        argv: the arguments after the command; None takes the process's own.
+    """
+    arguments = _parser().parse_args(argv)
+    return command.run("vit-export", lambda: export(arguments))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Makes the file, compares it with the model, writes it and its description.
+
+    Raises:
+        CheckpointError, ConfigError, SaveError: see the messages.
+    """
+    file_format = arguments.format
+    if arguments.names is not None and file_format in ("onnx", "pt2"):
+        raise ConfigError(f"--names is for weights; a graph (--format {file_format}) needs none")
+    if arguments.out is not None and Path(arguments.out).is_dir():
+        raise ConfigError(f"--out {arguments.out} is a directory; type the name of a file in it")
+
+    import torch
+
+    from vit_train import durable
+    from vit_train import export as exporting
+
+    trained = command.load_run("vit-export", arguments, torch.device("cpu"))
+    model = trained.model.float()
+    layout: Layout = arguments.names or "timm"
+    shape = (trained.in_channels, trained.img_size, trained.img_size)
+    exporting.check_possible(file_format, model)
+    about = exporting.describe(trained, file_format, layout=layout)
+    _progress(f"making the {file_format} file ...")
+    content = exporting.make_file(
+        model, file_format, images=torch.zeros(2, *shape), about=about, layout=layout
+    )
+    _progress("loading it again and comparing ...")
+    difference = exporting.verify(content, file_format, model, image_shape=shape)
+
+    target = Path(arguments.out) if arguments.out else _default(Path(arguments.run), trained, file_format)
+    beside = target.with_name(f"{target.name}.json")
+    try:
+        durable.make_directory(target.parent)
+        durable.replace(target, content)
+        durable.replace(beside, json.dumps(about, indent=1, ensure_ascii=False))
+    except OSError as error:
+        raise SaveError(f"{target} cannot be written: {error.strerror or error}") from error
+    sizes = ", ".join(str(size) for size in exporting.BATCH_SIZES)
+    print(
+        f"checked  {sizes} images: largest difference of a logit {difference:.1g} "
+        f"(allowed {exporting.MAX_DIFFERENCE[file_format]:g})"
+    )
+    print(f"file     {printable(str(target))}  ({len(content) / 1e6:,.1f} MB)")
+    print(f"about    {printable(str(beside))}")
+
+
+def _default(run: Path, trained: Trained, file_format: str) -> Path:
+    """RUN/export/<name of the run>.<format>; of a checkpoint, in the run it belongs to, if it is in one."""
+    from vit_train import checkpoint
+
+    home = run
+    if (run / checkpoint.MANIFEST).is_file():
+        folder = run.absolute().parent
+        home = folder.parent if folder.name == "checkpoints" else folder
+    # the name comes from a file: only what is harmless in every file system
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", str(trained.config.get("name") or "")).strip("._-")
+    return home / "export" / f"{name[:_LONGEST_NAME] or 'model'}.{file_format}"
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vit-export",
+        description="Writes a trained model as a file that other software loads. The file is loaded again "
+        "and compared with the model first. It carries class names and preprocessing, as does the .json "
+        "beside it.",
+        epilog="A file that is there is replaced once the new one has passed.",
+    )
+    command.add_run(parser)
+    parser.add_argument(
+        "--format",
+        choices=tuple(FORMATS),
+        required=True,
+        help="; ".join(f"{name}: {what}" for name, what in FORMATS.items()),
+    )
+    parser.add_argument("--out", metavar="FILE", help="default: RUN/export/<name of the run>.<format>")
+    parser.add_argument(
+        "--names",
+        choices=NAMES,
+        help="whose parameter names weights have: timm (default, DeiT's too), torchvision, "
+        "swin (microsoft/Swin-Transformer)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

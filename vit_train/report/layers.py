@@ -1,0 +1,348 @@
+"""What a model costs, layer by layer, before it costs anything: the tables of `vit-train summary=true`.
+
+Nothing here computes or takes memory. Shapes and multiply-adds come from the meta device. What a training
+step keeps for its backward pass is counted with torch's saved-tensor hooks on fake tensors: without memory
+too, but with the device and the autocast of the real ones, so that the same operators run.
+
+Shapes: B batch, C channels, H W pixels; h w grid, N tokens, D width inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
+
+from vit_train.layers import Block
+from vit_train.layers.window import forget_window_tables
+from vit_train.precision import Precision, autocast
+from vit_train.report.summary import count, key_value_table
+
+if TYPE_CHECKING:
+    from vit_train.build import Described
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Layer:
+    """One row: a module, or what the model does outside of those.
+
+    Attributes:
+        name: of the module, as in `named_modules()`; of parameters that belong to the model itself.
+        input, output: shapes without the batch; None where it is no module.
+        parameters: how many numbers it learns or keeps frozen.
+        frozen: how many of them it keeps.
+        multiply_adds: of one image.
+        activation_bytes: what it keeps for the backward pass of one batch.
+    """
+
+    name: str
+    input: Shape | None = None
+    output: Shape | None = None
+    parameters: int = 0
+    frozen: int = 0
+    multiply_adds: int = 0
+    activation_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a training step holds on its device, less what the kernels use for themselves."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.parameters + self.gradients + self.optimizer + self.ema + self.activations
+
+
+def layers_of(
+    model: nn.Module,
+    *,
+    in_channels: int,
+    img_size: int,
+    batch_size: int,
+    precision: Precision,
+    device: torch.device,
+) -> list[Layer]:
+    """The rows of the table; their figures add up to the model's.
+
+    Args:
+        model: on the meta device, with what is frozen frozen.
+        in_channels: C.
+        img_size: H and W in pixels.
+        batch_size: images that go through the model at once.
+        precision: of the training step, not auto.
+        device: where training will run; nothing is put there.
+
+    Raises:
+        ValueError: the model does not take such images.
+    """
+    rows: dict[str, Layer] = {}
+    own = [name for name, _ in model.named_parameters(recurse=False)]
+    rest = Layer(", ".join(own) or "(between)")
+    rest.parameters, rest.frozen = _numbers(model.parameters(recurse=False))
+    for name, module in _parts(model):
+        rows[name] = Layer(name)
+        rows[name].parameters, rows[name].frozen = _numbers(module.parameters())
+    _count_multiply_adds(model, rows, rest, torch.empty(1, in_channels, img_size, img_size, device="meta"))
+    kept = kept_for_backward(
+        model,
+        image_shape=(in_channels, img_size, img_size),
+        batch_size=batch_size,
+        precision=precision,
+        device=device,
+    )
+    for name, nbytes in kept.items():
+        rows.get(name, rest).activation_bytes += nbytes
+    figures = [row for row in rows.values() if row.parameters or row.multiply_adds or row.activation_bytes]
+    return [rest, *figures] if rest.parameters or rest.activation_bytes or rest.multiply_adds else figures
+
+
+def kept_for_backward(
+    model: nn.Module,
+    *,
+    image_shape: tuple[int, int, int],
+    batch_size: int,
+    precision: Precision,
+    device: torch.device,
+) -> dict[str, int]:
+    """Bytes of the tensors a forward pass in training saves, by the part of the model that saves them first.
+
+    Each storage counts once; parameters and buffers are not counted. Under autocast the copies of the weights
+    in the lower precision are, and the two statistics a norm keeps of each token count 2 bytes instead of 4:
+    less than one percent of the whole.
+
+    Args:
+        model: on the meta device; its mode is set to training.
+        image_shape: (C, H, W).
+        batch_size: B.
+        precision: not auto.
+        device: whose operators are taken.
+
+    Returns:
+        Bytes by the names of the parts; "" is the model outside of them.
+    """
+    kept: dict[str, int] = {}
+    running = ""
+    seen: dict[int, torch.UntypedStorage] = {}  # held, so that no other storage gets the same address
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage
+            kept[running] = kept.get(running, 0) + storage.nbytes()
+        return tensor
+
+    def enter(name: str, _inputs: Any) -> None:
+        nonlocal running
+        running = name
+
+    def leave(_name: str, _output: Any) -> None:
+        nonlocal running
+        running = ""
+
+    with ExitStack() as stack:
+        stack.enter_context(_watching(model, enter, leave))
+        stack.callback(forget_window_tables)  # those made here are fake
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        state = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device).requires_grad_(
+                tensor.requires_grad
+            )
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        }
+        seen |= {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in state.values()}
+        images = torch.empty(batch_size, *image_shape, device=device)
+        stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
+        stack.enter_context(autocast(precision, device))
+        functional_call(model.train(), state, (images,))
+    return kept
+
+
+def memory_of(
+    model: nn.Module,
+    layers: list[Layer],
+    *,
+    make_optimizer: Callable[[nn.Module], Optimizer],
+    has_ema: bool,
+) -> Memory:
+    """What a training step holds.
+
+    Args:
+        model: on the meta device, with what is frozen frozen.
+        layers: its rows.
+        make_optimizer: as the trainer calls it; one step is done, so that it shows what it keeps.
+        has_ema: whether averaged weights are kept as well.
+    """
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Memory(
+        parameters=weights,
+        gradients=sum(parameter.nbytes for parameter in trained),
+        optimizer=_optimizer_bytes(make_optimizer(model), trained),
+        ema=weights if has_ema else 0,
+        activations=sum(layer.activation_bytes for layer in layers),
+    )
+
+
+def _optimizer_bytes(optimizer: Optimizer, parameters: list[nn.Parameter]) -> int:
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
+    slots = (slot for state in optimizer.state.values() for slot in state.values())
+    return sum(slot.nbytes for slot in slots if isinstance(slot, Tensor))
+
+
+def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules that make a row, in order: blocks, and whatever holds none."""
+    for name, module in model.named_children():
+        full = f"{prefix}{name}"
+        inside = not isinstance(module, Block) and any(isinstance(m, Block) for m in module.modules())
+        if inside:
+            yield from _parts(module, f"{full}.")
+        else:
+            yield full, module
+
+
+def _count_multiply_adds(model: nn.Module, rows: dict[str, Layer], rest: Layer, images: Tensor) -> None:
+    counter = FlopCounterMode(display=False)
+    started: dict[str, int] = {}
+
+    def enter(name: str, inputs: Any) -> None:
+        rows[name].input, started[name] = _shape(inputs), counter.get_total_flops()
+
+    def leave(name: str, output: Any) -> None:
+        rows[name].output = _shape(output)
+        rows[name].multiply_adds += (counter.get_total_flops() - started[name]) // 2
+
+    with _watching(model, enter, leave), torch.no_grad(), counter:
+        model.eval()(images)
+    rest.multiply_adds = counter.get_total_flops() // 2 - sum(row.multiply_adds for row in rows.values())
+
+
+@contextmanager
+def _watching(
+    model: nn.Module, enter: Callable[[str, Any], None], leave: Callable[[str, Any], None]
+) -> Iterator[None]:
+    """Calls `enter(name, inputs)` and `leave(name, output)` before and after each part computes."""
+
+    def before(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda _module, inputs: enter(name, inputs)
+
+    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _module, _inputs, output: leave(name, output)
+
+    with ExitStack() as stack:
+        for name, module in _parts(model):
+            stack.callback(module.register_forward_pre_hook(before(name)).remove)
+            stack.callback(module.register_forward_hook(after(name)).remove)
+        yield
+
+
+def _shape(values: Any) -> Shape | None:
+    first = values[0] if isinstance(values, tuple) and values else values
+    return tuple(first.shape[1:]) if isinstance(first, Tensor) else None
+
+
+def _numbers(parameters: Iterator[nn.Parameter]) -> tuple[int, int]:
+    counted = [(p.numel(), p.requires_grad) for p in parameters]
+    return sum(n for n, _ in counted), sum(n for n, trains in counted if not trains)
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+def layer_table(layers: list[Layer]) -> Table:
+    """One line for each layer and one for all of them."""
+    freezes = any(layer.frozen for layer in layers)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, show_footer=True)
+    total = Layer(
+        "total",
+        parameters=sum(layer.parameters for layer in layers),
+        frozen=sum(layer.frozen for layer in layers),
+        multiply_adds=sum(layer.multiply_adds for layer in layers),
+        activation_bytes=sum(layer.activation_bytes for layer in layers),
+    )
+    cells = [_cells(layer, freezes) for layer in (*layers, total)]
+    for heading, footer in zip(cells[-1], cells.pop().values()):
+        is_text = heading in ("layer", "input", "output")
+        table.add_column(heading, footer, justify="left" if is_text else "right", overflow="fold")
+    for row in cells:
+        table.add_row(*row.values())
+    return table
+
+
+def _cells(layer: Layer, freezes: bool) -> dict[str, str]:
+    frozen = {"frozen": f"{layer.frozen:,}"} if freezes else {}
+    return {
+        "layer": layer.name,
+        "input": _sides(layer.input),
+        "output": _sides(layer.output),
+        "parameters": f"{layer.parameters:,}",
+        **frozen,
+        "MMACs": f"{layer.multiply_adds / 1e6:,.1f}",
+        "kept MB": f"{layer.activation_bytes / 1e6:,.1f}",
+    }
+
+
+def _sides(shape: Shape | None) -> str:
+    return "" if shape is None else "x".join(str(side) for side in shape)
+
+
+def description(described: Described) -> list[RenderableType]:
+    """Everything `summary=true` prints: the model, its layers, the memory of a training step, assumptions."""
+    config, memory, layers = described.config, described.memory, described.layers
+    data, settings = config["data"], config["trainer"]
+    parameters, frozen = (sum(getattr(row, which) for row in layers) for which in ("parameters", "frozen"))
+    side, pieces = data["img_size"], settings["grad_accum_steps"]
+    batch = count(described.micro_batch, "image") + (f", one of {pieces} micro-batches" if pieces > 1 else "")
+    facts = {
+        "model": f"{_short(config['model'])}, {parameters:,} parameters"
+        + (f", {frozen:,} of them frozen" if frozen else ""),
+        "an image": f"{data['in_channels']} x {side} x {side}, {described.multiply_adds / 1e9:.3g} GMACs "
+        f"(multiply-adds, what papers call FLOPs), {count(data['num_classes'], 'class')}",
+    }
+    sizes = {
+        "weights": _megabytes(memory.parameters),
+        "gradients": _megabytes(memory.gradients),
+        "optimizer": f"{_megabytes(memory.optimizer)}  {_short(config['optimizer'])}",
+        **({"average": _megabytes(memory.ema)} if memory.ema else {}),
+        "activations": f"{_megabytes(memory.activations)}  {batch} in {settings['precision']} "
+        f"on {described.device}",
+        "together": f"{_megabytes(memory.total)}  while training; kernels and torch itself come on top",
+    }
+    notes = {"note" if not i else f"note {i + 1}": note for i, note in enumerate(described.notes)}
+    return [
+        key_value_table(facts),
+        "",
+        layer_table(layers),
+        "\nMMACs: million multiply-adds, one image; kept: for the backward pass, one batch\n",
+        key_value_table({**sizes, **notes}),
+    ]
+
+
+def _short(node: Mapping[str, Any]) -> str:
+    return str(node["_target_"]).rsplit(".", 1)[-1]
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:>10,.1f} MB"
