@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import io
 import json
@@ -12,11 +13,19 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import TINY, Done, environment, everything_in, vit_train_here
+import torch
+from conftest import TINY, Done, environment, everything_in, vit_train_here, whole_state
+from PIL import Image
+from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vit_train import faults
 from vit_train.cli import data as data_command
 from vit_train.cli import evaluate
+from vit_train.report.evaluation_files import FILES
+from vit_train.trained import load
 
 
 def vit_eval_here(*arguments, cwd):
@@ -97,13 +106,16 @@ def test_it_repeats_the_figures_of_the_run(typed, digits_run, in_tmp):
     result = json.loads((run / "result.json").read_text())
     done = typed("run")
     assert (done.code, done.err) == (0, "")
-    report = json.loads((run / "eval_test.json").read_text())
+    report = json.loads((run / "eval/test/report.json").read_text())
     assert report["top1"] == result["test/top1"]
     assert report["top5"] == result["test/top5"]
     assert report["loss"] == result["test/loss"]
     assert (report["split"], report["weights"]) == ("test", "ema")
     assert report["step"] == 5 * result["best/epoch"], "not the best checkpoint"
-    assert done.out.splitlines()[-1] == "report  run/eval_test.json"
+    assert done.out.splitlines()[-1] == "report  run/eval/test/report.html"
+    assert {path.name for path in (run / "eval/test").iterdir()} == {*FILES}
+    assert [path.name for path in (run / "eval").iterdir()] == ["test"], "something was left beside it"
+    assert not (run / "tensorboard").exists(), "the run was trained without TensorBoard"
     assert f"{100 * report['top1']:.2f}" in done.out
     assert "\x1b" not in done.out
 
@@ -131,7 +143,11 @@ def test_the_report_adds_up(typed, digits_run):
     assert sum(counts[i][i] for i in range(10)) == pytest.approx(report["top1"] * 360)
     for i, entry in enumerate(per_class.values()):
         assert entry["top1"] == pytest.approx(counts[i][i] / entry["images"])
-    assert len(report["dataset_fingerprint"]) == 64
+    assert (
+        report["dataset_fingerprint"]
+        == json.loads((digits_run / "run.json").read_text())["dataset_fingerprint"]
+    )
+    assert sum(entry["images"] for entry in report["calibration"]) == 360
 
 
 def test_a_checkpoint_directory_is_a_run_too(typed, digits_run, in_tmp):
@@ -209,9 +225,158 @@ def test_top5_says_nothing_of_fewer_than_six_classes(digits_folder, in_tmp):
     assert done.code == 0, done.err
     assert json.loads(Path("run/result.json").read_text())["test/top5"] is None
     assert vit_eval_here("run", cwd=in_tmp).code == 0
-    report = json.loads(Path("run/eval_test.json").read_text())
+    report = json.loads(Path("run/eval/test/report.json").read_text())
     assert report["top5"] is None
     assert 0 <= report["top1"] <= 1
+
+
+def test_all_of_a_flat_folder_is_evaluated(typed, folder_run, digits_folder, in_tmp):
+    subset(digits_folder, in_tmp / "other", ["3", "6", "7"])
+    images = len(list((in_tmp / "other").rglob("*.png")))
+    report, out = report_of(typed, folder_run, "data.root=other")
+    assert (report["split"], report["images"]) == ("all", images)
+    assert f"other has no test or val split: all of its {images} images are evaluated" in out
+    tenth, out = report_of(typed, folder_run, "data.root=other", "--split", "val")
+    assert tenth["images"] < images / 5
+    assert "all of its" not in out
+
+
+def test_a_folder_with_nothing_but_a_split(typed, folder_run, digits_folder, in_tmp):
+    """Somebody else's test folder: no train/, fewer classes, and one of them only."""
+    whole, _ = report_of(typed, folder_run)
+    subset(digits_folder, in_tmp / "theirs" / "test", ["6"])
+    found, _ = report_of(typed, folder_run, "data.root=theirs")
+    assert (found["split"], found["images"]) == ("test", whole["per_class"]["6"]["images"])
+    assert found["confusion"]["counts"][6] == whole["confusion"]["counts"][6]
+    assert found["macro"]["recall"] == found["per_class"]["6"]["recall"], "other classes count as 0"
+    (in_tmp / "theirs" / "test").rename(in_tmp / "theirs" / "valid")
+    again, _ = report_of(typed, folder_run, "data.root=theirs")
+    assert (again["split"], again["images"], again["loss"]) == ("val", found["images"], found["loss"])
+    refused = typed(str(folder_run), "data.root=theirs", "--split", "train")
+    assert_refused(refused, 3, "no train images", "--split with one of val")
+
+
+def rows_of(csv_file):
+    with Path(csv_file).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("settings", [("data.batch_size=7",), ("data.batch_size=64", "data.num_workers=2")])
+def test_every_image_of_every_split_once(typed, folder_run, digits_folder, settings):
+    """Training images too, without augmentation and without a dropped tail."""
+    done = typed(str(folder_run), "--split", "all", "--out", "report", *settings)
+    assert (done.code, done.err) == (0, "")
+    rows = rows_of("report/predictions.csv")
+    assert sorted(row["file"] for row in rows) == sorted(map(str, digits_folder.rglob("*.png")))
+    assert all(Path(row["file"]).parent.name == row["true"] for row in rows)
+    parts = [report_of(typed, folder_run, "--split", split)[0] for split in ("train", "val", "test")]
+    whole = json.loads(Path("report/report.json").read_text())
+    assert whole["images"] == sum(part["images"] for part in parts) == 1797
+    assert whole["top1"] * 1797 == pytest.approx(sum(part["top1"] * part["images"] for part in parts))
+
+
+def test_training_images_are_those_the_run_was_trained_on(typed, digits_run):
+    report, _ = report_of(typed, digits_run, "--split", "train")
+    assert report["images"] == 80  # data.limit
+    assert report_of(typed, digits_run, "--split", "train", "data.limit=null")[0]["images"] == 1293
+
+
+# -------------------------------------------------------------------------------------------------- the files
+def test_the_figures_are_those_of_scikit_learn(typed, folder_run):
+    assert typed(str(folder_run), "--out", "deep/report").code == 0
+    report = json.loads(Path("deep/report/report.json").read_text())
+    rows = rows_of("deep/report/predictions.csv")
+    true, predicted = ([row[key] for row in rows] for key in ("true", "predicted"))
+    names = list(report["per_class"])
+    figures = precision_recall_fscore_support(true, predicted, labels=names, zero_division=0)
+    for key, values in zip(("precision", "recall", "f1", "images"), figures):
+        assert [entry[key] for entry in report["per_class"].values()] == pytest.approx(values.tolist()), key
+    macro = precision_recall_fscore_support(true, predicted, labels=names, zero_division=0, average="macro")
+    assert list(report["macro"].values()) == pytest.approx(macro[:3])
+    assert report["confusion"]["counts"] == confusion_matrix(true, predicted, labels=names).tolist()
+    assert report["top1"] == pytest.approx(accuracy_score(true, predicted))
+    assert report["loss"] == pytest.approx(np.mean([float(row["loss"]) for row in rows]), rel=1e-5)
+    wrong = sorted(-float(r["confidence"]) for r in rows if r["true"] != r["predicted"])
+    assert [-entry["confidence"] for entry in report["mistakes"]] == pytest.approx(wrong[:25], abs=1e-6)
+    first = report["mistakes"][0]
+    assert {"file": first["file"], "true": first["true"], "predicted": first["predicted"]}.items() <= next(
+        row for row in rows if row["file"] == first["file"]
+    ).items()
+    table = list(csv.reader(Path("deep/report/confusion.csv").read_text().splitlines()))
+    assert table[0] == ["true class", *names]
+    assert table[4] == [names[3], *map(str, report["confusion"]["counts"][3])]
+    for name in ("confusion", "reliability", "mistakes"):
+        picture = Image.open(f"deep/report/{name}.png").convert("L")
+        assert min(picture.size) > 300
+        assert len(set(picture.getdata())) > 20, "blank"
+
+
+def test_a_later_report_replaces_an_earlier_one_whole_or_not_at_all(typed, folder_run, in_tmp):
+    assert typed(str(folder_run), "--out", "report", "--split", "val").code == 0
+    before = everything_in(in_tmp)
+    faults.arm("write:0:50000:ENOSPC")
+    try:
+        done = typed(str(folder_run), "--out", "report")
+    finally:
+        faults.arm(None)
+    assert_refused(done._replace(out=""), 2, "report cannot be written: No space left on device")
+    assert everything_in(in_tmp) == before
+    assert typed(str(folder_run), "--out", "report").code == 0
+    assert json.loads(Path("report/report.json").read_text())["split"] == "test"
+    assert [path.name for path in in_tmp.iterdir()] == ["report"]
+
+
+def test_folders_of_the_same_name_have_reports_of_their_own(typed, folder_run, digits_folder, in_tmp):
+    shutil.copytree(folder_run, in_tmp / "run", symlinks=True)
+    for place, name in (("one", "3"), ("two", "6")):
+        subset(digits_folder, in_tmp / place / "photos" / "test", [name])
+        assert typed("run", f"data.root={place}/photos").code == 0
+    assert typed("run", "--weights", "raw", "--tta", "hflip").code == 0
+    names = sorted(path.name for path in Path("run/eval").iterdir())
+    assert len(names) == 3
+    assert [re.sub("-[0-9a-f]{6}_", "-#_", name) for name in names] == ["photos-#_test"] * 2 + [
+        "test_hflip_raw"
+    ]
+    images = {json.loads((path / "report.json").read_text())["images"] for path in Path("run/eval").iterdir()}
+    assert len(images) == 3
+
+
+def test_mirrored_images_are_averaged_and_named(typed, folder_run):
+    plain, _ = report_of(typed, folder_run)
+    mirrored, out = report_of(typed, folder_run, "--tta", "hflip")
+    assert (plain["tta"], mirrored["tta"]) == (None, "hflip")
+    assert "hflip" in out
+    assert mirrored["loss"] != plain["loss"]
+    trained = load(folder_run, device=torch.device("cpu"))
+    _, data = evaluate.build_data(trained.config)
+    images, targets = trained.batch_transform()(data.examples("test", 360), 0, 0)
+    with torch.no_grad():
+        mean = (trained.model(images).softmax(1) + trained.model(images.flip(-1)).softmax(1)) / 2
+    assert mirrored["top1"] == pytest.approx((mean.argmax(1) == targets).float().mean().item())
+    assert mirrored["loss"] == pytest.approx(-mean[range(360), targets].log().mean().item(), rel=1e-4)
+
+
+def test_tensorboard_gets_a_run_beside_the_run_which_resumes_as_before(typed, digits_run, in_tmp):
+    shutil.copytree(digits_run, in_tmp / "run", symlinks=True)
+    shutil.copytree(digits_run, in_tmp / "plain", symlinks=True)
+    (in_tmp / "run" / "tensorboard").mkdir()
+    for _ in range(2):  # the second replaces the first
+        assert typed("run").code == 0
+    (events,) = Path("run/tensorboard/eval_test").iterdir()
+    accumulator = EventAccumulator(str(events)).Reload()
+    report = json.loads(Path("run/eval/test/report.json").read_text())
+    scalars = {tag: accumulator.Scalars(tag)[0] for tag in accumulator.Tags()["scalars"]}
+    expected = {
+        **{f"eval/{k}": report[k] for k in ("top1", "top5", "loss", "ece")},
+        "eval/macro_f1": report["macro"]["f1"],
+    }
+    assert {tag: scalar.value for tag, scalar in scalars.items()} == pytest.approx(expected)
+    assert {scalar.step for scalar in scalars.values()} == {report["step"]}
+    assert set(accumulator.Tags()["images"]) == {"eval/confusion", "eval/reliability", "eval/mistakes"}
+    for run in ("run", "plain"):
+        done = vit_train_here(f"resume={run}", "trainer.epochs=4", cwd=in_tmp)
+        assert done.code == 0, done.err
+    assert whole_state(in_tmp / "run") == whole_state(in_tmp / "plain")
 
 
 # -------------------------------------------------------------------------------------------------- refusals
@@ -246,6 +411,11 @@ def test_unknown_keys(typed, digits_run, in_tmp):
     assert_refused(typed(run, "data.batch_size=0"), 2, "batch_size must be ", "0")
     late = typed(run, "--json", "no/such/folder/r.json")  # its tables are printed by then
     assert_refused(late._replace(out=""), 2, "--json no/such/folder/r.json cannot be written")
+    (in_tmp / "file").write_text("")
+    assert_refused(typed(run, "--out", "file/report"), 2, "file/report cannot be made in", "--out")
+    (in_tmp / "mine").mkdir()
+    (in_tmp / "mine" / "thesis.tex").write_text("")
+    assert_refused(typed(run, "--out", "mine"), 2, "mine holds thesis.tex", "--out")
     assert everything_in(digits_run) == before
 
 

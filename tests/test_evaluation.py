@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score, top_k_accuracy_score
 from torch import nn
 
-from vit_train.data import Batch, Digits
+from vit_train.data import Batch, Chosen, Digits
 from vit_train.data.batch_transforms import Normalize
-from vit_train.evaluation import Evaluation, evaluate, hits
+from vit_train.evaluation import Collector, Evaluation, MirrorMean, evaluate, hits
 from vit_train.objective import CrossEntropy
-from vit_train.strategy import SingleDevice
+from vit_train.strategy import DataParallel, SingleDevice
 
 CPU = torch.device("cpu")
 N = 101
@@ -31,7 +31,9 @@ def batches(targets, size):
         yield Batch(images, targets[index], index, torch.zeros_like(index))
 
 
-def figures(logits, targets, *, model=None, size=16, smoothing=0.0, **settings) -> Evaluation | None:
+def figures(
+    logits, targets, *, model=None, size=16, smoothing=0.0, strategy=None, **settings
+) -> Evaluation | None:
     """`evaluate` where each sample's image is its row of logits."""
     classes = logits.shape[1]
     return evaluate(
@@ -39,7 +41,7 @@ def figures(logits, targets, *, model=None, size=16, smoothing=0.0, **settings) 
         batches(targets, size),
         objective=CrossEntropy([str(i) for i in range(classes)], [1] * classes, label_smoothing=smoothing),
         transform=lambda batch, epoch, step: (logits[batch.index], batch.targets),
-        strategy=SingleDevice(device="cpu"),
+        strategy=strategy or SingleDevice(device="cpu"),
         precision="fp32",
         num_classes=classes,
         **settings,
@@ -183,3 +185,66 @@ def test_an_empty_split_is_an_error() -> None:
     logits, targets = random_logits(6)
     with pytest.raises(ValueError, match="there is no image to evaluate"):
         figures(logits, targets[:0])
+
+
+# -------------------------------------------------------------------------------------------- image by image
+@pytest.mark.parametrize("size", [1, 16, 1000])
+@pytest.mark.parametrize("strategy", [SingleDevice(device="cpu"), DataParallel(devices=("cpu", "cpu"))])
+def test_collected_predictions_are_those_of_torch(size, strategy) -> None:
+    logits, targets = random_logits(6)
+    collector = Collector()
+    found = figures(logits, targets, size=size, collect=collector, strategy=strategy)
+    each = collector.finish()
+    confidence, predicted = logits.softmax(1).max(1)
+    assert each.index.tolist() == list(range(N))
+    assert each.targets.tolist() == targets.tolist()
+    assert each.predicted.tolist() == predicted.tolist()
+    assert each.confidence == pytest.approx(confidence.numpy())
+    assert each.loss == pytest.approx(F.cross_entropy(logits, targets, reduction="none").numpy(), abs=1e-6)
+    assert each.loss.mean() == pytest.approx(found.loss)
+    assert each.images_per_second > 0
+
+
+def test_collected_ties_agree_with_the_confusion_matrix() -> None:
+    logits, targets = random_logits(50)
+    collector = Collector()
+    found = figures(logits.round(), targets, collect=collector)
+    each = collector.finish()
+    assert (
+        confusion_matrix(each.targets, each.predicted, labels=range(50)).tolist() == found.confusion.tolist()
+    )
+
+
+def test_no_confidence_in_answers_that_are_not_numbers() -> None:
+    logits, targets = random_logits(6)
+    logits[3] = float("nan")
+    collector = Collector()
+    figures(logits, targets, collect=collector)
+    confidence = collector.finish().confidence
+    assert confidence[3] == 0
+    assert confidence.min() == 0 < confidence[4]
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_every_training_image_once_and_as_evaluation_sees_it(split) -> None:
+    data = Digits(batch_size=100, num_workers=0)  # no part of 1293, 144 or 360
+    data.setup(device=CPU, rank=0, world_size=1)
+    batches = list(data.eval_loader(split))
+    assert torch.cat([batch.index for batch in batches]).tolist() == list(range(data.sizes[split]))
+    whole = torch.cat([batch.images for batch in batches])
+    assert torch.equal(whole, data.examples(split, data.sizes[split]).images)
+    chosen = Chosen(data, ["val", split])
+    assert sum(len(batch.index) for batch in chosen) == 144 + data.sizes[split]
+    assert torch.equal(chosen.images([144]), whole[:1])
+
+
+def test_the_mean_of_an_image_and_its_mirror_image() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    images = torch.randn(7, 3, 2, 2)
+    both = MirrorMean(model)(images)
+    mean = (model(images).softmax(1) + model(images.flip(-1)).softmax(1)) / 2
+    torch.testing.assert_close(both.softmax(1), mean)
+    torch.testing.assert_close(both, mean.log())
+    torch.testing.assert_close(MirrorMean(model)(images.flip(-1)), both)
+    assert not torch.allclose(mean, model(images).softmax(1))

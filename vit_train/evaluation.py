@@ -7,11 +7,14 @@ sample counts once whatever the batch size and number of ranks.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vit_train.data import Batch
@@ -53,6 +56,92 @@ class Evaluation:
         totals = self.confusion.sum(1).tolist()
         hits = self.confusion.diagonal().tolist()
         return [hit / total if total else None for hit, total in zip(hits, totals)]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model said of each of n images, in the order they were read.
+
+    Attributes:
+        index: (n,) int64 ids within the split.
+        targets: (n,) int64, the true classes.
+        predicted: (n,) int64, the classes with the highest logit.
+        confidence: (n,) float64, the softmax probability of the predicted class.
+        loss: (n,) float64.
+        images_per_second: after the first batch (which starts workers and warms up), reading included; over
+            everything where there was one batch only.
+    """
+
+    index: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    loss: NDArray[np.float64]
+    images_per_second: float
+
+
+class Collector:
+    """Keeps what a model says of each image while `evaluate` runs, O(images): its `collect` argument."""
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[Tensor, ...]] = []
+        self._since = self._after_first = time.perf_counter()
+
+    def __call__(self, index: Tensor, targets: Tensor, logits: Tensor, losses: Tensor) -> None:
+        """Keeps one batch, on its device.
+
+        Args:
+            index: (B,) sample ids.
+            targets: (B,) class ids.
+            logits: (B, K) float.
+            losses: (B,).
+        """
+        predicted = logits.argmax(1)  # not softmax's: rounding makes ties of what differs
+        confidence = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
+        self._batches.append((index, targets, predicted, confidence, losses))
+        if len(self._batches) == 1:
+            losses.cpu()  # waits until the device is done with it
+            self._after_first = time.perf_counter()
+
+    def finish(self) -> Predictions:
+        """Everything that was kept."""
+        index, targets, predicted, confidence, losses = (
+            torch.cat([tensor.cpu() for tensor in tensors]).numpy() for tensors in zip(*self._batches)
+        )
+        done = time.perf_counter()
+        first = len(self._batches[0][0])
+        if len(self._batches) > 1:
+            rate = (len(index) - first) / (done - self._after_first)
+        else:
+            rate = first / (done - self._since)
+        return Predictions(
+            index=index,
+            targets=targets,
+            predicted=predicted,
+            # where an answer is not a number there is no confidence in it
+            confidence=np.nan_to_num(confidence.astype(np.float64), nan=0.0),
+            loss=losses.astype(np.float64),
+            images_per_second=rate,
+        )
+
+
+class MirrorMean(nn.Module):
+    """Test-time augmentation: the mean probability of an image and of its mirror image, as its logarithm.
+
+    The softmax of the answer is that mean, so it is used like the logits of any model; at twice the cost.
+
+    Args:
+        model: images (B, C, H, W) -> logits (B, K).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> log probabilities (B, K), float32."""
+        straight, mirrored = (self.model(view).float().log_softmax(1) for view in (images, images.flip(-1)))
+        return torch.logaddexp(straight, mirrored) - math.log(2)
 
 
 def means(prefix: str, sums: Tensor, num_classes: int) -> dict[str, float]:
@@ -102,6 +191,7 @@ def evaluate(
     precision: Precision,
     num_classes: int,
     class_map: Tensor | None = None,
+    collect: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Runs the model over every batch, in evaluation mode.
@@ -115,6 +205,7 @@ def evaluate(
         precision: of the forward pass; sums are float64 (float32 on mps, which has no float64).
         num_classes: K.
         class_map: (K',) the model's class id of each of the data's class ids, where they differ.
+        collect: gets sample ids, targets, logits and losses of each batch, on the device; see `Collector`.
         should_stop: asked before each batch.
 
     Returns:
@@ -139,11 +230,14 @@ def evaluate(
             with autocast(precision, device):
                 logits = forward(images)
             logits = logits.float()
-            sums[0] += objective.per_sample(logits, targets).sum()
+            losses = objective.per_sample(logits, targets)
+            sums[0] += losses.sum()
             sums[1:3] += hits(logits, targets)
             sums[3] += len(targets)
             cells = targets * num_classes + logits.argmax(1)
             confusion += torch.bincount(cells, minlength=num_classes * num_classes)
+            if collect is not None:
+                collect(batch.index, targets, logits, losses)
         if should_stop():  # a loader that waited for its workers may have ended early
             return None
     finally:

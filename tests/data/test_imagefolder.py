@@ -267,6 +267,17 @@ def test_splits_without_train(tmp_path):
     assert "holds test and val but no train/" in line_of(tmp_path)
 
 
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_evaluation_does_with_any_one_split(tmp_path, split):
+    fill(tmp_path / split, ["b"])
+    (tmp_path / split / "a").mkdir()
+    data = ImageFolder(root=str(tmp_path), num_workers=0, val_fraction=0)
+    data.setup(device=torch.device("cpu"), rank=0, world_size=1, training=False)
+    assert [name for name, size in data.sizes.items() if size] == [split]
+    assert data.class_names == ["a", "b"]
+    assert set(data.sources[split].targets.tolist()) == {1}
+
+
 def test_one_class_only(tmp_path):
     fill(tmp_path / "train", ["a"])
     assert f"{tmp_path}/train holds one class only (a)" in line_of(tmp_path)

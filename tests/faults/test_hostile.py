@@ -697,13 +697,25 @@ def test_a_run_does_not_write_through_a_link(run, tmp_path, name) -> None:
 
 
 def test_a_report_is_not_written_through_a_link(run, tmp_path) -> None:
-    for name in ("eval_test.json", ".eval_test.json"):
-        (tmp_path / name).write_text("mine")
-        (run / name).symlink_to(tmp_path / name)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "report.json").write_text("mine")
+    (run / "eval").mkdir()
+    (run / "eval" / "test").symlink_to(mine)
+    assert_refused(evaluate(run, "run"), run, {2}, "test is not a directory")
+    (run / "eval" / "test").unlink()
+    (run / "eval").rmdir()
+    (run / "eval").symlink_to(mine)
+    assert_refused(evaluate(run, "run"), run, {2}, "eval is a link")
+    (run / "eval").unlink()
+    (run / "eval" / "test").mkdir(parents=True)
+    (run / "eval" / "test" / "report.json").symlink_to(mine / "report.json")
+    (run / "tensorboard").mkdir(exist_ok=True)
+    (run / "tensorboard" / "eval_test").symlink_to(mine)
     done = evaluate(run, "run")
     assert done.code == 0, done
-    assert json.loads((run / "eval_test.json").read_text())["split"] == "test"
-    assert (tmp_path / "eval_test.json").read_text() == (tmp_path / ".eval_test.json").read_text() == "mine"
+    assert json.loads((run / "eval" / "test" / "report.json").read_text())["split"] == "test"
+    assert {path.name: path.read_text() for path in mine.iterdir()} == {"report.json": "mine"}
 
 
 @pytest.mark.faults

@@ -1,11 +1,13 @@
-"""`vit-eval RUN`: figures of a trained run or checkpoint on its own data, or on other data by override."""
+"""`vit-eval RUN`: the report on a trained run or checkpoint, on its own data or on other data by override."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
+import re
 import sys
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,28 @@ from vit_train.cli import command
 from vit_train.errors import CheckpointError, ConfigError, DataError, suggest
 
 if TYPE_CHECKING:
-    from vit_train.evaluation import Evaluation
+    from torch import Tensor
+
+    from vit_train.data import Split
+    from vit_train.report.evaluated import Evaluated
     from vit_train.trained import Trained
 
 _OVERRIDABLE = ("data", "strategy", "trainer.precision")
 # What building and running raise where a stored value, or one beside RUN, makes no sense
 _UNFIT = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a report goes: a directory, a run of its own in TensorBoard, a JSON file; None where it does not.
+
+    A run directory takes all but the last as `eval/<name>` and `tensorboard/eval_<name>`. A checkpoint
+    directory is no place for reports.
+    """
+
+    folder: Path | None
+    tensorboard: Path | None
+    json: Path | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,33 +45,36 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: the arguments after the command; None takes the process's own.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)  # key=value may stand anywhere
     return command.run("vit-eval", lambda: report(arguments))
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Evaluates, prints the tables and writes the JSON report.
+    """Evaluates, prints the tables and writes the report.
 
     Raises:
         CheckpointError, ConfigError, DataError: see the messages.
     """
-    from vit_train import checkpoint, durable
+    from vit_train import checkpoint
     from vit_train.report.console import Console
-    from vit_train.report.evaluated import evaluation_json, evaluation_tables
+    from vit_train.report.evaluated import evaluation_tables
+    from vit_train.report.evaluation_files import check_place
     from vit_train.trained import fits, from_checkpoint, stored_config
 
-    run = Path(arguments.run)
-    stored, problems = checkpoint.load_run(run, fits)
+    stored, problems = checkpoint.load_run(Path(arguments.run), fits)
     command.say_skipped("vit-eval", problems, stored.path)
     config = with_overrides(stored_config(stored), arguments.overrides)
+    root = other_root(config["data"], stored_config(stored)["data"])
+    if root is not None and not any(text.startswith("data.limit=") for text in arguments.overrides):
+        config["data"]["limit"] = None  # it is about the run's own training images
     strategy, data = build_data(config)
     try:
         trained = from_checkpoint(stored, device=strategy.device, weights=arguments.weights)
-        split = arguments.split or ("test" if data.sizes["test"] else "val")
-        if not data.sizes[split]:
-            present = ", ".join(name for name, size in data.sizes.items() if size)
-            raise DataError(f"this data has no {split} images; type --split with one of {present}")
-        evaluation = _evaluate(trained, config, strategy, data, split)
+        split, splits = choose(arguments.split, data, elsewhere=root is not None)
+        place = place_of(arguments, split, root)
+        if place.folder is not None:
+            check_place(place.folder)  # now, not after the work
+        evaluated, mistakes = _evaluate(trained, config, strategy, data, splits, split, arguments)
     except _UNFIT as error:
         lost = data.worker_lost(error)
         if lost is not None or type(error).__name__ == "OutOfMemoryError":
@@ -61,44 +82,159 @@ def report(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{stored.path} cannot be evaluated on this data: {_reason(error)}") from error
     finally:
         data.close()
-    result = evaluation_json(evaluation, trained, split=split, fingerprint=data.fingerprint())
     console = Console()
-    for table in evaluation_tables(evaluation, trained, split=split):
+    for note in evaluated.about["notes"]:
+        console.say(note)
+    for table in evaluation_tables(evaluated):
         console.say(table)
-    is_run = not (run / checkpoint.MANIFEST).is_file()
-    target = Path(arguments.json) if arguments.json else run / f"eval_{split}.json" if is_run else None
-    if target is not None:
-        try:
-            durable.replace(target, json.dumps(result, indent=1, ensure_ascii=False))
-        except OSError as error:
-            raise ConfigError(f"--json {target} cannot be written: {error.strerror or error}") from error
-        console.say(f"report  {target}")
+    for path in _write(place, evaluated, mistakes):
+        console.say(f"report  {path}")
 
 
-def _evaluate(trained: Trained, config: dict[str, Any], strategy: Any, data: Any, split: str) -> Evaluation:
+def _evaluate(
+    trained: Trained,
+    config: dict[str, Any],
+    strategy: Any,
+    data: Any,
+    splits: list[Split],
+    label: str,
+    arguments: argparse.Namespace,
+) -> tuple[Evaluated, Tensor | None]:
+    """The figures, and the images of the worst mistakes, if there are any."""
+    from datetime import UTC, datetime
+
     from tqdm import tqdm
 
-    from vit_train.data.batch_transforms import Normalize
-    from vit_train.evaluation import evaluate
+    from vit_train.data import Chosen, ImageFolder
+    from vit_train.evaluation import Collector, MirrorMean, evaluate
     from vit_train.objective import CrossEntropy
     from vit_train.precision import resolve_precision
+    from vit_train.report.evaluated import evaluated
 
     precision = config["trainer"]["precision"]
     if precision == "fp16" and strategy.device.type == "cpu":
         precision = "fp32"
-    loader = data.loader(split)
-    result = evaluate(
-        trained.model,
-        tqdm(loader, desc=split, unit="batch", leave=False, disable=not sys.stderr.isatty()),
+    chosen, collector = Chosen(data, splits), Collector()
+    evaluation = evaluate(
+        MirrorMean(trained.model) if arguments.tta == "hflip" else trained.model,
+        tqdm(chosen, desc=label, unit="batch", leave=False, disable=not sys.stderr.isatty()),
         objective=CrossEntropy(trained.class_names, [1] * len(trained.class_names)),
-        transform=Normalize(trained.mean, trained.std).to(strategy.device),
+        transform=trained.batch_transform(),
         strategy=strategy,
         precision=resolve_precision(precision, strategy.device),
         num_classes=len(trained.class_names),
         class_map=class_map(data.class_names, trained.class_names).to(strategy.device),
+        collect=collector,
     )
-    assert result is not None
-    return result
+    assert evaluation is not None
+    predictions = collector.finish()
+    name = data.root if isinstance(data, ImageFolder) else type(data).__name__
+    notes = []
+    if label == "all" and arguments.split is None:
+        notes = [f"{name} has no test or val split: all of its {evaluation.images:,} images are evaluated"]
+    report = evaluated(
+        evaluation,
+        predictions,
+        class_names=trained.class_names,
+        files=[chosen.source(i) for i in predictions.index.tolist()],
+        about={
+            "split": label,
+            "data": str(name),
+            "checkpoint": str(trained.path),
+            "step": trained.step,
+            "weights": trained.weights,
+            "tta": arguments.tta,
+            "overrides": arguments.overrides,
+            "notes": notes,
+            "device": strategy.describe(),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "dataset_fingerprint": data.fingerprint(),
+        },
+    )
+    wrong = predictions.index[report.mistakes].tolist()
+    return report, chosen.images(wrong) if wrong else None
+
+
+def choose(asked: str | None, data: Any, *, elsewhere: bool) -> tuple[str, list[Split]]:
+    """Which split, and which of the data's own it is made of.
+
+    Without --split that is test, else val; and all of a folder elsewhere that has neither, because what
+    training held out of the run's own data means nothing there.
+
+    Raises:
+        DataError: the data has no such images.
+    """
+    present: list[Split] = [name for name, size in data.sizes.items() if size]
+    if asked is None:
+        asked = "test" if data.sizes["test"] else "all" if elsewhere and data.holds_out else "val"
+    if asked == "all":
+        return asked, present
+    if asked not in present:
+        raise DataError(f"this data has no {asked} images; type --split with one of {', '.join(present)}")
+    return asked, [name for name in present if name == asked]
+
+
+def other_root(data: dict[str, Any], stored: dict[str, Any]) -> Path | None:
+    """The folder that was typed, where it is not the one of the run."""
+    folders = [Path(str(node.get("root"))).expanduser() for node in (data, stored)]
+    return folders[0] if folders[0].absolute() != folders[1].absolute() else None
+
+
+def place_of(arguments: argparse.Namespace, split: str, root: Path | None) -> Place:
+    """Where the report goes; see `Place`. With --json alone only the figures are written, there.
+
+    Raises:
+        ConfigError: RUN/eval leads elsewhere.
+    """
+    from vit_train.checkpoint import MANIFEST
+
+    run, json = Path(arguments.run), Path(arguments.json) if arguments.json else None
+    if arguments.out:
+        return Place(Path(arguments.out), None, json)
+    if json is not None or (run / MANIFEST).is_file():
+        return Place(None, None, json)
+    name = split
+    if root is not None:  # folders of the same name in different places are different data
+        plain = re.sub(r"[^\w.-]+", "_", root.absolute().name).strip("._")[:40] or "data"
+        place = str(root.absolute()).encode(errors="surrogateescape")
+        name = f"{plain}-{hashlib.sha256(place).hexdigest()[:6]}_{split}"
+    name += f"_{arguments.tta}" if arguments.tta else ""
+    name += f"_{arguments.weights}" if arguments.weights != "auto" else ""
+    if (run / "eval").is_symlink():
+        raise ConfigError(f"{run / 'eval'} is a link: remove it, or type --out DIR")
+    tensorboard = run / "tensorboard"
+    logs = tensorboard.is_dir() and not tensorboard.is_symlink()
+    return Place(run / "eval" / name, tensorboard / f"eval_{name}" if logs else None, None)
+
+
+def _write(place: Place, evaluated: Evaluated, mistakes: Tensor | None) -> list[Path]:
+    """Writes what there is a place for; returns what the user should look at.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    from vit_train import durable
+    from vit_train.report import evaluation_files as files
+
+    written = []
+    try:
+        if place.json is not None:
+            durable.replace(place.json, files.json_text(evaluated))
+            written.append(place.json)
+    except OSError as error:
+        raise ConfigError(f"--json {place.json} cannot be written: {error.strerror or error}") from error
+    if place.folder is None:
+        return written
+    pictures = files.draw(evaluated, mistakes)
+    try:
+        files.write_report(place.folder, evaluated, pictures)
+        if place.tensorboard is not None:
+            files.log_to_tensorboard(place.tensorboard, evaluated, pictures)
+    except OSError as error:
+        raise ConfigError(
+            f"{place.folder} cannot be written: {error.strerror or error}; type --out with another directory"
+        ) from error
+    return [*written, place.folder / "report.html"]
 
 
 def class_map(data_classes: list[str], model_classes: list[str]) -> Any:
@@ -134,7 +270,7 @@ def build_data(config: dict[str, Any]) -> tuple[Any, Any]:
     if foreign:
         raise CheckpointError(f"the checkpoint names code that is not vit-train's: {'; '.join(foreign)}")
     # the classes may be fewer or in another order; they are matched by name
-    node = {**config["data"], "num_classes": None, "limit": None, "sample_transform": None}
+    node = {**config["data"], "num_classes": None, "sample_transform": None}
     errors = check(node, key="data") + check(config["strategy"], key="strategy")
     if errors:
         raise ConfigError("; ".join(errors))
@@ -145,7 +281,7 @@ def build_data(config: dict[str, Any]) -> tuple[Any, Any]:
     data = make(node, key="data", allow=("vit_train.data",))
     try:
         strategy.start()
-        data.setup(device=strategy.device, rank=0, world_size=1)
+        data.setup(device=strategy.device, rank=0, world_size=1, training=False)
     except _UNFIT as error:
         raise ConfigError(f"data: {_reason(error)}") from error
     return strategy, data
@@ -189,15 +325,26 @@ def with_overrides(config: dict[str, Any], overrides: list[str]) -> dict[str, An
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit-eval",
-        description="Evaluates a trained model: loss, top-1, top-5 and accuracy per class.",
+        description="Evaluates a trained model: loss, top-1, top-5, precision, recall and F1 per class, "
+        "confusion matrix, calibration, the most confident mistakes.",
         epilog="Other data by override, classes are matched by name: vit-eval RUN data.root=other/photos",
     )
     command.add_run(parser)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.batch_size=512")
-    parser.add_argument("--split", choices=("val", "test"), help="default: test, else val")
     parser.add_argument(
-        "--json", metavar="FILE", help="where the report goes; default: RUN/eval_<split>.json"
+        "--split",
+        choices=("train", "val", "test", "all"),
+        help="default: test, else val; all of another data.root that has neither",
     )
+    parser.add_argument(
+        "--tta",
+        choices=("hflip",),
+        help="test-time augmentation: the mean probability of each image and its mirror image",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="where the report goes; default: RUN/eval/<split> of a run directory"
+    )
+    parser.add_argument("--json", metavar="FILE", help="the figures alone, as JSON")
     return parser
 
 

@@ -3,6 +3,7 @@
 from vit_train.data.base import ArraySource, DataModule, Found, ImageData, Split
 from vit_train.data.batch import Batch
 from vit_train.data.batch_transforms import Normalize
+from vit_train.data.chosen import Chosen
 from vit_train.data.cifar import Cifar10, Cifar100
 from vit_train.data.digits import Digits
 from vit_train.data.imagefolder import ImageFolder
@@ -11,6 +12,7 @@ from vit_train.data.loaders import Loader, Source
 __all__ = [
     "ArraySource",
     "Batch",
+    "Chosen",
     "Cifar10",
     "Cifar100",
     "DataModule",

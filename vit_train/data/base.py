@@ -9,7 +9,7 @@ import abc
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
@@ -57,6 +57,10 @@ class DataModule(Protocol):
 
     def loader(self, split: Split) -> Loader:
         """The loader of one split, the same one at every call."""
+        ...
+
+    def eval_loader(self, split: Split) -> Loader:
+        """Every image of a split once and in order, as evaluation sees them: also of train."""
         ...
 
     def examples(self, split: Split, count: int) -> Batch:
@@ -118,7 +122,8 @@ class Found:
     Args:
         name: the dataset, for messages.
         class_names: in the order of the ids.
-        sources: train, and those of val and test that exist.
+        sources: train, and those of val and test that exist; train may be missing where only evaluation
+            follows (`ImageData.setup`).
         img_size: side of the images in pixels: exact for arrays, a proposal for files.
     """
 
@@ -154,6 +159,7 @@ class ImageData(abc.ABC):
 
     default_mean: ClassVar[tuple[float, ...]]
     default_std: ClassVar[tuple[float, ...]]
+    default_num_classes: ClassVar[int | None] = None  # where they are known before the images are
     max_workers: ClassVar[int] = 8
 
     num_classes: int
@@ -188,7 +194,7 @@ class ImageData(abc.ABC):
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
         self.batch_size = batch_size
-        self.num_workers = min(_num_cores(), self.max_workers) if num_workers is None else num_workers
+        self.num_workers = min(num_cores(), self.max_workers) if num_workers is None else num_workers
         self.worker_timeout_seconds = worker_timeout_seconds
         self.in_channels: int = in_channels
         self.val_fraction = val_fraction
@@ -204,7 +210,9 @@ class ImageData(abc.ABC):
         self.sizes: dict[str, int] = {}
         self.notes: list[str] = []
         self.sources: dict[Split, Source] = {}
-        self._loaders: dict[Split, Loader] = {}
+        self.holds_out = False  # whether val is a part of train that was held out
+        self._loaders: dict[str, Loader] = {}
+        self._training = True
 
     @abc.abstractmethod
     def load(self) -> Found:
@@ -218,8 +226,13 @@ class ImageData(abc.ABC):
         """What evaluation does to an image: nothing at its own size, else a resize."""
         return None if self.img_size == found.img_size else plain(self.img_size, resize="squash")
 
-    def setup(self, *, device: torch.device, rank: int, world_size: int) -> None:
+    def setup(self, *, device: torch.device, rank: int, world_size: int, training: bool = True) -> None:
         """Finds the data and splits it; see `DataModule`.
+
+        Args:
+            device: where batches will go.
+            rank, world_size: which share of how many.
+            training: False where only evaluation follows: a folder may then do without training images.
 
         Raises:
             ValueError: `world_size` does not divide `batch_size`.
@@ -231,7 +244,7 @@ class ImageData(abc.ABC):
                 f"type data.batch_size={-(-self.batch_size // world_size) * world_size}"
             )
         self.close()
-        self.notes = []
+        self.notes, self._training = [], training
         found = self.load()
         self.class_names = found.class_names
         self.num_classes = len(found.class_names)
@@ -243,8 +256,9 @@ class ImageData(abc.ABC):
         self.img_size = found.img_size if self._wanted_img_size is None else self._wanted_img_size
         self.sources = self._split(found.sources)
         self.sizes = {**dict.fromkeys(SPLITS, 0), **{k: len(v.targets) for k, v in self.sources.items()}}
-        self.class_counts = self._count("train").tolist()
-        self._add_notes()
+        self.class_counts = self._count("train").tolist() if "train" in self.sources else []
+        if training:
+            self._add_notes()
         self._plain = self.plain_transform(found)
         self._pin_memory = device.type == "cuda"
         self._rank, self._world_size = rank, world_size
@@ -261,15 +275,36 @@ class ImageData(abc.ABC):
             self._loaders[split] = self._make_loader(split)
         return self._loaders[split]
 
+    def eval_loader(self, split: Split) -> Loader:
+        """Every image of a split once and in order, without augmentation; see `DataModule`.
+
+        Raises:
+            DataError: the data has no such split.
+        """
+        if split != "train" or split not in self.sources:
+            return self.loader(split)
+        if "train, evaluated" not in self._loaders:
+            self._loaders["train, evaluated"] = self._make_loader(split, augmented=False)
+        return self._loaders["train, evaluated"]
+
     def examples(self, split: Split, count: int) -> Batch:
         """Up to `count` samples spread evenly over a split, as evaluation sees them.
 
         Raises:
             DataError: a sample cannot be read; the line names it.
         """
+        size = self.sizes[split]
+        count = min(count, size)
+        return self.pick(split, [i * size // count for i in range(count)])
+
+    def pick(self, split: Split, indices: Sequence[int]) -> Batch:
+        """These samples of a split, as evaluation sees them.
+
+        Raises:
+            DataError: a sample cannot be read; the line names it.
+        """
         samples = self._samples(split, augmented=False)
-        count = min(count, len(samples))
-        batch = collate([samples[0, i * len(samples) // count, 0] for i in range(count)])
+        batch = collate([samples[0, index, 0] for index in indices])
         if isinstance(batch, Failure):
             raise DataError(batch.line)
         return batch
@@ -299,7 +334,10 @@ class ImageData(abc.ABC):
 
     def _split(self, sources: dict[Split, Source]) -> dict[Split, Source]:
         """Holds out validation images where there is no split of that name, then applies the limit."""
+        if "train" not in sources:
+            return sources
         train, val = sources["train"], sources.get("val")
+        self.holds_out = val is None
         if val is None:
             stays, held = hold_out(train.targets, self.val_fraction)
             if len(held):
@@ -336,8 +374,8 @@ class ImageData(abc.ABC):
         if "test" not in self.sources:
             self.notes.append("no test split: there is no test figure at the end")
 
-    def _make_loader(self, split: Split) -> Loader:
-        train = split == "train"
+    def _make_loader(self, split: Split, *, augmented: bool = True) -> Loader:
+        train = split == "train" and augmented
         size, share = self.sizes[split], self.batch_size // self._world_size
         rank, world_size = self._rank, self._world_size
         samples = self._samples(split, augmented=train)
@@ -366,7 +404,7 @@ class ImageData(abc.ABC):
         )
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """CPU cores this process may use, which in a container or a job are fewer than the machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

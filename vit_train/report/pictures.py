@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from vit_train.errors import printable
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -111,7 +113,7 @@ def prediction_sheet(
         axes.text(
             column + 0.5,
             top - 0.015,
-            f"{_short(names[guess])} {share:.0%}" + ("" if right else f"\nis {_short(names[truths[i]])}"),
+            f"{short(names[guess])} {share:.0%}" + ("" if right else f"\nis {short(names[truths[i]])}"),
             ha="center",
             va="bottom",
             fontsize=8,
@@ -128,8 +130,69 @@ def prediction_sheet(
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 16 else f"{name[:15]}..."
+def mistake_sheet(
+    images: Tensor,
+    targets: Sequence[int],
+    predicted: Sequence[int],
+    confidence: Sequence[float],
+    class_names: Sequence[str],
+) -> NDArray[np.uint8]:
+    """Wrong answers, numbered from 1: five in a row, each with what was predicted and what it is.
+
+    Args:
+        images: uint8 (B, C, H, W).
+        targets: B class ids.
+        predicted: B class ids.
+        confidence: of the predictions, 0 to 1.
+        class_names: in any script; numbers are shown where no installed font has the glyphs.
+
+    Returns:
+        The picture (height, width, 3).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    channels = images.shape[1]
+    shown = _as_shown(images / 255, (0.0,) * channels, (1.0,) * channels).permute(0, 2, 3, 1).numpy()
+    printed = [printable(name).replace("\n", " ") for name in class_names]
+    families = fonts_for(printed)
+    names = printed if families else [str(i) for i in range(len(printed))]
+    columns = min(5, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(2.2 * columns, 2.62 * rows), dpi=120)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.axis("off")
+    for i, image in enumerate(shown):
+        row, column = divmod(i, columns)
+        left, top = column + 0.06, row + 0.2
+        axes.imshow(
+            image, extent=(left, left + 0.88, top + 0.74, top), interpolation="nearest", aspect="auto"
+        )
+        says = f"{i + 1}. {short(names[predicted[i]])} {confidence[i]:.1%}"
+        for line, color, height in (
+            (says, "#b3400a", 0.09),
+            (f"is {short(names[targets[i]])}", "#24292f", 0.02),
+        ):
+            axes.text(
+                left,
+                top - height,
+                line,
+                ha="left",
+                va="bottom",
+                fontsize=9.5,
+                color=color,
+                family=families or ["DejaVu Sans"],
+                parse_math=False,
+            )
+    axes.set(xlim=(0, columns), ylim=(rows, 0))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def short(name: str, longest: int = 16) -> str:
+    """The name, cut and marked as cut where it has more characters than `longest`."""
+    return name if len(name) <= longest else f"{name[: longest - 1]}..."
 
 
 def fonts_for(texts: Iterable[str]) -> list[str] | None:

@@ -1,0 +1,224 @@
+"""report.html of vit-eval: one file with everything in it, to be opened anywhere or mailed.
+
+No scripts and nothing from elsewhere: pictures are data URIs. Names from files are escaped for terminals
+first (control and direction characters), then for HTML.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from vit_train.errors import printable
+from vit_train.report.evaluated import ClassFigures, Evaluated, worst_first
+from vit_train.report.summary import percent
+
+_CONFUSIONS = 20  # most frequent ones listed
+_OPEN_CLASSES, _WORST = 30, 15  # of more classes than this the worst are shown, and all folded up
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #ffffff; --card: #f6f8fa;
+  --line: #d1d9e0; --bar: #9ec5e8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117;
+  --card: #161b22; --line: #3d444d; --bar: #1f4e7c; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 62rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
+p { margin: .25rem 0 1rem; }
+.soft { color: var(--soft); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem;
+  margin: 1.25rem 0; }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .7rem .9rem; }
+.tile strong { display: block; font-size: 1.55rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: .85rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+.text { text-align: left; }
+.file { overflow-wrap: anywhere; min-width: 11rem; }
+th.text { white-space: nowrap; }
+.share { background: linear-gradient(90deg, var(--bar) var(--to), transparent var(--to)); }
+.facts th { text-align: left; width: 1%; padding-left: 0; vertical-align: top; }
+.facts td { text-align: left; overflow-wrap: anywhere; }
+img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: .6rem;
+  border: 1px solid var(--line); }
+summary { cursor: pointer; padding: .3rem 0; }
+"""
+
+
+def evaluation_page(report: Evaluated, pictures: Mapping[str, bytes]) -> str:
+    """The page.
+
+    Args:
+        report: the figures.
+        pictures: PNG files: `confusion.png`, `reliability.png` and, where there are mistakes, `mistakes.png`.
+    """
+    about = report.about
+    title = f"{about['split']} images of {Path(about['data']).name or about['data']}"
+    sections = [
+        f"<h1>{_text(title)}</h1>",
+        f'<p class="soft">{_text(_subtitle(report))}</p>',
+        _tiles(report),
+        *(f"<p>{_text(note)}</p>" for note in about["notes"]),
+        _classes(report),
+        _confusion(report, pictures["confusion.png"]),
+        _reliability(report, pictures["reliability.png"]),
+        _mistakes(report, pictures.get("mistakes.png")),
+        _facts(report),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(sections)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _subtitle(report: Evaluated) -> str:
+    about = report.about
+    tta = ", mean over each image and its mirror image (tta: hflip)" if about["tta"] == "hflip" else ""
+    return f"{about['checkpoint']}, step {about['step']:,}, {about['weights']} weights{tta}"
+
+
+def _tiles(report: Evaluated) -> str:
+    evaluation = report.evaluation
+    tiles = {
+        "top-1": f"{percent(evaluation.top1)}%",
+        **({} if evaluation.top5 is None else {"top-5": f"{percent(evaluation.top5)}%"}),
+        "macro F1": f"{percent(report.macro[2])}%",
+        "loss": f"{evaluation.loss:.4f}",
+        "calibration error": f"{percent(report.calibration.ece)}%",
+        "images": f"{evaluation.images:,}",
+    }
+    cells = (
+        f'<div class="tile"><strong>{value}</strong><span>{name}</span></div>'
+        for name, value in tiles.items()
+    )
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _classes(report: Evaluated) -> str:
+    rows = []
+    for entry in worst_first(report):
+        other = "" if entry.mistaken_for is None else f"{entry.mistaken_for[0]} ({entry.mistaken_for[1]:,})"
+        rows.append(
+            f'<tr><td class="text">{_text(entry.name)}</td><td>{entry.images:,}</td>{_recall(entry)}'
+            f"<td>{percent(entry.precision)}</td><td>{percent(entry.f1)}</td>"
+            f'<td class="text">{_text(other)}</td></tr>'
+        )
+    precision, recall, f1 = map(percent, report.macro)
+    rows.append(
+        '<tr><th class="text">mean of the classes</th>'
+        f"<th>{report.evaluation.images:,}</th><th>{recall}</th><th>{precision}</th><th>{f1}</th><th></th></tr>"
+    )
+    headings = ("class", "images", "top-1 %", "precision %", "F1 %", "most often taken for")
+    table = _table(headings, rows, text=("class", "most often taken for"))
+    number = len(report.classes)
+    if number > _OPEN_CLASSES:
+        worst = _table(headings, rows[:_WORST], text=("class", "most often taken for"))
+        table = f"{worst}<details><summary>All {number:,} classes</summary>{table}</details>"
+    return (
+        f'<h2>Classes, the worst first</h2>\n<p class="soft">Top-1 is the share of a class that was '
+        f"recognised (recall); precision is the share of its predictions that are right.</p>\n{table}"
+    )
+
+
+def _recall(entry: ClassFigures) -> str:
+    if entry.recall is None:
+        return "<td>-</td>"
+    return f'<td class="share" style="--to: {100 * entry.recall:.1f}%">{percent(entry.recall)}</td>'
+
+
+def _confusion(report: Evaluated, picture: bytes) -> str:
+    names, counts = report.class_names, report.evaluation.confusion
+    wrong = counts.clone()
+    wrong.fill_diagonal_(0)
+    most = wrong.flatten().topk(min(_CONFUSIONS, wrong.numel()))
+    rows = []
+    for times, cell in zip(most.values.tolist(), most.indices.tolist()):
+        true, predicted = divmod(cell, len(names))
+        if times:
+            share = percent(times / int(counts[true].sum()))
+            rows.append(
+                f'<tr><td class="text">{_text(names[true])}</td>'
+                f'<td class="text">{_text(names[predicted])}</td>'
+                f"<td>{times:,}</td><td>{share}</td></tr>"
+            )
+    table = ""
+    if rows:
+        headings = ("true class", "taken for", "images", "% of the class")
+        table = (
+            f"<details><summary>The {len(rows)} most frequent confusions</summary>"
+            f"{_table(headings, rows, text=headings[:2])}</details>"
+        )
+    return f"<h2>Confusion matrix</h2>\n{_picture(picture, 'Confusion matrix')}\n{table}"
+
+
+def _reliability(report: Evaluated, picture: bytes) -> str:
+    return (
+        "<h2>Is confidence accuracy?</h2>\n"
+        '<p class="soft">Of the images that the model is 80% sure of, 80% should be right. '
+        f"Expected calibration error over 15 bins: {percent(report.calibration.ece)}%.</p>\n"
+        f"{_picture(picture, 'Reliability diagram')}"
+    )
+
+
+def _mistakes(report: Evaluated, picture: bytes | None) -> str:
+    heading = "<h2>The most confident mistakes</h2>"
+    if picture is None:
+        return f"{heading}\n<p>There are none: every image was recognised.</p>"
+    found, names, rows = report.predictions, report.class_names, []
+    for number, i in enumerate(report.mistakes, start=1):
+        rows.append(
+            f'<tr><td>{number}</td><td class="text file">{_text(report.files[i])}</td>'
+            f'<td class="text">{_text(names[found.targets[i]])}</td>'
+            f'<td class="text">{_text(names[found.predicted[i]])}</td>'
+            f"<td>{percent(float(found.confidence[i]))}</td></tr>"
+        )
+    headings = ("", "file", "true class", "predicted", "confidence %")
+    return (
+        f'{heading}\n<p class="soft">Where the model is sure and wrong, look at the label first.</p>\n'
+        f"{_picture(picture, 'The most confident mistakes')}\n"
+        f"{_table(headings, rows, text=('file', 'true class', 'predicted'))}"
+    )
+
+
+def _facts(report: Evaluated) -> str:
+    about = report.about
+    facts = {
+        "checkpoint": about["checkpoint"],
+        "step": f"{about['step']:,}",
+        "weights": about["weights"],
+        "tta": about["tta"] or "none",
+        "data": about["data"],
+        "split": about["split"],
+        "overrides": " ".join(about["overrides"]) or "none",
+        "data fingerprint": about["dataset_fingerprint"],
+        "device": about["device"],
+        "images/s": f"{report.predictions.images_per_second:,.0f}, after the first batch, reading included",
+        "evaluated": about["time"],
+    }
+    rows = "".join(f"<tr><th>{name}</th><td>{_text(value)}</td></tr>" for name, value in facts.items())
+    return f'<h2>What was evaluated</h2>\n<table class="facts">{rows}</table>'
+
+
+def _table(headings: Iterable[str], rows: Iterable[str], *, text: Iterable[str]) -> str:
+    texts = set(text)
+    head = "".join(f"<th{' class=text' if name in texts else ''}>{name}</th>" for name in headings)
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def _picture(png: bytes, alt: str) -> str:
+    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _text(value: str) -> str:
+    return html.escape(printable(value))
