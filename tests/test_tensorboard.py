@@ -119,7 +119,7 @@ def test_the_scalars_are_those_of_the_run(ask, run):
     assert (step, value) == (15, pytest.approx(result["test/top1"]))
 
 
-@pytest.mark.parametrize("tag", ["train_batch", "predictions"])
+@pytest.mark.parametrize("tag", ["train_batch", "predictions", "attention"])
 def test_images(ask, tag):
     (entry,) = ask("images/images", run="tensorboard", tag=tag, sample=0)
     with Image.open(io.BytesIO(ask(f"images/individualImage?{entry['query']}", parse=False))) as picture:

@@ -27,8 +27,8 @@ def write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace(path: Path, text: str) -> None:
-    """Writes a text aside, syncs it, and renames it over `path`: readers see the old one or the new one.
+def replace(path: Path, content: str | bytes) -> None:
+    """Writes a file aside, syncs it, and renames it over `path`: readers see the old one or the new one.
 
     Raises:
         OSError: the operating system refused; `path` is as before and nothing else is left.
@@ -36,7 +36,8 @@ def replace(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}")
     try:
         aside.unlink(missing_ok=True)  # left by a crash
-        write(aside, text.encode(errors="backslashreplace"))  # a name may hold half a surrogate pair
+        # a name may hold half a surrogate pair
+        write(aside, content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         aside.replace(path)
     except OSError:
         aside.unlink(missing_ok=True)

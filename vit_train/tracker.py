@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from vit_train import durable
+from vit_train.construct import Positive
 from vit_train.report import pictures
 from vit_train.report.console import Console
 from vit_train.report.history import read_events
@@ -50,6 +51,7 @@ class Plan:
     eval_images_per_epoch: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    draw_attention: Callable[[], NDArray[np.uint8] | None] = lambda: None  # where the model looks just now
 
 
 class NullTracker:
@@ -106,6 +108,8 @@ class Tracker(NullTracker):
         tensorboard: whether event files are written.
         log_every_steps: how often the running figures are read from the device and logged.
         progress: bars; null shows them where stderr is a terminal.
+        attention_every_epochs: how often TensorBoard gets a picture of where the model looks, besides the one
+            at the end of the run.
     """
 
     def __init__(
@@ -116,11 +120,13 @@ class Tracker(NullTracker):
         tensorboard: bool = True,
         log_every_steps: int = 10,
         progress: bool | None = None,
+        attention_every_epochs: Positive | None = None,
     ) -> None:
         if log_every_steps < 1:
             raise ValueError(f"log_every_steps must be at least 1, not {log_every_steps}")
         self.run_dir, self.console = run_dir, console
         self.tensorboard, self.log_every_steps = tensorboard, log_every_steps
+        self.attention_every_epochs = attention_every_epochs
         self.show_bars = sys.stderr.isatty() if progress is None else progress
         self.writer: Any = None
         self.bar: tqdm[Any] | None = None
@@ -240,6 +246,8 @@ class Tracker(NullTracker):
                 value = metrics.get(f"{split}/loss", math.nan)  # only what is finite is among them
                 parts.append(f"{label} loss {value:.4f} top-1 {metrics[f'{split}/top1']:.2%}")
         self.console.say(" | ".join([*parts, duration(elapsed)]))
+        if self.attention_every_epochs is not None and (epoch + 1) % self.attention_every_epochs == 0:
+            self.picture("attention", self.plan.draw_attention, step)
 
     def progress(self, batches: Iterable[Batch], label: str) -> Iterable[Batch]:
         """The same batches under a bar."""
@@ -264,7 +272,13 @@ class Tracker(NullTracker):
 
     def picture(self, tag: str, draw: Callable[[], NDArray[np.uint8] | None], step: int) -> None:
         """Logs a picture, where there is something to draw."""
-        picture = draw() if self.writer is not None else None
+        if self.writer is None:
+            return
+        try:
+            picture = draw()
+        except Exception as error:  # a picture is not worth a run
+            self.console.say(f"no picture of {tag} in TensorBoard: {' '.join(str(error).split())}")
+            return
         if picture is not None:
             self._board(lambda writer: writer.add_image(tag, picture, step, dataformats="HWC"))
 

@@ -34,8 +34,37 @@ def plain(img_size: int, *, resize: Literal["crop", "squash"]) -> SampleTransfor
     """
     if resize == "squash":
         return v2.Resize((img_size, img_size), interpolation=_BICUBIC, antialias=True)
-    shorter = round(img_size / _CROP_FRACTION) if img_size >= _CROP_FROM_SIZE else img_size
-    return v2.Compose([v2.Resize(shorter, interpolation=_BICUBIC, antialias=True), v2.CenterCrop(img_size)])
+    whole = v2.Resize(shorter_side(img_size), interpolation=_BICUBIC, antialias=True)
+    return v2.Compose([whole, v2.CenterCrop(img_size)])
+
+
+def shorter_side(img_size: int) -> int:
+    return round(img_size / _CROP_FRACTION) if img_size >= _CROP_FROM_SIZE else img_size
+
+
+def seen_box(
+    width: int, height: int, *, img_size: int, resize: Literal["crop", "squash"]
+) -> tuple[float, float, float, float]:
+    """The part of an image that `plain` shows to the model, in pixels of that image.
+
+    Args:
+        width: of the image.
+        height: of the image.
+        img_size: side of what the model gets, in pixels.
+        resize: as for `plain`.
+
+    Returns:
+        left, top, right, bottom.
+    """
+    if resize == "squash":
+        return 0.0, 0.0, float(width), float(height)
+    # the sizes and the rounding of v2.Resize and v2.CenterCrop
+    shorter = shorter_side(img_size)
+    longer = int(shorter * max(width, height) / min(width, height))
+    resized_width, resized_height = (shorter, longer) if width <= height else (longer, shorter)
+    left, top = (round((side - img_size) / 2) for side in (resized_width, resized_height))
+    x, y = width / resized_width, height / resized_height
+    return left * x, top * y, (left + img_size) * x, (top + img_size) * y
 
 
 def shift_flip(img_size: int, *, max_shift: float, hflip_prob: float) -> SampleTransform:

@@ -104,6 +104,11 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2).contiguous() for part in qkv.unbind(2))
         return q, k, v
 
+    def weights(self, x: Tensor) -> Tensor:
+        """What `forward` weighs the values with, (B, N, C) -> (B, H, N, N); rows sum to 1. For looking at."""
+        q, k, _ = self.heads(x)
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
+
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
         out = attend(q, k, v, dropout=self.attn_drop if self.training else 0.0)

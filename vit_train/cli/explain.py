@@ -1,0 +1,271 @@
+"""`vit-explain RUN IMAGE...`: pictures of where a trained model looks."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vit_train.cli import command
+from vit_train.errors import ConfigError, DataError, printable, suggest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from vit_train.report.attention import Method
+    from vit_train.report.overlay import Explained
+    from vit_train.trained import Trained
+
+_SHOWN_CHOICES = 20
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `vit-explain` and returns its exit code.
+
+    Args:
+        argv: the arguments after the command; None takes the process's own.
+    """
+    arguments = _parser().parse_intermixed_args(argv)
+    return command.run("vit-explain", lambda: explain(arguments))
+
+
+def explain(arguments: argparse.Namespace) -> None:
+    """Draws every image and says where the pictures are.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: see the messages. DataError also after everything else was
+            drawn, where an image could not be read.
+    """
+    from tqdm import tqdm
+
+    from vit_train.data.inputs import find_images
+    from vit_train.report.attention import NAMES
+    from vit_train.report.overlay import SHEET, Sheet, picture
+
+    stdin = (os.fsdecode(line) for line in sys.stdin.buffer)  # names need not be text
+    files = list(dict.fromkeys(find_images(arguments.images, stdin=stdin, allow_url=False)))
+    trained = command.load_run("vit-explain", arguments, command.device(arguments.device))
+    method = choose_method(trained, arguments)
+    target = None if arguments.class_name is None else class_id(trained, arguments.class_name)
+    folder = _folder(arguments)
+    sheet, drawn = Sheet(), 0
+    named = zip(files, output_names(files))
+    for file, name in tqdm(
+        named, total=len(files), unit="image", leave=False, disable=not sys.stderr.isatty()
+    ):
+        try:
+            found = explain_image(trained, file, method=method, target=target, heads=arguments.heads)
+        except DataError as error:
+            tqdm.write(f"vit-explain: skipped: {error}".replace("\n", "\\n"), file=sys.stderr)
+            continue
+        drawn += 1
+        written = folder / f"{name}_{method}.png"
+        write_png(written, picture(found))
+        sheet.add(found)
+        tqdm.write(_line(file, found.title, written), file=sys.stdout)
+    if arguments.sheet and drawn:
+        heading = NAMES[method] + (f" for {arguments.class_name}" if target is not None else "")
+        write_png(folder / "sheet.png", sheet.draw(heading))
+        more = f"the first {SHEET} of {drawn:,} images" if drawn > SHEET else "all of them"
+        print(_line("sheet", more, folder / "sheet.png"))
+    if drawn < len(files):
+        failed = len(files) - drawn
+        raise DataError(f"{failed:,} of {len(files):,} images could not be read: each is named above")
+
+
+def _line(*parts: object) -> str:
+    return printable("  ".join(map(str, parts))).replace("\n", "\\n")
+
+
+def explain_image(
+    trained: Trained, file: str, *, method: Method, target: int | None, heads: bool
+) -> Explained:
+    """What the model says to one image, and where it looks.
+
+    Args:
+        trained: the model.
+        file: path or URL of the image.
+        method: what is drawn.
+        target: the class that Grad-CAM explains; None takes the one predicted.
+        heads: whether each head of the last layer is shown beside their mean.
+
+    Raises:
+        DataError: the image cannot be read.
+    """
+    import torch
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    from vit_train.data import Batch
+    from vit_train.data.sample_transforms import seen_box
+    from vit_train.precision import autocast
+    from vit_train.prediction import Pictures
+    from vit_train.report import attention
+    from vit_train.report.overlay import Explained, shown_name
+
+    device = next(trained.model.parameters()).device
+    image = Pictures([file]).read(0)
+    seen = trained.sample_transform()(image.convert("L" if trained.in_channels == 1 else "RGB"))
+    pixels = pil_to_tensor(seen)[None].to(device)
+    none = torch.zeros(1, dtype=torch.int64, device=device)
+    images, _ = trained.batch_transform()(Batch(pixels, none, none, none), 0, 0)
+    with torch.no_grad(), autocast(trained.precision(), device):  # as vit-predict says it
+        probabilities = trained.model(images).float().softmax(1)[0].tolist()
+    if any(map(math.isnan, probabilities)):
+        raise DataError(f"{file} makes the model answer NaN: it is not finite in this precision")
+    predicted = max(range(len(probabilities)), key=probabilities.__getitem__)
+    explained = predicted if target is None else target
+    maps = attention.explain(trained.model, images, torch.tensor([explained], device=device), method=method)
+    parts = maps.parts if heads or method == "gradcam" else {}
+    whole = attention.NAMES[method]
+    if method == "gradcam":
+        whole += f" for {shown_name(trained.class_names[explained], explained)}"
+        whole += f" ({probabilities[explained]:.1%})" if explained != predicted else ""
+    return Explained(
+        image=image,
+        box=seen_box(*image.size, img_size=trained.img_size, resize=trained.resize),
+        maps=dict(_labelled(name, values, method) for name, values in {whole: maps.whole, **parts}.items()),
+        title=f"{shown_name(trained.class_names[predicted], predicted)} {probabilities[predicted]:.1%}",
+        note="/".join(Path(file).parts[-2:]),
+    )
+
+
+def _labelled(name: str, values: Tensor, method: Method) -> tuple[str, NDArray[np.float32]]:
+    """A map (1, h, w) as it is shown; attention with what a patch gets: it tells a flat map from a peak."""
+    shares = values[0].cpu().numpy()
+    if method == "gradcam":
+        return name, shares
+    return f"{name}, {shares.min():.1%} to {shares.max():.1%} a patch", shares
+
+
+def choose_method(trained: Trained, arguments: argparse.Namespace) -> Method:
+    """What is drawn: as typed, or what suits the model and the other arguments.
+
+    Raises:
+        ConfigError: they contradict each other or the model.
+    """
+    from vit_train.report.attention import NAMES, methods
+
+    known, family = methods(trained.model), type(trained.model).__name__
+    if not known:
+        raise ConfigError(f"{family} has nothing to draw: vit-explain knows ViT, DeiT, hybrids and Swin")
+    method: Method = known[0] if arguments.method == "auto" else arguments.method
+    if arguments.method == "auto" and arguments.heads and "attention" in known:
+        method = "attention"
+    if method not in known:
+        why = "its attention stays inside shifted windows, and no token stands for the result"
+        if method == "gradcam":
+            why = "every token comes to hold something of the whole image, and the map misses what decides"
+        raise ConfigError(f"--method {method} has no meaning for {family}: {why}; type --method {known[0]}")
+    if arguments.heads and method != "attention":
+        instead = "type --method attention" if "attention" in known else f"leave it out for {family}"
+        raise ConfigError(f"--heads shows the attention of the last layer, not {NAMES[method]}; {instead}")
+    if arguments.class_name is not None and method != "gradcam":
+        raise ConfigError(f"--class: {NAMES[method]} is the same for every class; leave it out for {family}")
+    return method
+
+
+def class_id(trained: Trained, name: str) -> int:
+    """The id of the class of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    names = trained.class_names
+    if name not in names:
+        shown = ", ".join(names[:_SHOWN_CHOICES]) + (", ..." if len(names) > _SHOWN_CHOICES else "")
+        raise ConfigError(f"--class {name}: no such class{suggest(name, names)} (classes: {shown})")
+    return names.index(name)
+
+
+def output_names(files: list[str]) -> list[str]:
+    """A name for each file: its own without suffix, with that of its folder where others have the same.
+
+    Case does not tell names apart: on macOS and Windows it would be the same file.
+    """
+    paths = [Path(file).absolute() for file in files]
+    counts = Counter(path.stem.casefold() for path in paths)
+    names: list[str] = []
+    taken: set[str] = set()
+    for path in paths:
+        name = path.stem if counts[path.stem.casefold()] == 1 else f"{path.parent.name}_{path.stem}"
+        unique, number = name, 1
+        while unique.casefold() in taken:
+            number += 1
+            unique = f"{name}_{number}"
+        taken.add(unique.casefold())
+        names.append(unique)
+    return names
+
+
+def write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
+    """Writes a picture; a crash leaves no half of it.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    import io
+
+    from PIL import Image
+
+    from vit_train import durable
+
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, format="png")
+    try:
+        durable.replace(path, encoded.getvalue())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror or error}); type --out DIR") from error
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    """Where the pictures go: RUN/explain, for a single checkpoint ./explain."""
+    from vit_train import checkpoint, durable
+
+    run = Path(arguments.run)
+    is_run = not (run / checkpoint.MANIFEST).is_file()
+    folder = Path(arguments.out) if arguments.out else run / "explain" if is_run else Path("explain")
+    try:
+        durable.make_directory(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made ({error.strerror or error}); type --out DIR") from error
+    return folder
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vit-explain",
+        description="Draws where a trained model looks: the image beside a map over it, as PNG.",
+        epilog="IMAGE is a file, a folder (searched below, sorted), a quoted pattern such as "
+        "'photos/**/*.jpg', an http or https URL, or - for a list on stdin, one per line. An image that "
+        "cannot be read is named, the rest goes on, and the exit code is 3.",
+    )
+    command.add_run(parser)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="file, folder, pattern, URL or -")
+    parser.add_argument(
+        "--method",
+        choices=("auto", "rollout", "attention", "gradcam"),
+        default="auto",
+        help="rollout: attention through all layers (the default for ViT, DeiT, hybrids); attention: of the "
+        "last layer; gradcam: what speaks for a class (Swin)",
+    )
+    parser.add_argument("--heads", action="store_true", help="a panel for each head of the last layer")
+    parser.add_argument(
+        "--class",
+        dest="class_name",
+        metavar="NAME",
+        help="with gradcam: explain this class instead of the predicted one",
+    )
+    parser.add_argument("--out", metavar="DIR", help="default: RUN/explain; for a checkpoint ./explain")
+    parser.add_argument("--sheet", action="store_true", help="also all images on one picture, sheet.png")
+    command.add_device(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""Where a trained model looks: maps over the picture that say which parts of it decide.
+
+Attention rollout: "Quantifying Attention Flow in Transformers" (Abnar and Zuidema 2020). Grad-CAM: "Visual
+Explanations from Deep Networks via Gradient-based Localization" (Selvaraju et al. 2017). Everything is read
+off the model's own modules in fp32 and in evaluation mode, and changes nothing: not the mode, gradients or
+buffers of the model, nor a random state.
+
+Shapes: B batch, C H W image, h w grid of patches, N = h * w patches + prefix tokens, A attention heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_pil_image
+
+from vit_train.models import Swin, ViT
+from vit_train.precision import autocast
+from vit_train.report.overlay import RIGHT, WRONG, Explained, Sheet, shown_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from vit_train.trainer import Trainer
+
+Method = Literal["rollout", "attention", "gradcam"]
+NAMES: dict[Method, str] = {
+    "rollout": "attention rollout",
+    "attention": "last attention",
+    "gradcam": "Grad-CAM",
+}
+_ON_SHEET = 8
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What `explain` found; larger is more.
+
+    Attributes:
+        whole: (B, h, w), not negative; attention sums to 1 over the patches, Grad-CAM has no unit.
+        parts: what it is made of, (B, h, w) by name: the heads of the last layer, or the stages of Swin.
+    """
+
+    whole: Tensor
+    parts: dict[str, Tensor]
+
+
+def methods(model: nn.Module) -> tuple[Method, ...]:
+    """What can be drawn of a model, the best first; nothing for a family unknown here.
+
+    Attention of Swin stays inside its windows, and no token stands for the result. Grad-CAM needs places that
+    keep their own content up to the head, which the tokens of a ViT do not: in tiny ones that had to read one
+    planted patch it mostly missed that patch, which rollout found in every image.
+    """
+    if isinstance(model, ViT) and len(model.blocks):
+        return "rollout", "attention"
+    return ("gradcam",) if isinstance(model, Swin) else ()
+
+
+def explain(model: nn.Module, images: Tensor, classes: Tensor, *, method: Method) -> Maps:
+    """The maps of a batch.
+
+    Args:
+        model: one that `methods` knows this method for.
+        images: (B, C, H, W), as the model gets them.
+        classes: (B,) class ids; only Grad-CAM depends on them.
+        method: what to draw.
+    """
+    device = images.device
+    with unchanged(model), torch.autocast(device.type, enabled=False):
+        if method == "gradcam":
+            assert isinstance(model, Swin)
+            return gradcam(model, images.float(), classes)
+        assert isinstance(model, ViT)
+        weights = attention_weights(model, images.float())
+        if method == "rollout":
+            return Maps(_of_patches(model, rollout(weights)), {})
+        heads = _of_patches(model, weights[-1]).unbind(1)
+        parts = {f"head {i + 1}": head for i, head in enumerate(heads)}
+        return Maps(_of_patches(model, weights[-1].mean(1)), parts)
+
+
+@torch.no_grad()
+def attention_weights(model: ViT, images: Tensor) -> list[Tensor]:
+    """The attention of every block, each (B, A, N, N); rows are queries and sum to 1."""
+    seen: list[Tensor] = []
+
+    def look(attn: nn.Module, inputs: tuple[Tensor]) -> None:
+        seen.append(attn.weights(*inputs))  # type: ignore[operator]
+
+    with ExitStack() as hooks:
+        for block in model.blocks:
+            hooks.enter_context(block.attn.register_forward_pre_hook(look))  # type: ignore[union-attr]
+        model.forward(images)  # not a call of the model, which torch.compile may have replaced
+    return seen
+
+
+def rollout(weights: Sequence[Tensor]) -> Tensor:
+    """How much of each input token is in each token after the last block.
+
+    Each block mixes its tokens by the mean of its heads, and by as much again keeps them where they are (the
+    residual connection): 0.5 A + 0.5 I. The product over the blocks is what reaches the end.
+
+    Args:
+        weights: of each block, first to last, (B, A, N, N).
+
+    Returns:
+        (B, N, N), rows sum to 1.
+    """
+    identity = torch.eye(weights[0].shape[-1], dtype=weights[0].dtype, device=weights[0].device)
+    flow = identity
+    for block in weights:
+        flow = (0.5 * block.mean(1) + 0.5 * identity) @ flow
+    return flow
+
+
+def _of_patches(model: ViT, flow: Tensor) -> Tensor:
+    """The rows the head of the model reads, as shares of the patches: (..., N, N) -> (..., h, w).
+
+    Those rows are the class token's, with DeiT's distillation token the mean of both, without such tokens the
+    mean over all.
+    """
+    prefix = len(model.prefix_tokens())
+    rows = flow[..., :prefix, :] if prefix else flow
+    patches = rows.mean(-2)[..., prefix:]
+    shares = patches / patches.sum(-1, keepdim=True)
+    return shares.unflatten(-1, model.patch_embed.grid_size)
+
+
+def gradcam(model: Swin, images: Tensor, classes: Tensor) -> Maps:
+    """The class activation map of each stage: ReLU of the channels weighted by the class's mean gradient.
+
+    Each stage is scaled to a maximum of 1; the whole is their mean. The last stage is taken after the final
+    norm, where its map is an exact sum of the logit.
+
+    Args:
+        model: in evaluation mode.
+        images: (B, C, H, W).
+        classes: (B,) class ids whose logits are explained.
+
+    Returns:
+        Maps of the size of the images.
+    """
+    seen: list[Tensor] = []
+    with ExitStack() as hooks, torch.enable_grad():
+        for stage in (*model.layers[:-1], model.norm):
+            hooks.enter_context(stage.register_forward_hook(lambda _, __, output: seen.append(output)))
+        # the images ask for gradients, so that averaged weights, which do not, are differentiated too
+        logits = model.forward(images.detach().requires_grad_())
+        score = logits.gather(1, classes[:, None]).sum()
+        gradients = torch.autograd.grad(score, seen)  # leaves .grad of the parameters alone
+    stages = {
+        f"stage {i + 1}": _of_image(_activation_map(activation.detach(), gradient), model, images, stage=i)
+        for i, (activation, gradient) in enumerate(zip(seen, gradients))
+    }
+    return Maps(torch.stack(list(stages.values())).mean(0), stages)
+
+
+def _activation_map(activation: Tensor, gradient: Tensor) -> Tensor:
+    """(B, h, w, C) and the gradient there -> (B, h, w), scaled to a maximum of 1 where it is not all 0."""
+    found = (gradient.mean((1, 2), keepdim=True) * activation).sum(-1).relu()
+    return found / found.amax((1, 2), keepdim=True).clamp_min(torch.finfo(found.dtype).tiny)
+
+
+def _of_image(found: Tensor, model: Swin, images: Tensor, *, stage: int) -> Tensor:
+    """The map of one stage at the size of the images, (B, h, w) -> (B, H, W).
+
+    Maps of an odd size were padded at the right and the bottom: they reach beyond the image.
+    """
+    stride: int = model.patch_embed.patch_size * 2**stage
+    reach = [side * stride for side in found.shape[-2:]]
+    large = F.interpolate(found[:, None], size=reach, mode="bilinear")[:, 0]
+    return large[:, : images.shape[-2], : images.shape[-1]]
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module has the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def sheet_of_attention(trainer: Trainer) -> NDArray[np.uint8] | None:
+    """Where the model looks in up to 8 validation (else test) images, always the same ones.
+
+    The averaged weights where there are any. None without such images, or for a family unknown here.
+    """
+    data, device = trainer.parts.data, trainer.strategy.device
+    model = trainer.model if trainer.ema is None else trainer.ema.module
+    splits: tuple[Literal["val", "test"], ...] = ("val", "test")
+    split = next((name for name in splits if data.sizes[name]), None)
+    if split is None or not methods(model):
+        return None
+    batch = data.examples(split, _ON_SHEET)
+    images, targets = trainer.parts.eval_transform(trainer.strategy.to_device(batch), 0, 0)
+    with unchanged(model), torch.no_grad(), autocast(trainer.precision, device):
+        confidence, predicted = model.forward(images).float().softmax(1).max(1)
+    method, *_ = methods(model)
+    maps = explain(model, images, predicted, method=method)
+    sheet = Sheet()
+    answers = zip(predicted.tolist(), confidence.tolist(), targets.tolist())
+    for pixels, values, (guess, share, truth) in zip(batch.images, maps.whole.cpu().numpy(), answers):
+        image = to_pil_image(pixels)
+        right = guess == truth
+        sheet.add(
+            Explained(
+                image,
+                (0.0, 0.0, image.width, image.height),
+                {"": values},
+                title=f"{shown_name(data.class_names[guess], guess)} {share:.0%}",
+                note="" if right else f"is {shown_name(data.class_names[truth], truth)}",
+                color=RIGHT if right else WRONG,
+            )
+        )
+    return sheet.draw(f"{NAMES[method]}, {split} split")
