@@ -29,7 +29,7 @@ from vit_train.composed import (
     plain,
     refuse_secrets,
 )
-from vit_train.construct import foreign_code, locate, make, with_defaults
+from vit_train.construct import foreign_code, make, with_defaults
 from vit_train.errors import CheckpointError, ConfigError, DataError, suggest
 from vit_train.report.origins import origins
 from vit_train.resume import (
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vit_train.guard import Signals
-    from vit_train.report.layers import Layer, Memory
 
 # What may be left open in a command and is known once a run exists
 _RESOLVED_KEYS = (
@@ -72,8 +71,6 @@ _STORED_CODE = {
     "tracker": ("vit_train.tracker",),
 }
 _NOT_IN_STORE = ("resume", "run_dir", "summary")
-# What summary=true assumes where only the images know
-_ASSUMED_CLASSES, _ASSUMED_SIZE = 1000, 224
 
 
 @dataclass
@@ -275,7 +272,7 @@ def _build(
     from vit_train.trained import check_sizes, without_download
     from vit_train.weights import load_pretrained, read_pretrained
 
-    strategy = _make(cfg, "strategy", allow)
+    strategy = make_part(cfg, "strategy", allow)
     if cfg.trainer.compile and not strategy.supports_compile:
         raise ConfigError("trainer.compile=true does not work with data_parallel; type strategy=single")
     strategy.start()
@@ -283,8 +280,8 @@ def _build(
     if cfg.init_from is not None and not stored:
         pretrained = read_pretrained(cfg.init_from)
         notes += as_pretrained(cfg, pretrained, launch.overrides)
-    data = _make(cfg, "data", allow)
-    with _as_config_error("data"):
+    data = make_part(cfg, "data", allow)
+    with as_config_error("data"):
         data.setup(device=strategy.device, rank=strategy.rank, world_size=strategy.world_size)
     if data.num_classes < 2:
         raise DataError(f"there is only one class, {data.class_names[0]!r}: nothing to tell apart")
@@ -293,17 +290,17 @@ def _build(
     for key in ("num_classes", "img_size", "in_channels"):
         OmegaConf.update(cfg, f"data.{key}", getattr(data, key), force_add=True)
     cfg.data.mean, cfg.data.std = list(data.mean), list(data.std)
-    with _as_config_error("trainer.precision"):
+    with as_config_error("trainer.precision"):
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
     config = plain(cfg)
 
     console, has_ema = Console(), config["trainer"]["ema_decay"] is not None
-    outline = cache(lambda: _outline(config, allow))
+    outlined = cache(lambda: outline(config, allow))
 
     def fits(path: Path, _: Any, shapes: checkpoint.Shapes) -> None:
         if allow is not None:  # before the outline: what is stored may lie about its size
             check_sizes(config["model"], shapes, path)
-        checkpoint.check_shapes(path, shapes, outline()[0], ema=has_ema)
+        checkpoint.check_shapes(path, shapes, outlined()[0], ema=has_ema)
 
     found, problems = checkpoint_to_continue(run_dir, named, fits)
     if found is None and (run_dir / "result.json").is_file():
@@ -323,7 +320,7 @@ def _build(
     if allow is not None:
         model = make(offline, key="model", allow=allow["model"])
     else:
-        model = _make(cfg, "model", allow)
+        model = make_part(cfg, "model", allow)
     if found is None and cfg.init_from is not None:
         report = load_pretrained(
             model,
@@ -336,17 +333,17 @@ def _build(
     if found is not None:
         notes += check_data(found, data, fingerprint, run_dir, force=force)
     notes += check_machine(run_dir, strategy.describe())
-    with _as_config_error():
+    with as_config_error():
         parts = Parts(
             model=model,
             data=data,
-            objective=_make(cfg, "objective", allow)(data.class_names, data.class_counts),
-            make_optimizer=_make(cfg, "optimizer", allow),
-            make_schedule=_make(cfg, "schedule", allow),
-            train_transform=_make(cfg, "augment.batch", allow)(data.mean, data.std).to(strategy.device),
+            objective=make_part(cfg, "objective", allow)(data.class_names, data.class_counts),
+            make_optimizer=make_part(cfg, "optimizer", allow),
+            make_schedule=make_part(cfg, "schedule", allow),
+            train_transform=make_part(cfg, "augment.batch", allow)(data.mean, data.std).to(strategy.device),
             eval_transform=Normalize(data.mean, data.std).to(strategy.device),
             strategy=strategy,
-            tracker=_make(cfg, "tracker", allow)(run_dir, console),
+            tracker=make_part(cfg, "tracker", allow)(run_dir, console),
             checkpointer=checkpoint.Checkpointer(run_dir),
             seed=cfg.seed,
             signals=signals or Signals(),
@@ -356,7 +353,7 @@ def _build(
                 "dataset_fingerprint": fingerprint,
             },
         )
-        trainer = _make(cfg, "trainer", allow)(parts)
+        trainer = make_part(cfg, "trainer", allow)(parts)
     _check_kinds(trainer, config)
     if stored:
         check_budget(stored["trainer"], trainer)
@@ -384,11 +381,21 @@ def _build(
             stored=allow is not None,
         ),
         notes=[*notes, *data.notes, *(f"checkpoint skipped: {problem}" for problem in problems)],
-        multiply_adds=outline()[1],
+        multiply_adds=outlined()[1],
     )
 
 
-def _make(cfg: DictConfig, key: str, allow: Mapping[str, tuple[str, ...]] | None) -> Any:
+def make_part(cfg: DictConfig, key: str, allow: Mapping[str, tuple[str, ...]] | None) -> Any:
+    """The object that one node of the configuration describes.
+
+    Args:
+        cfg: the whole configuration.
+        key: of the node, such as augment.batch.
+        allow: what each group may name where the configuration was stored; None allows everything.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
     node: Any = plain(cfg)
     for part in key.split("."):
         node = node[part]
@@ -424,7 +431,7 @@ def _check_kinds(trainer: Any, config: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _as_config_error(key: str = "") -> Iterator[None]:
+def as_config_error(key: str = "") -> Iterator[None]:
     """A value that a constructor or torch refuses is a mistake in the configuration."""
     try:
         yield
@@ -445,9 +452,14 @@ def _inference(data: Any) -> dict[str, Any]:
     }
 
 
-def _outline(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...]] | None) -> tuple[nn.Module, int]:
-    """A copy of the model that holds no memory, and its multiply-adds per image, which proves that it takes
-    such images."""
+def outline(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...]] | None) -> tuple[nn.Module, int]:
+    """A copy of the model that holds no memory, and its multiply-adds per image.
+
+    Counting them proves that the model takes such images.
+
+    Raises:
+        ConfigError: it does not, it is no model, or it has another number of classes than the data.
+    """
     import torch
 
     from vit_train.report.summary import multiply_adds
@@ -464,100 +476,8 @@ def _outline(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...]] | N
             f"model.num_classes={model.num_classes}, but the data has {data['num_classes']} classes; "
             "leave it out: it comes from the data"
         )
-    with _as_config_error("model"):
+    with as_config_error("model"):
         return model, multiply_adds(model, in_channels=data["in_channels"], img_size=data["img_size"])
-
-
-@dataclass
-class Described:
-    """A configuration as `summary=true` shows it.
-
-    Attributes:
-        config: resolved, with what the data would tell.
-        layers: rows of the table.
-        memory: of a training step.
-        multiply_adds: of one image.
-        micro_batch: images that go through the model at once.
-        device: where training would run, in words.
-        notes: what was assumed.
-    """
-
-    config: dict[str, Any]
-    layers: list[Layer]
-    memory: Memory
-    multiply_adds: int
-    micro_batch: int
-    device: str
-    notes: list[str]
-
-
-def describe(cfg: DictConfig, launch: Launch) -> Described:
-    """What a configuration costs. Reads no data, takes no memory, writes nothing.
-
-    Args:
-        cfg: as composed.
-        launch: how the command was typed.
-
-    Raises:
-        ConfigError: see the message.
-    """
-    check_launch(launch)
-    if cfg.resume is not None:
-        raise ConfigError("summary=true describes a configuration, resume= continues a run: type one of them")
-    refuse_secrets(cfg)
-    check_config(cfg)
-    for group in ("data", "trainer", "optimizer"):
-        cfg[group] = {**with_defaults(plain(cfg)[group]), **cfg[group]}
-    check_numbers(cfg)
-    notes = _assume(cfg)
-    if cfg.init_from is not None:
-        notes.append("init_from is not read: the weights may set model.mask_padding")
-
-    from vit_train.optim import freeze_parts
-    from vit_train.precision import resolve_precision
-    from vit_train.report.layers import layers_of, memory_of
-
-    strategy = _make(cfg, "strategy", None)
-    with _as_config_error("trainer.precision"):
-        cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
-    config = plain(cfg)
-    model, multiply_adds = _outline(config, None)
-    micro_batch = cfg.data.batch_size // cfg.trainer.grad_accum_steps
-    with _as_config_error():
-        freeze_parts(model, config["trainer"]["freeze"])
-        layers = layers_of(
-            model,
-            in_channels=cfg.data.in_channels,
-            img_size=cfg.data.img_size,
-            batch_size=micro_batch,
-            precision=cfg.trainer.precision,
-            device=strategy.device,
-        )
-        memory = memory_of(
-            model,
-            layers,
-            make_optimizer=_make(cfg, "optimizer", None),
-            has_ema=cfg.trainer.ema_decay is not None,
-        )
-    return Described(config, layers, memory, multiply_adds, micro_batch, str(strategy.device), notes)
-
-
-def _assume(cfg: DictConfig) -> list[str]:
-    """Fills in what only the data knows; returns what was guessed."""
-    target = cfg.data["_target_"]
-    known = {
-        "num_classes": getattr(locate(target), "default_num_classes", None),
-        "img_size": with_defaults({"_target_": target}).get("img_size"),
-    }
-    guesses = {"num_classes": _ASSUMED_CLASSES, "img_size": _ASSUMED_SIZE}
-    guessed = [key for key in guesses if cfg.data.get(key) is None and known[key] is None]
-    for key, guess in guesses.items():
-        if cfg.data.get(key) is None:
-            OmegaConf.update(cfg, f"data.{key}", known[key] or guess, force_add=True)
-    if not guessed:
-        return []
-    values = ", ".join(f"data.{key}={guesses[key]}" for key in guessed)
-    return [f"assumed, because only the images know: {values}; type others to see theirs"]
 
 
 def _grown(stored: Mapping[str, Any], cfg: DictConfig) -> bool:

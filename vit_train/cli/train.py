@@ -21,8 +21,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vit_train import durable
-from vit_train.build import Run, build_run, describe
+from vit_train.build import Run, build_run
 from vit_train.composed import Launch, config_dir
+from vit_train.describe import describe
 from vit_train.errors import ConfigError, Interrupted, OutOfMemoryError, SaveError, VitTrainError, suggest
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from vit_train.precision import Precision, autocast
 from vit_train.report.summary import count, key_value_table
 
 if TYPE_CHECKING:
-    from vit_train.build import Described
+    from vit_train.describe import Described
 
 Shape = tuple[int, ...]
 

@@ -1,0 +1,111 @@
+"""`vit-train summary=true`: what a configuration costs, without its data and without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vit_train.build import as_config_error, make_part, outline
+from vit_train.composed import Launch, check_config, check_launch, check_numbers, plain, refuse_secrets
+from vit_train.construct import locate, with_defaults
+from vit_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vit_train.report.layers import Layer, Memory
+
+# Where only the images know
+_ASSUMED_CLASSES, _ASSUMED_SIZE = 1000, 224
+
+
+@dataclass
+class Described:
+    """A configuration as `summary=true` shows it.
+
+    Attributes:
+        config: resolved, with what the data would tell.
+        layers: rows of the table.
+        memory: of a training step.
+        multiply_adds: of one image.
+        micro_batch: images that go through the model at once.
+        device: where training would run, in words.
+        notes: what was assumed.
+    """
+
+    config: dict[str, Any]
+    layers: list[Layer]
+    memory: Memory
+    multiply_adds: int
+    micro_batch: int
+    device: str
+    notes: list[str]
+
+
+def describe(cfg: DictConfig, launch: Launch) -> Described:
+    """What a configuration costs. Reads no data, takes no memory, writes nothing.
+
+    Args:
+        cfg: as composed.
+        launch: how the command was typed.
+
+    Raises:
+        ConfigError: see the message.
+    """
+    check_launch(launch)
+    if cfg.resume is not None:
+        raise ConfigError("summary=true describes a configuration, resume= continues a run: type one of them")
+    refuse_secrets(cfg)
+    check_config(cfg)
+    for group in ("data", "trainer", "optimizer"):
+        cfg[group] = {**with_defaults(plain(cfg)[group]), **cfg[group]}
+    check_numbers(cfg)
+    notes = _assume(cfg)
+    if cfg.init_from is not None:
+        notes.append("init_from is not read: the weights may set model.mask_padding")
+
+    from vit_train.optim import freeze_parts
+    from vit_train.precision import resolve_precision
+    from vit_train.report.layers import layers_of, memory_of
+
+    strategy = make_part(cfg, "strategy", None)
+    with as_config_error("trainer.precision"):
+        cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
+    config = plain(cfg)
+    model, multiply_adds = outline(config, None)
+    micro_batch = cfg.data.batch_size // cfg.trainer.grad_accum_steps
+    with as_config_error():
+        freeze_parts(model, config["trainer"]["freeze"])
+        layers = layers_of(
+            model,
+            in_channels=cfg.data.in_channels,
+            img_size=cfg.data.img_size,
+            batch_size=micro_batch,
+            precision=cfg.trainer.precision,
+            device=strategy.device,
+        )
+        memory = memory_of(
+            model,
+            layers,
+            make_optimizer=make_part(cfg, "optimizer", None),
+            has_ema=cfg.trainer.ema_decay is not None,
+        )
+    return Described(config, layers, memory, multiply_adds, micro_batch, str(strategy.device), notes)
+
+
+def _assume(cfg: DictConfig) -> list[str]:
+    """Fills in what only the data knows; returns what was guessed."""
+    target = cfg.data["_target_"]
+    known = {
+        "num_classes": getattr(locate(target), "default_num_classes", None),
+        "img_size": with_defaults({"_target_": target}).get("img_size"),
+    }
+    guesses = {"num_classes": _ASSUMED_CLASSES, "img_size": _ASSUMED_SIZE}
+    guessed = [key for key in guesses if cfg.data.get(key) is None and known[key] is None]
+    for key, guess in guesses.items():
+        if cfg.data.get(key) is None:
+            OmegaConf.update(cfg, f"data.{key}", known[key] or guess, force_add=True)
+    if not guessed:
+        return []
+    values = ", ".join(f"data.{key}={guesses[key]}" for key in guessed)
+    return [f"assumed, because only the images know: {values}; type others to see theirs"]
