@@ -3,8 +3,8 @@
     apt-get download tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb stamps
     python scripts/photo_folder.py stamps/usr/share/tuxpaint/stamps photos
 
-The pictures are the photographs among Tux Paint's stamps (animals, food, plants, household: cut out, with
-transparency; drawings are left out). Seven of ten go to train/, the others to test/, chosen by their names.
+The pictures are photographs among Tux Paint's stamps (birds, mammals, food, plants, household), cut out, with
+transparency; drawings are left out. Seven of ten go to train/, the others to test/, chosen by their names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-CLASSES = ("animals", "food", "household", "plants")
+CLASSES = ("animals/birds", "animals/mammals", "food", "household", "plants")
 DRAWN = ("cartoon", "dinosaur", "toys", "plastic", "mirror")
 TRAIN_SHARE = 0.7
 
@@ -32,7 +32,7 @@ def main() -> None:
         found.sort(key=lambda p: hashlib.sha256(p.name.encode()).hexdigest())
         cut = round(TRAIN_SHARE * len(found))
         for split, files in (("train", found[:cut]), ("test", found[cut:])):
-            folder = arguments.root / split / name
+            folder = arguments.root / split / Path(name).name
             folder.mkdir(parents=True)
             for file in files:
                 shutil.copy(file, folder / "_".join(file.relative_to(arguments.stamps / name).parts))

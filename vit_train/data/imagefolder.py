@@ -1,7 +1,8 @@
 """A folder of images, one folder per class.
 
 Two layouts:
-    root/train/<class>/...   with root/val (or valid, validation) and root/test where they exist
+    root/train/<class>/...   with root/val (or valid, validation) and root/test where they exist;
+                             evaluation does with any one of the three
     root/<class>/...         everything is train
 Folders inside a class folder are searched too. Hidden files and folders are skipped.
 """
@@ -17,10 +18,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vit_train.construct import PositiveFloat
 from vit_train.data.base import Found, ImageData, Split
+from vit_train.data.decode import decode
 from vit_train.data.sample_transforms import SampleTransform, plain
 from vit_train.data.splits import SPLIT_SEED
 from vit_train.errors import DataError, suggest
@@ -49,20 +51,7 @@ class FileSource:
     targets: NDArray[np.int64]
 
     def read(self, index: int) -> Image.Image:
-        path = self.name(index)
-        try:
-            with Image.open(path) as image:
-                image.load()  # open reads the header only: a cut-off file fails here
-                return image
-        except UnidentifiedImageError:
-            raise DataError(f"{path} is not an image Pillow can read: repair or remove it") from None
-        except FileNotFoundError:
-            raise DataError(f"{path} cannot be read (No such file or directory): put it back") from None
-        except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
-            reason = " ".join(
-                (getattr(error, "strerror", None) or str(error) or type(error).__name__).split()
-            )
-            raise DataError(f"{path} cannot be read ({reason}): repair or remove it") from error
+        return decode(self.name(index))
 
     def name(self, index: int) -> str:
         return f"{self.root}/{self.names[index]}"
@@ -128,6 +117,8 @@ class ImageFolder(ImageData):
     def load(self) -> Found:
         """Lists the files; val and test classes are mapped to train's by name.
 
+        Where only evaluation follows there may be no train/, and the classes are those of any split.
+
         Raises:
             DataError: the folder is missing, or its layout is not one of the two.
         """
@@ -137,28 +128,31 @@ class ImageFolder(ImageData):
             raise DataError(f"{error.filename} cannot be listed ({error.strerror})") from error
 
     def _list(self, root: Path) -> Found:
-        folders = _split_folders(root)
-        class_names = _class_names(folders["train"])
+        folders = _split_folders(root, training=self._training)
+        if self._training:
+            class_names = _class_names(folders["train"])
+        else:  # a class need not have images everywhere
+            class_names = sorted({name for folder in folders.values() for name in _folders_in(folder)})
         sources: dict[Split, FileSource] = {}
         for split, folder in folders.items():
             source = _list_split(root, folder, class_names)
             counts = np.bincount(source.targets, minlength=len(class_names))
-            if not counts.any() or (split == "train" and not counts.all()):
+            if not counts.any() or (self._training and split == "train" and not counts.all()):
                 empty = folder / class_names[int(counts.argmin())] if counts.any() else folder
                 raise DataError(f"{empty} holds no images ({' '.join(SUFFIXES)}): fill it or remove it")
             sources[split] = source
         img_size = self._wanted_img_size
         if img_size is None:
-            img_size = self._size_of(sources["train"])
+            img_size = self._size_of(next(iter(sources.values())))
         return Found(str(root), class_names, {**sources}, img_size)
 
     def plain_transform(self, found: Found) -> SampleTransform:  # noqa: ARG002 - files may have any size
         """Always a resize: only some of the files' sizes are known."""
         return plain(self.img_size, resize=self.resize)
 
-    def _size_of(self, train: FileSource) -> int:
-        chosen = np.random.RandomState(SPLIT_SEED).permutation(len(train.names))[:_NUM_HEADERS]
-        sizes = {size for i in chosen.tolist() if (size := _header_size(train.name(i))) is not None}
+    def _size_of(self, source: FileSource) -> int:
+        chosen = np.random.RandomState(SPLIT_SEED).permutation(len(source.names))[:_NUM_HEADERS]
+        sizes = {size for i in chosen.tolist() if (size := _header_size(source.name(i))) is not None}
         if len(sizes) == 1:
             width, height = sizes.pop()
             if width == height <= _STANDARD_SIZE:
@@ -192,23 +186,24 @@ def _visible(name: str) -> bool:
     return not name.startswith(".") and name not in _SKIPPED_FOLDERS
 
 
-def _split_folders(root: Path) -> dict[Split, Path]:
+def _split_folders(root: Path, *, training: bool) -> dict[Split, Path]:
     """Which folder holds which split."""
     names = _folders_in(root)
     if not names:
         raise DataError(f"{root} holds no folders: expected <class>/<image> or train/<class>/<image> in it")
     vals = [name for name in _VAL_NAMES if name in names]
     if "train" not in names:
-        if {*names} <= {*_VAL_NAMES, "test"}:
+        if not {*names} <= {*_VAL_NAMES, "test"}:
+            return {"train": root}
+        if training:
             raise DataError(
                 f"{root} holds {' and '.join(names)} but no train/: put the training images there"
             )
-        return {"train": root}
     if len(vals) > 1:
         raise DataError(
             f"{root} holds {' and '.join(vals)}: keep one of them, both would be the validation split"
         )
-    folders: dict[Split, Path] = {"train": root / "train"}
+    folders: dict[Split, Path] = {"train": root / "train"} if "train" in names else {}
     if vals:
         folders["val"] = root / vals[0]
     if "test" in names:
@@ -235,24 +230,27 @@ def _list_split(root: Path, folder: Path, class_names: Sequence[str]) -> FileSou
     for name in _folders_in(folder):
         if name not in ids:
             raise DataError(f"train has no class for {folder / name}{suggest(name, class_names)}")
-        files = _images_below(root, (folder / name).relative_to(root))
+        below = (folder / name).relative_to(root).as_posix()
+        files = [f"{below}/{file}" for file in images_below(folder / name)]
         names += files
         targets += [ids[name]] * len(files)
     return FileSource(str(root), names, np.asarray(targets, dtype=np.int64))
 
 
-def _images_below(root: Path, folder: Path) -> list[str]:
-    """All images below `root / folder`, sorted, as paths relative to `root` with forward slashes.
+def images_below(folder: Path) -> list[str]:
+    """All images below a folder, sorted, as paths relative to it with forward slashes.
 
-    Linked folders are not followed: they may form a loop.
+    Hidden files and folders are skipped. Linked folders are not followed: they may form a loop.
+
+    Raises:
+        OSError: a folder cannot be listed.
     """
     found = []
-    for path, folders, files in os.walk(f"{root}/{folder}", onerror=_refuse):
+    for path, folders, files in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if _visible(name)]
-        below_root = path[len(str(root)) + 1 :].replace(os.sep, "/")
-        found += [
-            f"{below_root}/{name}" for name in files if _visible(name) and name.lower().endswith(SUFFIXES)
-        ]
+        below = os.path.relpath(path, folder).replace(os.sep, "/")
+        prefix = "" if below == "." else f"{below}/"
+        found += [prefix + name for name in files if _visible(name) and name.lower().endswith(SUFFIXES)]
     return sorted(found)
 
 
@@ -265,5 +263,5 @@ def _header_size(path: str) -> tuple[int, int] | None:
     try:
         with Image.open(path) as image:
             return image.size
-    except Exception:  # as in FileSource.read
+    except Exception:  # as in decode
         return None

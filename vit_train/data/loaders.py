@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
@@ -218,6 +218,7 @@ class Loader:
         num_workers: worker processes; 0 reads in this one.
         pin_memory: whether batches come in page-locked memory.
         persistent: whether the workers stay between iterations, until `close`.
+        collate: makes a batch of what `samples` returns; a Failure it returns ends the iteration.
         worker_timeout_seconds: how long to wait for a batch before the workers count as lost.
 
     Attributes:
@@ -232,6 +233,7 @@ class Loader:
         num_workers: int,
         pin_memory: bool,
         persistent: bool,
+        collate: Callable[[Sequence[Sample | Failure]], object] = collate,
         worker_timeout_seconds: float = 600,
     ) -> None:
         self.should_stop: Callable[[], bool] = lambda: False

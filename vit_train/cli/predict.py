@@ -1,0 +1,173 @@
+"""`vit-predict RUN IMAGE...`: the likeliest classes of files, folders, patterns, URLs or a list of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from vit_train.cli import command
+from vit_train.errors import ConfigError, DataError, WorkerLostError
+
+if TYPE_CHECKING:
+    from vit_train.report.predictions import Format
+    from vit_train.trained import Trained
+
+_FEW = 32  # images that are read before worker processes would have started
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `vit-predict` and returns its exit code.
+
+    Args:
+        argv: the arguments after the command; None takes the process's own.
+    """
+    arguments = _parser().parse_intermixed_args(argv)
+    return command.run("vit-predict", lambda: predict(arguments))
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Predicts and writes, batch by batch.
+
+    Raises:
+        CheckpointError, ConfigError, DataError, WorkerLostError: see the messages. DataError also after
+            everything else was written, where an image could not be read.
+    """
+    from vit_train.data.inputs import find_images
+
+    stdin = (os.fsdecode(line) for line in sys.stdin.buffer)  # names need not be text
+    names = find_images(arguments.images, stdin=stdin, allow_url=arguments.allow_url)
+    with _output(arguments.out) as file:
+        trained = command.load_run("vit-predict", arguments, command.device(arguments.device))
+        failed = _write(arguments, trained, names, file)
+    if failed:
+        raise DataError(f"{failed:,} of {len(names):,} images could not be read: each is named above")
+
+
+def _write(arguments: argparse.Namespace, trained: Trained, names: list[str], file: IO[str]) -> int:
+    """Returns how many images could not be read."""
+    from tqdm import tqdm
+
+    from vit_train import prediction
+    from vit_train.data.base import ImageData, num_cores
+
+    workers = arguments.num_workers
+    if workers is None:
+        workers = 0 if len(names) <= _FEW else min(num_cores(), ImageData.max_workers)
+    batches = prediction.predict(
+        trained, names, top_k=arguments.top_k, batch_size=arguments.batch_size, num_workers=workers
+    )
+    format_ = _format(arguments, trained, names, file)
+    failed = 0
+    # a bar only where it takes longer than a second
+    with tqdm(total=len(names), unit="image", leave=False, delay=1, disable=not sys.stderr.isatty()) as bar:
+        try:
+            file.write(format_.head())
+            for predictions in batches:
+                errors = [each.error for each in predictions if each.error is not None]
+                with tqdm.external_write_mode(file=sys.stdout):
+                    for error in errors:
+                        print(f"vit-predict: skipped: {error}".replace("\n", "\\n"), file=sys.stderr)
+                    file.write(format_.text(predictions))
+                    file.flush()
+                failed += len(errors)
+                bar.update(len(predictions))
+        except WorkerLostError as error:
+            raise WorkerLostError(
+                str(error)
+                .replace("data.num_workers=0", "--num-workers 0")
+                .replace(", or type a larger data.worker_timeout_seconds", "")
+            ) from error
+        finally:
+            batches.close()  # ends the workers
+    return failed
+
+
+def _format(arguments: argparse.Namespace, trained: Trained, names: list[str], file: IO[str]) -> Format:
+    from vit_train.report.predictions import Csv, JsonLines, PredictionTable
+
+    chosen = arguments.format
+    if chosen == "auto" and file.isatty():
+        chosen = "table"
+    if chosen == "table":
+        return PredictionTable(file, names, trained.class_names)
+    if chosen == "csv" or (chosen == "auto" and Path(arguments.out or "").suffix.lower() == ".csv"):
+        return Csv(min(arguments.top_k, len(trained.class_names)))
+    return JsonLines()
+
+
+@contextmanager
+def _output(out: str | None) -> Iterator[IO[str]]:
+    """Stdout, or a file that appears whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if out is None:
+        yield sys.stdout
+        return
+    path = Path(out)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--out {out} is no plain file: name one, or leave --out away and redirect with >")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vit-predict",
+        description="Predicts the likeliest classes of images.",
+        epilog="IMAGE is a file, a folder (searched below, sorted), a quoted pattern such as "
+        "'photos/**/*.jpg', an http or https URL, or - for a list on stdin, one per line. An image that "
+        "cannot be read is named, the rest goes on, and the exit code is 3.",
+    )
+    command.add_run(parser)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="file, folder, pattern, URL or -")
+    parser.add_argument(
+        "--top-k", type=_at_least(1), default=5, metavar="K", help="classes per image; default: 5"
+    )
+    command.add_device(parser)
+    parser.add_argument(
+        "--batch-size", type=_at_least(1), default=64, metavar="N", help="images at a time; default: 64"
+    )
+    parser.add_argument(
+        "--num-workers",
+        type=_at_least(0),
+        metavar="N",
+        help="processes that read images; default: one per core, none for a few images",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("auto", "table", "jsonl", "csv"),
+        default="auto",
+        help="auto: a table on a terminal, CSV for --out NAME.csv, else JSON Lines",
+    )
+    parser.add_argument("--out", metavar="FILE", help="where the predictions go; default: stdout")
+    parser.add_argument("--allow-url", action="store_true", help="also fetch URLs that a list holds")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""From a file to the picture a person sees: what training, evaluation and prediction all read images with.
+
+Pillow opens a file as it is stored. An image viewer shows it turned upright, transparency on white and every
+depth within black and white, and so does `decode`:
+
+    EXIF (or XMP) orientation      applied
+    transparency of any kind       on `BACKGROUND`
+    16-bit grey                    the high byte, as Pillow itself does for 16-bit colour
+    32-bit integers, floats        white is the least of 1, 255, 65535 that no pixel exceeds; a picture that
+                                   leaves that range is stretched from its least to its greatest pixel
+    several pictures               the first: animations, pages, the pictures of an MPO
+    CMYK, LAB, YCbCr, palettes     converted to RGB
+    ICC profiles                   ignored, as in torchvision's and timm's training
+
+A plain 8-bit file takes none of these ways and costs no more than Pillow alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL.ExifTags import Base
+
+from vit_train.errors import DataError
+
+BACKGROUND = (255, 255, 255)  # under what is transparent
+
+# By content, whatever the suffix says. Pillow knows more; but a .jpg that is EPS would start Ghostscript.
+Image.init()
+_FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+    if name in Image.OPEN
+)
+
+# What Pillow only warns of is either an error below or nothing a user can do anything about
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# Where an orientation may stand in Image.info; TIFF is turned by Pillow
+_ORIENTED = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# A PNG names its transparent colour at the file's depth, Pillow expands the pixels to 8 bits and not the name
+_COLOUR_KEY_SCALES = {"L;2": 255 / 3, "L;4": 255 / 15, "I;16B": 1 / 256, "RGB;16B": 1 / 256}
+
+
+def decode(file: str | Path | bytes, *, name: str | None = None) -> Image.Image:
+    """The picture a person sees, as mode L where it is grey without transparency, else RGB.
+
+    Converting between the two loses nothing that a model of 1 or 3 channels would see.
+
+    Args:
+        file: a path, or what is in the file.
+        name: for messages; the path where there is one.
+
+    Raises:
+        DataError: it is missing, damaged, cut off, no image, or too large to be an honest one.
+    """
+    name = name or (str(file) if not isinstance(file, bytes) else "the image")
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
+            _check_size(image)
+            if "transparency" in image.info and image.format == "PNG":
+                _scale_colour_key(image)
+            image.load()  # open reads the header only: a cut-off file fails here
+            orientation = 1 if image.info.keys().isdisjoint(_ORIENTED) else _orientation(image)
+            shown = _eight_bits(image) if image.mode[0] in "IF" else image
+            if shown.has_transparency_data:
+                shown = _on_background(shown)
+            elif shown.mode not in ("L", "RGB"):
+                shown = _convert(shown)
+            return shown.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else shown
+    except UnidentifiedImageError:
+        raise DataError(f"{name} is not an image Pillow can read: repair or remove it") from None
+    except FileNotFoundError:
+        raise DataError(f"{name} cannot be read (No such file or directory): put it back") from None
+    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
+        reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+        raise DataError(f"{name} cannot be read ({reason}): repair or remove it") from error
+
+
+def _check_size(image: Image.Image) -> None:
+    """A few bytes may claim gigapixels. Pillow warns of these, and refuses only twice as many."""
+    width, height = image.size
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS:,}")
+
+
+def _scale_colour_key(image: Any) -> None:
+    key = image.info["transparency"]
+    scale = _COLOUR_KEY_SCALES.get(image.tile[0][3]) if image.tile else None
+    if scale is not None:
+        image.info["transparency"] = (
+            tuple(int(v * scale) for v in key) if isinstance(key, tuple) else int(key * scale)
+        )
+
+
+def _orientation(image: Image.Image) -> object:
+    try:
+        return image.getexif().get(Base.Orientation)
+    except Exception:  # a damaged block turns nothing, and the pixels are whole
+        return 1
+
+
+def _eight_bits(image: Any) -> Image.Image:
+    """Mode I;16, I or F as L."""
+    pixels = np.asarray(image)
+    if image.mode != "F" and (
+        image.mode != "I" or image.format in ("PNG", "PPM")
+    ):  # 16 bits, as the file says
+        grey = (pixels >> 8).astype(np.uint8)
+        if image.format == "TIFF" and image.tag_v2.get(Base.PhotometricInterpretation) == 0:
+            grey = 255 - grey  # "white is zero", which Pillow heeds up to 8 bits
+    else:
+        pixels = np.nan_to_num(pixels.astype(np.float32), nan=0, posinf=0, neginf=0)
+        black, white = 0.0, float(pixels.max())
+        if pixels.min() < 0 or white > 65535:
+            black = float(pixels.min())
+        else:
+            white = next(most for most in (1, 255, 65535) if white <= most)
+        grey = ((pixels - black) * (255 / ((white - black) or 1)) + 0.5).astype(np.uint8)
+    result = Image.fromarray(grey)
+    if "transparency" in image.info:
+        result.info["transparency"] = image.info["transparency"]
+    return result
+
+
+def _on_background(image: Image.Image) -> Image.Image:
+    background = Image.new("RGBA", image.size, BACKGROUND)
+    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
+
+
+def _convert(image: Image.Image) -> Image.Image:
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode == "LAB":
+        shown = ImageCms.applyTransform(image, _lab_to_srgb())
+        assert shown is not None, "not in place"
+        return shown
+    return image.convert("RGB")
+
+
+@functools.cache
+def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(lab, srgb, "LAB", "RGB")

@@ -1,0 +1,141 @@
+"""Prediction: what a trained model says of images that belong to no dataset.
+
+Images are read and fed as evaluation reads and feeds them; one that cannot be read is told apart and the rest
+goes on. Answers come in the order of the names, as batches finish, and nothing is kept of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vit_train.data.batch import Batch, Failure, Sample, collate
+from vit_train.data.decode import decode
+from vit_train.data.download import download, is_url
+from vit_train.data.imagefolder import FileSource
+from vit_train.data.loaders import EvalBatches, Loader, Samples
+from vit_train.precision import autocast
+from vit_train.trained import Trained
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image.
+
+    Attributes:
+        file: path or URL, as given.
+        classes: the likeliest first: (name, probability); empty where there is an error.
+        error: why there is no answer: one line that names the file; or None.
+    """
+
+    file: str
+    classes: list[tuple[str, float]]
+    error: str | None = None
+
+
+class Pictures(FileSource):
+    """Files and URLs, each by its own name, without targets (they are all 0)."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__("", names, np.zeros(len(names), dtype=np.int64))
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def read(self, index: int) -> Image.Image:
+        name = self.names[index]
+        return decode(download(name), name=name) if is_url(name) else decode(name)
+
+
+class Read(NamedTuple):
+    """A batch of which some images may be missing.
+
+    Attributes:
+        batch: those that could be read, in order; None where there is none.
+        errors: for each image of the batch the reason why it could not be read, or None.
+    """
+
+    batch: Batch | None
+    errors: list[str | None]
+
+
+def keep_good(samples: Sequence[Sample | Failure]) -> Read:
+    """Stacks the samples that could be read, and keeps the reasons of the others."""
+    good = [sample for sample in samples if not isinstance(sample, Failure)]
+    batch = collate(good) if good else None
+    assert not isinstance(batch, Failure), "there is none among them"
+    return Read(batch, [sample.line if isinstance(sample, Failure) else None for sample in samples])
+
+
+@torch.inference_mode()
+def predict(
+    trained: Trained, names: list[str], *, top_k: int, batch_size: int, num_workers: int
+) -> Generator[list[Prediction]]:
+    """The likeliest classes of each image, a list for each batch.
+
+    Args:
+        trained: the model.
+        names: paths and http or https URLs.
+        top_k: classes per image; no more than there are.
+        batch_size: images per forward pass.
+        num_workers: processes that read images; 0 reads in this one.
+
+    Raises:
+        WorkerLostError: one of them died or hangs.
+    """
+    device = next(trained.model.parameters()).device
+    precision, normalize = trained.precision(), trained.batch_transform()
+    samples = Samples(
+        Pictures(names),
+        trained.sample_transform(),
+        seed=None,
+        in_channels=trained.in_channels,
+        img_size=trained.img_size,
+    )
+    loader = Loader(
+        samples,
+        EvalBatches(len(names), batch_size=batch_size, rank=0, world_size=1),
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        persistent=False,
+        collate=keep_good,
+    )
+    done = 0
+    try:
+        for batch, errors in cast("Iterator[Read]", iter(loader)):  # what keep_good returns
+            answers: Iterator[Any] = iter(())
+            if batch is not None:
+                batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+                images, _ = normalize(batch, 0, 0)
+                with autocast(precision, device):
+                    logits = trained.model(images)
+                answers = iter(_likeliest(logits, trained.class_names, top_k))
+            files = names[done : done + len(errors)]
+            done += len(errors)
+            yield [
+                _prediction(file, next(answers)) if error is None else Prediction(file, [], error)
+                for file, error in zip(files, errors, strict=True)
+            ]
+    finally:
+        loader.close()
+
+
+def _likeliest(logits: Tensor, class_names: list[str], top_k: int) -> list[list[tuple[str, float]]]:
+    """For each row of logits (B, K) the `top_k` likeliest classes with their probabilities."""
+    top = logits.float().softmax(1).topk(min(top_k, len(class_names)), dim=1)
+    return [
+        [(class_names[i], p) for i, p in zip(ids, probabilities, strict=True)]
+        for ids, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+
+
+def _prediction(file: str, classes: list[tuple[str, float]]) -> Prediction:
+    if all(p == p for _, p in classes):
+        return Prediction(file, classes)
+    return Prediction(file, [], f"{file} makes the model answer NaN: it is not finite in this precision")
