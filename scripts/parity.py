@@ -52,6 +52,7 @@ class Theirs:
         layout: whose names its file has.
         large: the larger size.
         large_window: of a Swin at that size, where it is another one.
+        large_goal: allowed there; more where that project resizes in another way than we do.
     """
 
     ours: str
@@ -60,6 +61,7 @@ class Theirs:
     layout: str
     large: int = 384
     large_window: int | None = None
+    large_goal: float = GOAL
 
 
 def _torchvision_vit(name: str, ours: str, patch: int, large: int = 384) -> Theirs:
@@ -142,12 +144,14 @@ MODELS = {
         lambda state, model, _: swin_transformer.checkpoint_filter_fn(state, model),
         "timm",
         large_window=12,
+        large_goal=1e-3,
     ),
     "DeiT's deit_small (names, resize)": Theirs(
         "deit_small",
         lambda size: timm.create_model("deit_small_patch16_224", img_size=size),
         _official_deit,
         "timm",
+        large_goal=1e-3,
     ),
     # Names as the official repository has them; timm's own conversion of them is the other side.
     "Swin's swin_tiny (names, resize)": Theirs(
@@ -242,8 +246,13 @@ def main() -> None:
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
-    met = all(r["difference"] <= GOAL and r["loads_there"] and r["same_back"] for r in results.values())
-    sys.exit(0 if met else 1)
+    missed = [
+        name
+        for name, r in results.items()
+        if not (r["loads_there"] and r["same_back"] and r["difference"] <= GOAL)
+        or r["difference_large"] > MODELS[name].large_goal
+    ]
+    sys.exit(f"missed: {', '.join(missed)}" if missed else 0)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import csv
 import functools
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vit_train import faults
 from vit_train.cli import data as data_command
 from vit_train.cli import evaluate
+from vit_train.errors import ConfigError, DataError
 from vit_train.report.evaluation_files import FILES
 from vit_train.trained import load
 
@@ -203,7 +205,99 @@ def test_a_class_the_model_does_not_know(typed, folder_run, digits_folder, in_tm
     subset(digits_folder, in_tmp / "other", ["3", "6"])
     (in_tmp / "other" / "6").rename(in_tmp / "other" / "six")
     done = typed(str(folder_run), "data.root=other", "--split", "val")
-    assert_refused(done, 3, "class 'six' of the data", "it knows: 0, 1, 2")
+    assert_refused(
+        done, 3, "class 'six' of the data", "it knows: 0, 1, 2", "rename the folder, or leave it out"
+    )
+
+
+def test_of_many_unknown_classes_five_are_named() -> None:
+    with pytest.raises(DataError) as error:
+        evaluate.class_map(["Bird", "cat", "d", "e", "f", "g", "h"], ["bird", "cat"])
+    assert "classes 'Bird', 'd', 'e', 'f', 'g' and 1 more of the data" in str(error.value)
+    assert "capitals included" in str(error.value)
+    with pytest.raises(DataError, match="classes 'a', 'c' of the data"):
+        evaluate.class_map(["a", "b", "c"], ["b"])
+
+
+def test_a_run_on_other_data_is_evaluated_on_a_folder(typed, digits_run, digits_folder, in_tmp):
+    """The same digits as files give the figures of the embedded ones, which were read likewise."""
+    own, _ = report_of(typed, digits_run)
+    for overrides in (
+        ["data=imagefolder", f"data.root={digits_folder}"],
+        [f"data.root={digits_folder}", "data=imagefolder"],
+    ):
+        found, _ = report_of(typed, digits_run, *overrides)
+        assert (found["split"], found["images"], found["data"]) == ("test", 360, str(digits_folder))
+        assert (found["top1"], found["confusion"]) == (own["top1"], own["confusion"])
+        assert found["loss"] == pytest.approx(own["loss"], rel=1e-5)
+    subset(digits_folder, in_tmp / "flat", ["3", "6"])
+    flat, _ = report_of(typed, digits_run, "data=imagefolder", "data.root=flat", "data.batch_size=7")
+    assert flat["split"] == "all"
+    assert flat["images"] == sum(own["per_class"][name]["images"] for name in ("3", "6"))
+
+
+def test_a_folder_for_a_model_of_other_data_is_squashed_to_its_size() -> None:
+    stored = {
+        "_target_": "vit_train.data.Cifar10",
+        "root": "data",
+        "batch_size": 9,
+        "num_workers": 0,
+        "limit": 5,
+    }
+    inference = {"class_names": ["a"], "mean": [0.1] * 3, "std": [0.2] * 3, "img_size": 32, "in_channels": 3}
+    found = evaluate.with_overrides({"data": stored}, ["data.root=x", "data=imagefolder"], inference)["data"]
+    wanted = {"_target_": "vit_train.data.ImageFolder", "root": "x", "resize": "squash", "limit": None}
+    kept = {"batch_size": 9, "num_workers": 0, **{k: v for k, v in inference.items() if k != "class_names"}}
+    assert found == {**found, **wanted, **kept}
+    assert "class_names" not in found
+    assert evaluate.other_root({**found, "root": "data"}, stored) == Path("data"), "taken for the run's own"
+
+
+def test_the_folder_of_a_run_is_still_its_own_when_it_is_called_a_folder(typed, folder_run):
+    plain, _ = report_of(typed, folder_run)
+    again, _ = report_of(typed, folder_run, "data=imagefolder")
+    assert (again["split"], again["loss"]) == ("test", plain["loss"])
+
+
+def test_other_data_that_is_no_folder(typed, digits_run):
+    run = str(digits_run)
+    assert_refused(typed(run, "data=cifar10"), 2, "data=cifar10: ", "type data=imagefolder data.root=")
+    assert_refused(typed(run, "data.root=x"), 2, "type data=imagefolder data.root=x")
+    assert_refused(typed(run, "data=imagefolder"), 3, "data.root is not set")
+    assert_refused(typed(run, "strategy=ddp"), 2, "evaluation uses only data.*, strategy.*")
+
+
+def test_images_the_run_was_trained_on_are_counted(typed, folder_run, digits_run, digits_folder, in_tmp):
+    train, _ = report_of(typed, folder_run, "--split", "train")
+    known = f"{train['images']:,} of these {train['images']:,} images were trained on"
+    assert [note.split(":")[0] for note in train["notes"]] == [known]
+    assert typed(str(folder_run), "--split", "all", "--out", "all").code == 0
+    whole = json.loads(Path("all/report.json").read_text())
+    known = f"{train['images']:,} of these 1,797 images were trained on"
+    assert whole["notes"][0].startswith(known)
+    assert known in Path("all/report.html").read_text()
+    assert known in report_of(typed, folder_run, "--split", "all")[1]
+    # more than the run took: which ones they were is not said
+    some, _ = report_of(typed, digits_run, "--split", "train", "data.limit=null")
+    assert some["notes"][0].startswith("some of these 1,293 images were trained on")
+    # a copy is the same data; other images are not
+    shutil.copytree(digits_folder, in_tmp / "copy")
+    assert report_of(typed, folder_run, "data.root=copy", "--split", "all")[0]["notes"] == whole["notes"]
+    subset(digits_folder, in_tmp / "other", ["3", "6"])
+    assert not any("trained on" in x for x in report_of(typed, folder_run, "data.root=other")[0]["notes"])
+    assert report_of(typed, folder_run)[0]["notes"] == []
+
+
+def test_of_few_images_each_one_counts(typed, folder_run, digits_folder, in_tmp):
+    subset(digits_folder, in_tmp / "few", ["3"])
+    images = len(list((in_tmp / "few").rglob("*.png")))
+    shutil.copytree(in_tmp / "few" / "3", in_tmp / "few" / "6")
+    for image in list((in_tmp / "few" / "6").iterdir())[40 - images :]:
+        image.unlink()
+    report, out = report_of(typed, folder_run, "data.root=few")
+    assert report["images"] == 40
+    assert "40 images only: a single one moves top-1 by 2.5 points" in report["notes"][-1]
+    assert report["notes"][-1] in out
 
 
 def test_top5_says_nothing_of_fewer_than_six_classes(digits_folder, in_tmp):
@@ -417,6 +511,41 @@ def test_unknown_keys(typed, digits_run, in_tmp):
     (in_tmp / "mine" / "thesis.tex").write_text("")
     assert_refused(typed(run, "--out", "mine"), 2, "mine holds thesis.tex", "--out")
     assert everything_in(digits_run) == before
+
+
+def test_what_is_no_plain_file_stays_what_it_is(typed, digits_run, in_tmp):
+    """Refused before RUN is even looked for."""
+    os.mkfifo("pipe")
+    Path("mine").write_text("mine")
+    Path("link").symlink_to("mine")
+    for name in ("pipe", "link", "/dev/null", "."):
+        assert_refused(typed("nowhere", "--json", name), 2, f"--json {name} is no plain file")
+    assert Path("pipe").is_fifo()
+    assert Path("link").is_symlink()
+    assert Path("mine").read_text() == "mine"
+    run = shutil.copytree(digits_run, in_tmp / "run", symlinks=True)
+    (run / "eval").symlink_to(in_tmp)
+    assert_refused(typed("run"), 2, "run/eval is a link", "--out")
+
+
+def test_a_tilde_is_the_home_directory(typed, digits_run, in_tmp, monkeypatch):
+    monkeypatch.setenv("HOME", str(in_tmp / "home"))
+    (in_tmp / "home").mkdir()
+    assert typed(str(digits_run), "--out", "~/report", "--json", "~/report.json").code == 0
+    assert {path.name for path in (in_tmp / "home").iterdir()} == {"report", "report.json"}
+    assert not Path("~").exists()
+
+
+def test_precision_is_that_of_vit_predict_unless_it_is_typed(digits_run) -> None:
+    cpu, trained = torch.device("cpu"), load(digits_run, device=torch.device("cpu"))
+    for stored in ("fp16", "bf16", "fp32", "auto"):
+        trained.config["trainer"]["precision"] = stored
+        assert evaluate.precision_of(trained, trained.config, cpu, []) == trained.precision()
+    typed = {"trainer": {"precision": "bf16"}}
+    assert evaluate.precision_of(trained, typed, cpu, ["trainer.precision=bf16"]) == "bf16"
+    typed = {"trainer": {"precision": "fp16"}}
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        evaluate.precision_of(trained, typed, cpu, ["trainer.precision=fp16"])
 
 
 def test_help_imports_no_torch(tmp_path):

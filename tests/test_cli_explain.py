@@ -164,6 +164,76 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(typed, home) -> None:
     assert [p.name for p in (home / "out").iterdir()] == ["grey_rollout.png"]
 
 
+def test_long_names_are_cut_and_the_next_image_is_drawn(typed, home) -> None:
+    """Of up to 255 bytes, which a file system takes as a name, but not with `_rollout.png` behind it."""
+    for stem in ("n" * 250, "n" * 249 + "m", "\u5b57" * 80):
+        shutil.copy(home / "grey.png", home / f"{stem}.png")
+    done = typed("vit_cls", "n*.png", "\u5b57*.png", "a/one.png", "--out", "out")
+    assert (done.code, done.err) == (0, "")
+    names = sorted(p.name for p in (home / "out").iterdir())
+    assert len(names) == 4
+    assert "one_rollout.png" in names
+    assert names[-1] == "\u5b57" * 50 + "_rollout.png"
+
+
+def test_a_link_in_a_run_leads_nowhere(runs, home) -> None:
+    """A run can come from somebody else, and with it a link to a folder that is none of its own."""
+    run, outside = home / "run", home / "outside"
+    shutil.copytree(runs("vit_cls"), run)
+    outside.mkdir()
+    (run / "explain").symlink_to(outside)
+    done = vit_explain_here(str(run), "a/one.png", cwd=home)
+    assert_refused(done, 2, "explain is a link", "--out")
+    assert not list(outside.iterdir())
+
+
+def test_a_list_on_stdin_and_no_stdin(runs, home) -> None:
+    run = str(runs("vit_cls"))
+    for stdin, code in ((io.TextIOWrapper(io.BytesIO(b"a/one.png\n")), 0), (None, 3)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.stdin", stdin)
+            done = vit_explain_here(run, "-", "--out", "out", cwd=home)
+            assert done.code == code, done.err
+            assert vit_explain_here(run, "a/one.png", "--out", "out", cwd=home).code == 0
+    assert "the list on stdin is empty" in done.err
+
+
+def test_a_class_that_was_asked_for_is_in_the_headline(runs, home) -> None:
+    import torch
+
+    from vit_train.cli.explain import explain_image
+    from vit_train.trained import load
+
+    trained = load(runs("swin"), device=torch.device("cpu"))
+    own = explain_image(trained, str(home / "grey.png"), method="gradcam", target=None, heads=False)
+    other = explain_image(trained, str(home / "grey.png"), method="gradcam", target=3, heads=False)
+    assert re.fullmatch(r"\d \d+\.\d%", own.title)
+    assert re.fullmatch(r"explained: 3 \d+\.\d%", other.title)
+    assert other.note == f"predicted: {own.title}, {own.note}"
+    assert next(iter(other.maps)).startswith("Grad-CAM for 3")
+
+
+def test_a_map_of_nothing_says_so(runs, home) -> None:
+    import torch
+
+    from vit_train.cli.explain import explain_image
+    from vit_train.trained import load
+
+    trained = load(runs("swin"), device=torch.device("cpu"))
+    torch.nn.init.zeros_(trained.model.head.weight)
+    found = explain_image(trained, str(home / "grey.png"), method="gradcam", target=3, heads=False)
+    assert found.note.startswith("nothing speaks for it here, ")
+    assert all(name.endswith("\nnothing speaks for it here") for name in found.maps)
+
+
+def test_help_says_what_heads_and_sheet_do(capsys) -> None:
+    with pytest.raises(SystemExit):
+        explain.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "alone it means --method attention" in said
+    assert "every image beside its map" in said
+
+
 def test_drawing_twice_gives_the_same_bytes(typed, home) -> None:
     for out in ("first", "second"):
         assert typed("vit_cls", "a/one.png", "--out", out).code == 0
@@ -234,7 +304,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path) -> None:
         for epoch in range(4):
             tracker.after_epoch(10 * (epoch + 1), epoch, {})
     tracker.close()
-    assert out.getvalue().count("no picture of attention in TensorBoard: out of memory") == 2
+    assert out.getvalue().count("no picture of attention in TensorBoard: RuntimeError: out of memory") == 2
 
 
 def test_how_often_is_free_to_change_on_a_resume() -> None:

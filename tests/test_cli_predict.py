@@ -192,7 +192,7 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(typed, runs, images):
     done = typed(runs[3], "no/such.png", images[0], "none*.png")
     assert done.code == 3
     assert ["error" in each for each in objects(done)] == [True, False, True]
-    assert "skipped: no/such.png cannot be read (No such file or directory): put it back\n" in done.err
+    assert "skipped: no/such.png does not exist: check its name, or put it back\n" in done.err
     assert done.err.endswith("error: 2 of 3 images could not be read: each is named above\n")
 
 
@@ -201,7 +201,7 @@ def test_nothing_to_predict(typed, runs, in_tmp):
     for arguments, words in ((["empty"], "no image in empty"), (["-"], "the list on stdin is empty")):
         done = typed(runs[3], *arguments)
         assert (done.code, done.out) == (3, "")
-        assert re.fullmatch(rf"vit-predict: error: nothing to predict: {words} \(.*\)\n", done.err)
+        assert re.fullmatch(rf"vit-predict: error: there are no images: {words} \(.*\)\n", done.err)
 
 
 @pytest.fixture

@@ -122,6 +122,28 @@ def test_nothing_stored_names_a_file_to_read(pretrained, in_tmp):
     assert vit_train_here(*TINY, f"init_from={pretrained}", "run_dir=run", cwd=in_tmp).code == 0
 
 
+def test_a_damaged_best_checkpoint_is_named(pretrained, in_tmp):
+    shutil.copytree(pretrained, in_tmp / "source", symlinks=True)
+    best = resolve_link(in_tmp / "source/checkpoints/best")
+    (best / "model.safetensors").write_bytes(b"damaged")
+    done = vit_train_here(*TINY, "init_from=source", "run_dir=new", "trainer.stop_at_step=0", cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert f"init_from,checkpointskipped:{best}" in "".join(done.out.split())  # lines are folded anywhere
+
+
+def test_the_summary_says_what_is_frozen_and_how_the_rate_falls(pretrained, in_tmp):
+    settings = (*TINY, f"init_from={pretrained}", "trainer.stop_at_step=0")
+    done = vit_train_here(*settings, "optimizer.layer_decay=0.5", "trainer.freeze=[blocks.0]", cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert "M trained, the others frozen" in said(done)
+    assert "falling from layer to layer to " in said(done)
+    assert "made for training from scratch" in said(done)
+    done = vit_train_here(*settings, "optimizer.lr=1e-4", cwd=in_tmp)
+    assert "frozen" not in said(done)
+    assert "falling" not in said(done)
+    assert "from scratch" not in said(done)
+
+
 ERRORS = {
     "init_from=nowhere.pth": (4, "no such file or run"),
     "init_from=torchvision:vit_x": (2, "no such model in torchvision"),
@@ -207,6 +229,7 @@ def test_a_frozen_batch_norm_keeps_its_statistics():
     [
         ("[block.0]", "has no 'block.0'"),
         ("[blocks.0-9]", "has no 'blocks.2'"),
+        ("[blocks.1-0]", "type 0-1"),
         ("[patch_embed,cls_token,pos_embed,blocks,norm,head]", "freeze"),
         ("[patch_embed,pos_embed,blocks,norm,head]", "leaves nothing to train"),
     ],

@@ -56,6 +56,8 @@ _RESOLVED_KEYS = (
     "data.std",
     "trainer.precision",
 )
+# Where a constructor's own defaults fill in what a config, or an older version, leaves out
+_WITH_DEFAULTS = ("data", "trainer", "optimizer", "tracker")
 # What decides how a run starts; runs of older versions do not have it
 _START = {"init_from": None, "init_strict": True}
 # What a stored configuration may name; the user's own command may name anything
@@ -201,6 +203,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
                 f"{run_dir / 'config.yaml'} names code that is not vit-train's ({'; '.join(foreign)}); "
                 f"if it is yours, type the full command with run_dir={run_dir}"
             )
+        stored |= {group: with_defaults(stored[group]) for group in _WITH_DEFAULTS}
         force = cfg.resume == "force"
         cfg, allow = _with_overrides(stored, launch.overrides), _STORED_CODE
         refuse_secrets(cfg)
@@ -220,11 +223,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
 
     cfg.init_from = absolute_source(cfg.init_from)
     check_free(run_dir)
-    for group in (
-        "data",
-        "trainer",
-        "optimizer",
-    ):  # what a config of the user's own leaves to the constructor
+    for group in _WITH_DEFAULTS:  # what a user's own config leaves out
         defaults = with_defaults(plain(cfg)[group])
         cfg[group] = {**defaults, **cfg[group]}
         if stored and stored[group].get("_target_") == defaults["_target_"]:  # by an older version
@@ -322,6 +321,11 @@ def _build(
     else:
         model = make_part(cfg, "model", allow)
     if found is None and cfg.init_from is not None:
+        if not is_typed("optimizer.lr", launch.overrides) and "experiment" not in launch.choices:
+            notes.append(
+                f"optimizer.lr={cfg.optimizer.lr:g} is made for training from scratch; to keep more of what "
+                "the weights know, type optimizer.lr=1e-4 optimizer.layer_decay=0.75"
+            )
         report = load_pretrained(
             model,
             pretrained or read_pretrained(cfg.init_from),

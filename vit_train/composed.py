@@ -173,9 +173,9 @@ def as_pretrained(cfg: DictConfig, weights: Pretrained, overrides: list[str]) ->
     """How pretrained weights were trained goes into the configuration where nothing else was asked for.
 
     Returns:
-        A line for each key that was set.
+        A line for each key that was set, and for each damaged checkpoint that was passed over.
     """
-    notes = []
+    notes = [f"init_from, checkpoint skipped: {line}" for line in weights.skipped]
     masks = cfg.model.get("mask_padding")
     if weights.mask_padding is not None and masks is not None and masks != weights.mask_padding:
         was = f"model.mask_padding={str(weights.mask_padding).lower()}"

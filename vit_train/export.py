@@ -34,7 +34,7 @@ from vit_train.data.sample_transforms import shorter_side
 from vit_train.errors import ConfigError, SaveError
 from vit_train.report.record import package_versions
 from vit_train.trained import Trained, without_download
-from vit_train.weights import Layout, state_dict_named
+from vit_train.weights import Layout, differs_in_timm, state_dict_named
 from vit_train.weights.names import to_ours
 
 Format = Literal["onnx", "pt2", "safetensors", "pth"]
@@ -59,6 +59,7 @@ def describe(trained: Trained, file_format: Format, *, layout: Layout = "timm") 
         layout: whose parameter names a file of weights has.
     """
     side, channels = trained.img_size, trained.in_channels
+    is_weights = file_format in ("safetensors", "pth")
     crop = trained.resize == "crop"
     colours = "RGB" if channels == 3 else "grey"
     resized = (
@@ -68,8 +69,8 @@ def describe(trained: Trained, file_format: Format, *, layout: Layout = "timm") 
     )
     return {
         "format": file_format,
-        "input": f"images: float32 (B, {channels}, {side}, {side}); {colours}, {resized} (bicubic, "
-        "antialiased), then (value / 255 - mean) / std for each channel",
+        "input": f"images: float32 (B, {channels}, {side}, {side}); {colours}, transparency on white, "
+        f"{resized} (bicubic, antialiased), then (value / 255 - mean) / std for each channel",
         "output": f"logits: float32 (B, {len(trained.class_names)}), before softmax, in the order of "
         "class_names",
         "img_size": side,
@@ -81,8 +82,9 @@ def describe(trained: Trained, file_format: Format, *, layout: Layout = "timm") 
         "class_names": trained.class_names,
         "weights": trained.weights,
         "step": trained.step,
-        "names": layout if file_format in ("safetensors", "pth") else None,
+        "names": layout if is_weights else None,
         "model": without_download(trained.config["model"]),
+        "note": differs_in_timm(trained.model) if layout == "timm" and is_weights else None,
         "versions": package_versions(),
     }
 

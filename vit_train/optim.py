@@ -131,10 +131,16 @@ def _stay(module: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001
 
 
 def _each(name: str) -> list[str]:
-    """blocks.0-2 -> blocks.0, blocks.1, blocks.2."""
+    """blocks.0-2 -> blocks.0, blocks.1, blocks.2.
+
+    Raises:
+        ValueError: a range runs backwards.
+    """
     parts = []
     for part in name.split("."):
         span = re.fullmatch(r"(\d+)-(\d+)", part)
+        if span and int(span[1]) > int(span[2]):
+            raise ValueError(f"freeze: {part} in {name!r} runs backwards; type {span[2]}-{span[1]}")
         parts.append([str(i) for i in range(int(span[1]), int(span[2]) + 1)] if span else [part])
     return [".".join(chosen) for chosen in itertools.product(*parts)]
 

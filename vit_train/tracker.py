@@ -277,7 +277,8 @@ class Tracker(NullTracker):
         try:
             picture = draw()
         except Exception as error:  # a picture is not worth a run
-            self.console.say(f"no picture of {tag} in TensorBoard: {' '.join(str(error).split())}")
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.console.say(f"no picture of {tag} in TensorBoard: {reason}")
             return
         if picture is not None:
             self._board(lambda writer: writer.add_image(tag, picture, step, dataformats="HWC"))

@@ -47,7 +47,7 @@ def report_on(targets, predicted, names, confidence=None):
         Predictions(np.arange(number), targets, predicted, confidence, 1 - confidence, 100.0),
         class_names=names,
         files=[f"photos/{names[target]}/{i}.jpg" for i, target in enumerate(targets)],
-        about=ABOUT,
+        about={**ABOUT},
     )
 
 
@@ -209,8 +209,34 @@ def test_names_cannot_become_html() -> None:
     page = Page(page_of(report))
     assert page.open == []
     assert "b" not in page.tags
-    assert f"photos/{HOSTILE}/0.jpg" in page.text
+    assert f"{HOSTILE}/0.jpg" in page.text
     assert not {"\x1b", "\u202e"} & {*page.text}
+
+
+def test_a_page_to_mail_does_not_say_where_things_lie() -> None:
+    report = report_on([0, 1, 1], [0, 0, 1], ["a", "b"])
+    report.about.update(
+        checkpoint="/home/me/secret/run/checkpoints/step_00000010",
+        data="/home/me/secret/photos",
+        overrides=["data.root=/home/me/secret/photos"],
+        notes=["/home/me/secret/photos has no test or val split"],
+    )
+    report.files[:] = [f"/home/me/secret/{file}" for file in report.files]
+    page = Page(page_of(report))
+    assert "secret" not in page.text
+    assert page.text.count("run/checkpoints/step_00000010") == 2
+    assert "data.root=photos" in page.text
+    assert "photos has no test" in page.text
+    assert "b/1.jpg" in page.text
+    assert evaluation_json(report)["checkpoint"].startswith("/home/me/secret/run")
+    report.about["checkpoint"] = "/home/me/secret/step_00000010"
+    assert "secret" not in Page(page_of(report)).text
+
+
+def test_which_classes_a_mean_is_of_is_said() -> None:
+    report = report_on([0, 0], [0, 2], ["a", "b", "c"])
+    assert "mean of the classes that have images" in Page(page_of(report)).text
+    assert "macro F1: mean of the classes that have images" in shown(report)
 
 
 def test_a_report_without_mistakes(tmp_path) -> None:

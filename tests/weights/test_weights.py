@@ -20,7 +20,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from vit_train.errors import CheckpointError, ConfigError
 from vit_train.layers import PatchEmbed
 from vit_train.models import DeiT, Swin, ViT
-from vit_train.weights import load_pretrained, read_pretrained, state_dict_named
+from vit_train.weights import differs_in_timm, load_pretrained, read_pretrained, state_dict_named
 
 
 def patches(*, img_size=32, patch_size=8, embed_dim=32, in_channels=3, **settings):
@@ -376,8 +376,9 @@ def test_a_hostile_pickle_runs_nothing(place, tmp_path):
 
 BROKEN = {
     "missing.pth": (None, "no such file"),
-    "empty.pth": (b"", "not whole"),
-    "text.pth": (b"hello, world", "can run any code|not whole"),
+    "empty.pth": (b"", "no file that torch.save wrote"),
+    "text.pth": (b"hello, world", "no file that torch.save wrote"),
+    f"{'n' * 300}.pth": (None, "File name too long"),
     "text.safetensors": (b"hello, world", "not a whole safetensors"),
     "empty.safetensors": (b"", "not a whole safetensors"),
     "weights.zip": (b"PK", "weights come from"),
@@ -416,5 +417,51 @@ def test_a_file_without_weights(tmp_path):
 def test_a_name_torchvision_does_not_have():
     with pytest.raises(ConfigError, match=r"did you mean 'vit_b_16'.*vit_h_14"):
         read_pretrained("torchvision:vit_b16")
-    with pytest.raises(ConfigError, match="no such model"):
-        read_pretrained("torchvision:resnet50")
+    for name in ("resnet50", "swin_v2_t"):
+        with pytest.raises(ConfigError, match="no such model"):
+            read_pretrained(f"torchvision:{name}")
+
+
+def quantized():
+    return torch.quantize_per_tensor(torch.ones(10), 0.1, 0, torch.qint8)
+
+
+HOSTILE = {
+    "sparse": lambda: torch.ones(10).to_sparse(),
+    "quantized": quantized,
+    "on no device": lambda: torch.ones(10, device="meta"),
+    "complex": lambda: torch.ones(10, dtype=torch.complex64),
+    "not finite": lambda: torch.full((10,), float("nan")),
+    "few numbers that claim to be many": lambda: torch.ones(1).expand(300_000, 300_000),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.filterwarnings("ignore")
+def test_hostile_tensors_are_refused(kind, tmp_path):
+    state = {**timm_vit().state_dict(), "head.bias": HOSTILE[kind]()}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"head\.bias") as caught:
+        load_pretrained(vit(), str(tmp_path / "w.pth"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(1, 1, 32), torch.ones(10, dtype=torch.int64)])
+def test_tensors_of_the_wrong_kind_do_not_fit(wrong, tmp_path):
+    name = "pos_embed" if wrong.ndim == 3 else "head.bias"
+    torch.save({**timm_vit().state_dict(), name: wrong}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=f"{name} is"):
+        load_pretrained(vit(), str(tmp_path / "w.pth"))
+
+
+def test_a_description_nested_without_end_is_one_line(tmp_path):
+    save_file(timm_vit().state_dict(), tmp_path / "w.safetensors", {"vit_train": "[" * 100_000})
+    with pytest.raises(CheckpointError, match="no JSON"):
+        read_pretrained(str(tmp_path / "w.safetensors"))
+
+
+def test_a_swin_that_timm_pads_otherwise_is_named():
+    assert differs_in_timm(swin()) is None
+    assert "3 x 3" not in (differs_in_timm(swin(img_size=72)) or "")
+    assert "18 x 18 tokens to windows of 4" in differs_in_timm(swin(img_size=72, mask_padding=True))
+    assert differs_in_timm(vit()) is None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,15 @@ if TYPE_CHECKING:
 def run(command: str, work: Callable[[], int | None]) -> int:
     """Does the work of a command and returns its exit code; an error of the user's becomes one line.
 
+    Whatever the encoding of the terminal, a name it cannot show comes out as an escape.
+
     Args:
         command: its name, which the line starts with.
         work: returns an exit code of its own, or None for 0.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work() or 0
     except VitTrainError as error:
@@ -85,6 +91,36 @@ def load_run(command: str, arguments: argparse.Namespace, device: torch.device) 
     stored, problems = checkpoint.load_run(Path(arguments.run), fits)
     say_skipped(command, problems, stored.path)
     return from_checkpoint(stored, device=device, weights=arguments.weights)
+
+
+def stdin_lines() -> Iterator[str]:
+    """What stdin holds; names need not be text, and a process may have no stdin."""
+    for line in sys.stdin.buffer if sys.stdin else ():
+        yield os.fsdecode(line)
+
+
+def output_file(option: str, path: str) -> Path:
+    """A file that may be written: one that does not exist yet, or a plain one, which is replaced.
+
+    Raises:
+        ConfigError: it is a directory, a device, a pipe or a link, which a rename would destroy.
+    """
+    target = Path(path).expanduser()
+    if path.endswith(("/", os.sep)) or target.is_symlink() or (target.exists() and not target.is_file()):
+        raise ConfigError(f"{option} {path} is no plain file; type the name of one")
+    return target
+
+
+def output_folder(run: Path, name: str) -> Path:
+    """A folder inside a run, which may not lead out of it: a run can come from somebody else.
+
+    Raises:
+        ConfigError: it is a link.
+    """
+    folder = run / name
+    if folder.is_symlink():
+        raise ConfigError(f"{folder} is a link, which is not followed; name another place with --out")
+    return folder
 
 
 def say_skipped(command: str, problems: list[str], used: Path) -> None:

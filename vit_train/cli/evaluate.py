@@ -7,6 +7,7 @@ import hashlib
 import re
 import sys
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,18 @@ from vit_train.cli import command
 from vit_train.errors import CheckpointError, ConfigError, DataError, suggest
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from vit_train.data import Split
+    from vit_train.precision import Precision
     from vit_train.report.evaluated import Evaluated
     from vit_train.trained import Trained
 
 _OVERRIDABLE = ("data", "strategy", "trainer.precision")
+_FOLDER = "vit_train.data.ImageFolder"
+_FEW = 100  # images, below which a single one moves the figures by more than a point
+_NAMED = 5  # unknown classes named in a message
 # What building and running raise where a stored value, or one beside RUN, makes no sense
 _UNFIT = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
@@ -55,6 +61,7 @@ def report(arguments: argparse.Namespace) -> None:
     Raises:
         CheckpointError, ConfigError, DataError: see the messages.
     """
+    json = None if arguments.json is None else command.output_file("--json", arguments.json)
     from vit_train import checkpoint
     from vit_train.report.console import Console
     from vit_train.report.evaluated import evaluation_tables
@@ -63,18 +70,28 @@ def report(arguments: argparse.Namespace) -> None:
 
     stored, problems = checkpoint.load_run(Path(arguments.run), fits)
     command.say_skipped("vit-eval", problems, stored.path)
-    config = with_overrides(stored_config(stored), arguments.overrides)
+    config = with_overrides(stored_config(stored), arguments.overrides, stored.state["inference"])
     root = other_root(config["data"], stored_config(stored)["data"])
     if root is not None and not any(text.startswith("data.limit=") for text in arguments.overrides):
         config["data"]["limit"] = None  # it is about the run's own training images
     strategy, data = build_data(config)
     try:
         trained = from_checkpoint(stored, device=strategy.device, weights=arguments.weights)
+        precision = precision_of(trained, config, strategy.device, arguments.overrides)
         split, splits = choose(arguments.split, data, elsewhere=root is not None)
-        place = place_of(arguments, split, root)
+        place = place_of(arguments, split, root, json)
         if place.folder is not None:
             check_place(place.folder)  # now, not after the work
-        evaluated, mistakes = _evaluate(trained, config, strategy, data, splits, split, arguments)
+        fingerprint = data.fingerprint()
+        own = fingerprint == stored.state.get("dataset_fingerprint")
+        about = {
+            "split": split,
+            "tta": arguments.tta,
+            "overrides": arguments.overrides,
+            "notes": notes_on(data, splits, asked=arguments.split, own=own, elsewhere=root is not None),
+            "dataset_fingerprint": fingerprint,
+        }
+        evaluated, mistakes = _evaluate(trained, precision, strategy, data, splits, about)
     except _UNFIT as error:
         lost = data.worker_lost(error)
         if lost is not None or type(error).__name__ == "OutOfMemoryError":
@@ -93,66 +110,102 @@ def report(arguments: argparse.Namespace) -> None:
 
 def _evaluate(
     trained: Trained,
-    config: dict[str, Any],
+    precision: Precision,
     strategy: Any,
     data: Any,
     splits: list[Split],
-    label: str,
-    arguments: argparse.Namespace,
+    about: dict[str, Any],
 ) -> tuple[Evaluated, Tensor | None]:
     """The figures, and the images of the worst mistakes, if there are any."""
     from datetime import UTC, datetime
 
     from tqdm import tqdm
 
-    from vit_train.data import Chosen, ImageFolder
+    from vit_train.data import Chosen
     from vit_train.evaluation import Collector, MirrorMean, evaluate
     from vit_train.objective import CrossEntropy
-    from vit_train.precision import resolve_precision
     from vit_train.report.evaluated import evaluated
 
-    precision = config["trainer"]["precision"]
-    if precision == "fp16" and strategy.device.type == "cpu":
-        precision = "fp32"
     chosen, collector = Chosen(data, splits), Collector()
     evaluation = evaluate(
-        MirrorMean(trained.model) if arguments.tta == "hflip" else trained.model,
-        tqdm(chosen, desc=label, unit="batch", leave=False, disable=not sys.stderr.isatty()),
+        MirrorMean(trained.model) if about["tta"] == "hflip" else trained.model,
+        tqdm(chosen, desc=about["split"], unit="batch", leave=False, disable=not sys.stderr.isatty()),
         objective=CrossEntropy(trained.class_names, [1] * len(trained.class_names)),
         transform=trained.batch_transform(),
         strategy=strategy,
-        precision=resolve_precision(precision, strategy.device),
+        precision=precision,
         num_classes=len(trained.class_names),
         class_map=class_map(data.class_names, trained.class_names).to(strategy.device),
         collect=collector,
     )
     assert evaluation is not None
     predictions = collector.finish()
-    name = data.root if isinstance(data, ImageFolder) else type(data).__name__
-    notes = []
-    if label == "all" and arguments.split is None:
-        notes = [f"{name} has no test or val split: all of its {evaluation.images:,} images are evaluated"]
     report = evaluated(
         evaluation,
         predictions,
         class_names=trained.class_names,
         files=[chosen.source(i) for i in predictions.index.tolist()],
         about={
-            "split": label,
-            "data": str(name),
+            **about,
+            "data": _name(data),
             "checkpoint": str(trained.path),
             "step": trained.step,
             "weights": trained.weights,
-            "tta": arguments.tta,
-            "overrides": arguments.overrides,
-            "notes": notes,
             "device": strategy.describe(),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "dataset_fingerprint": data.fingerprint(),
         },
     )
     wrong = predictions.index[report.mistakes].tolist()
     return report, chosen.images(wrong) if wrong else None
+
+
+def notes_on(data: Any, splits: list[Split], *, asked: str | None, own: bool, elsewhere: bool) -> list[str]:
+    """What the reader of the figures should know.
+
+    Args:
+        data: after `setup`.
+        splits: what was evaluated.
+        asked: --split.
+        own: whether the images are exactly those of the run, wherever they are.
+        elsewhere: whether another folder was typed.
+    """
+    notes, images = [], sum(data.sizes[split] for split in splits)
+    if asked is None and "train" in splits:
+        notes.append(f"{_name(data)} has no test or val split: all of its {images:,} images are evaluated")
+    if "train" in splits and (own or not elsewhere):
+        # with another limit, or files that came later, not all of them
+        known = f"{data.sizes['train']:,}" if own else "some"
+        notes.append(
+            f"{known} of these {images:,} images were trained on: "
+            "the figures are better than those of new images"
+        )
+    if images < _FEW:
+        notes.append(f"{images} images only: a single one moves top-1 by {100 / images:.1f} points")
+    return notes
+
+
+def _name(data: Any) -> str:
+    from vit_train.data import ImageFolder
+
+    return str(data.root) if isinstance(data, ImageFolder) else type(data).__name__
+
+
+def precision_of(
+    trained: Trained, config: dict[str, Any], device: torch.device, overrides: list[str]
+) -> Precision:
+    """What was typed, else what every command that uses the model computes in.
+
+    Raises:
+        ConfigError: the device does not compute in what was typed.
+    """
+    from vit_train.precision import resolve_precision
+
+    if not any(text.startswith("trainer.precision=") for text in overrides):
+        return trained.precision()
+    try:
+        return resolve_precision(config["trainer"]["precision"], device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def choose(asked: str | None, data: Any, *, elsewhere: bool) -> tuple[str, list[Split]]:
@@ -176,21 +229,23 @@ def choose(asked: str | None, data: Any, *, elsewhere: bool) -> tuple[str, list[
 
 def other_root(data: dict[str, Any], stored: dict[str, Any]) -> Path | None:
     """The folder that was typed, where it is not the one of the run."""
+    if data.get("_target_") != stored.get("_target_"):
+        return Path(str(data.get("root"))).expanduser()
     folders = [Path(str(node.get("root"))).expanduser() for node in (data, stored)]
     return folders[0] if folders[0].absolute() != folders[1].absolute() else None
 
 
-def place_of(arguments: argparse.Namespace, split: str, root: Path | None) -> Place:
+def place_of(arguments: argparse.Namespace, split: str, root: Path | None, json: Path | None) -> Place:
     """Where the report goes; see `Place`. With --json alone only the figures are written, there.
 
     Raises:
-        ConfigError: RUN/eval leads elsewhere.
+        ConfigError: RUN/eval is a link.
     """
     from vit_train.checkpoint import MANIFEST
 
-    run, json = Path(arguments.run), Path(arguments.json) if arguments.json else None
-    if arguments.out:
-        return Place(Path(arguments.out), None, json)
+    run = Path(arguments.run)
+    if arguments.out is not None:
+        return Place(Path(arguments.out).expanduser(), None, json)
     if json is not None or (run / MANIFEST).is_file():
         return Place(None, None, json)
     name = split
@@ -200,11 +255,10 @@ def place_of(arguments: argparse.Namespace, split: str, root: Path | None) -> Pl
         name = f"{plain}-{hashlib.sha256(place).hexdigest()[:6]}_{split}"
     name += f"_{arguments.tta}" if arguments.tta else ""
     name += f"_{arguments.weights}" if arguments.weights != "auto" else ""
-    if (run / "eval").is_symlink():
-        raise ConfigError(f"{run / 'eval'} is a link: remove it, or type --out DIR")
     tensorboard = run / "tensorboard"
     logs = tensorboard.is_dir() and not tensorboard.is_symlink()
-    return Place(run / "eval" / name, tensorboard / f"eval_{name}" if logs else None, None)
+    folder = command.output_folder(run, "eval") / name
+    return Place(folder, tensorboard / f"eval_{name}" if logs else None, None)
 
 
 def _write(place: Place, evaluated: Evaluated, mistakes: Tensor | None) -> list[Path]:
@@ -241,15 +295,21 @@ def class_map(data_classes: list[str], model_classes: list[str]) -> Any:
     """The model's class id of each of the data's classes, by name: (len(data_classes),) int64.
 
     Raises:
-        DataError: the data has a class the model was not trained on.
+        DataError: the data has classes the model was not trained on.
     """
     import torch
 
     ids = {name: i for i, name in enumerate(model_classes)}
     unknown = [name for name in data_classes if name not in ids]
     if unknown:
+        named = ", ".join(map(repr, unknown[:_NAMED]))
+        if len(unknown) == 1:
+            what = f"class {named} of the data is not one the model knows{suggest(unknown[0], ids)}"
+        else:
+            more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+            what = f"classes {named}{more} of the data are not ones the model knows"
         raise DataError(
-            f"class {unknown[0]!r} of the data is not one the model knows{suggest(unknown[0], ids)} "
+            f"{what}: names must be equal, capitals included: rename the folder, or leave it out "
             f"(it knows: {', '.join(model_classes)})"
         )
     return torch.tensor([ids[name] for name in data_classes])
@@ -291,8 +351,17 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def with_overrides(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def with_overrides(
+    config: dict[str, Any], overrides: list[str], inference: Mapping[str, Any]
+) -> dict[str, Any]:
     """The stored configuration with trailing `key=value` arguments, values read as YAML.
+
+    `data=imagefolder` counts first, wherever it stands: `data.root` and the others are keys of the folder.
+
+    Args:
+        config: stored.
+        overrides: as typed.
+        inference: what the checkpoint says of the images the model takes.
 
     Raises:
         ConfigError: an argument is no `key=value`, or its key is not one evaluation uses.
@@ -302,17 +371,29 @@ def with_overrides(config: dict[str, Any], overrides: list[str]) -> dict[str, An
     import yaml
 
     config = copy.deepcopy(config)
+    groups = [text for text in overrides if text.startswith("data=")]
+    for text in groups:
+        if text != "data=imagefolder":
+            raise ConfigError(
+                f"{text}: other data is a folder of images: "
+                "type data=imagefolder data.root=/path/to/your/folder"
+            )
+    if groups and config["data"].get("_target_") != _FOLDER:
+        config["data"] = folder_for(config["data"], inference)
+    overrides = [text for text in overrides if text not in groups]
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r}: expected key=value, such as data.root=other/photos")
-        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in _OVERRIDABLE):
+        if key != _OVERRIDABLE[-1] and not key.startswith(tuple(f"{group}." for group in _OVERRIDABLE)):
             raise ConfigError(f"{key}: evaluation uses only {', '.join(f'{a}.*' for a in _OVERRIDABLE[:2])}")
         *parents, name = key.split(".")
         node = config
         for part in parents:
             node = node.get(part, {}) if isinstance(node, dict) else {}
-        if not parents or not isinstance(node, dict) or name not in node or name.startswith("_"):
+        if not isinstance(node, dict) or name not in node or name.startswith("_"):
+            if key == "data.root":
+                raise ConfigError(f"the run's data is no folder: type data=imagefolder {override}")
             known = [k for k in node if not k.startswith("_")] if isinstance(node, dict) else []
             raise ConfigError(f"{key}: no such key{suggest(name, known)} (choices: {', '.join(known)})")
         try:
@@ -322,12 +403,33 @@ def with_overrides(config: dict[str, Any], overrides: list[str]) -> dict[str, An
     return config
 
 
+def folder_for(data: Mapping[str, Any], inference: Mapping[str, Any]) -> dict[str, Any]:
+    """The data node of a folder of images, read as the model's own data was.
+
+    Args:
+        data: the stored node, of another data module.
+        inference: what the checkpoint says of the images the model takes.
+    """
+    from vit_train.construct import with_defaults
+
+    loading = ("batch_size", "num_workers", "worker_timeout_seconds")
+    return with_defaults(
+        {
+            "_target_": _FOLDER,
+            "resize": "squash",  # as arrays are
+            **{key: data[key] for key in loading if key in data},
+            **{key: inference[key] for key in ("img_size", "in_channels", "mean", "std")},
+        }
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit-eval",
         description="Evaluates a trained model: loss, top-1, top-5, precision, recall and F1 per class, "
         "confusion matrix, calibration, the most confident mistakes.",
-        epilog="Other data by override, classes are matched by name: vit-eval RUN data.root=other/photos",
+        epilog="Other images, classes are matched by name: vit-eval RUN data.root=other/photos; for a run "
+        "that was not trained on a folder: data=imagefolder data.root=other/photos",
     )
     command.add_run(parser)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.batch_size=512")

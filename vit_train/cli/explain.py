@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from vit_train.trained import Trained
 
 _SHOWN_CHOICES = 20
+_NOTHING = "nothing speaks for it here"
+_LONGEST_NAME = 50  # characters, of up to four bytes each: file systems take 255 bytes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,8 +49,8 @@ def explain(arguments: argparse.Namespace) -> None:
     from vit_train.report.attention import NAMES
     from vit_train.report.overlay import SHEET, Sheet, picture
 
-    stdin = (os.fsdecode(line) for line in sys.stdin.buffer)  # names need not be text
-    files = list(dict.fromkeys(find_images(arguments.images, stdin=stdin, allow_url=False)))
+    found = find_images(arguments.images, stdin=command.stdin_lines(), allow_url=False)
+    files = list(dict.fromkeys(found))
     trained = command.load_run("vit-explain", arguments, command.device(arguments.device))
     method = choose_method(trained, arguments)
     target = None if arguments.class_name is None else class_id(trained, arguments.class_name)
@@ -60,15 +61,15 @@ def explain(arguments: argparse.Namespace) -> None:
         named, total=len(files), unit="image", leave=False, disable=not sys.stderr.isatty()
     ):
         try:
-            found = explain_image(trained, file, method=method, target=target, heads=arguments.heads)
+            explained = explain_image(trained, file, method=method, target=target, heads=arguments.heads)
         except DataError as error:
             tqdm.write(f"vit-explain: skipped: {error}".replace("\n", "\\n"), file=sys.stderr)
             continue
         drawn += 1
         written = folder / f"{name}_{method}.png"
-        write_png(written, picture(found))
-        sheet.add(found)
-        tqdm.write(_line(file, found.title, written), file=sys.stdout)
+        write_png(written, picture(explained))
+        sheet.add(explained)
+        tqdm.write(_line(file, explained.title, written), file=sys.stdout)
     if arguments.sheet and drawn:
         heading = NAMES[method] + (f" for {arguments.class_name}" if target is not None else "")
         write_png(folder / "sheet.png", sheet.draw(heading))
@@ -125,13 +126,21 @@ def explain_image(
     whole = attention.NAMES[method]
     if method == "gradcam":
         whole += f" for {shown_name(trained.class_names[explained], explained)}"
-        whole += f" ({probabilities[explained]:.1%})" if explained != predicted else ""
+
+    def says(chosen: int) -> str:
+        return f"{shown_name(trained.class_names[chosen], chosen)} {probabilities[chosen]:.1%}"
+
+    notes = ["/".join(Path(file).parts[-2:])]
+    if target is not None:
+        notes.insert(0, f"predicted: {says(predicted)}")
+    if not maps.whole.any():
+        notes.insert(0, _NOTHING)
     return Explained(
         image=image,
         box=seen_box(*image.size, img_size=trained.img_size, resize=trained.resize),
         maps=dict(_labelled(name, values, method) for name, values in {whole: maps.whole, **parts}.items()),
-        title=f"{shown_name(trained.class_names[predicted], predicted)} {probabilities[predicted]:.1%}",
-        note="/".join(Path(file).parts[-2:]),
+        title=says(predicted) if target is None else f"explained: {says(target)}",
+        note=", ".join(notes),
     )
 
 
@@ -139,8 +148,8 @@ def _labelled(name: str, values: Tensor, method: Method) -> tuple[str, NDArray[n
     """A map (1, h, w) as it is shown; attention with what a patch gets: it tells a flat map from a peak."""
     shares = values[0].cpu().numpy()
     if method == "gradcam":
-        return name, shares
-    return f"{name}, {shares.min():.1%} to {shares.max():.1%} a patch", shares
+        return name if shares.any() else f"{name}\n{_NOTHING}", shares
+    return f"{name}\n{shares.min():.1%} to {shares.max():.1%} a patch", shares
 
 
 def choose_method(trained: Trained, arguments: argparse.Namespace) -> Method:
@@ -186,14 +195,16 @@ def class_id(trained: Trained, name: str) -> int:
 def output_names(files: list[str]) -> list[str]:
     """A name for each file: its own without suffix, with that of its folder where others have the same.
 
-    Case does not tell names apart: on macOS and Windows it would be the same file.
+    Cut where a file system would not take it with what is added. Case does not tell names apart: on macOS and
+    Windows it would be the same file.
     """
     paths = [Path(file).absolute() for file in files]
-    counts = Counter(path.stem.casefold() for path in paths)
+    stems = [path.stem[:_LONGEST_NAME] for path in paths]
+    counts = Counter(stem.casefold() for stem in stems)
     names: list[str] = []
     taken: set[str] = set()
-    for path in paths:
-        name = path.stem if counts[path.stem.casefold()] == 1 else f"{path.parent.name}_{path.stem}"
+    for path, stem in zip(paths, stems):
+        name = stem if counts[stem.casefold()] == 1 else f"{path.parent.name}_{stem}"[:_LONGEST_NAME]
         unique, number = name, 1
         while unique.casefold() in taken:
             number += 1
@@ -229,7 +240,10 @@ def _folder(arguments: argparse.Namespace) -> Path:
 
     run = Path(arguments.run)
     is_run = not (run / checkpoint.MANIFEST).is_file()
-    folder = Path(arguments.out) if arguments.out else run / "explain" if is_run else Path("explain")
+    if arguments.out:
+        folder = Path(arguments.out).expanduser()
+    else:
+        folder = command.output_folder(run if is_run else Path(), "explain")
     try:
         durable.make_directory(folder)
     except OSError as error:
@@ -254,7 +268,11 @@ def _parser() -> argparse.ArgumentParser:
         help="rollout: attention through all layers (the default for ViT, DeiT, hybrids); attention: of the "
         "last layer; gradcam: what speaks for a class (Swin)",
     )
-    parser.add_argument("--heads", action="store_true", help="a panel for each head of the last layer")
+    parser.add_argument(
+        "--heads",
+        action="store_true",
+        help="a panel for each head of the last layer; alone it means --method attention",
+    )
     parser.add_argument(
         "--class",
         dest="class_name",
@@ -262,7 +280,9 @@ def _parser() -> argparse.ArgumentParser:
         help="with gradcam: explain this class instead of the predicted one",
     )
     parser.add_argument("--out", metavar="DIR", help="default: RUN/explain; for a checkpoint ./explain")
-    parser.add_argument("--sheet", action="store_true", help="also all images on one picture, sheet.png")
+    parser.add_argument(
+        "--sheet", action="store_true", help="also sheet.png: every image beside its map, up to 64"
+    )
     command.add_device(parser)
     return parser
 

@@ -45,8 +45,7 @@ def export(arguments: argparse.Namespace) -> None:
     file_format = arguments.format
     if arguments.names is not None and file_format in ("onnx", "pt2"):
         raise ConfigError(f"--names is for weights; a graph (--format {file_format}) needs none")
-    if arguments.out is not None and Path(arguments.out).is_dir():
-        raise ConfigError(f"--out {arguments.out} is a directory; type the name of a file in it")
+    out = None if arguments.out is None else command.output_file("--out", arguments.out)
 
     import torch
 
@@ -58,6 +57,7 @@ def export(arguments: argparse.Namespace) -> None:
     layout: Layout = arguments.names or "timm"
     shape = (trained.in_channels, trained.img_size, trained.img_size)
     exporting.check_possible(file_format, model)
+    target = out or _default(Path(arguments.run), trained, file_format)
     about = exporting.describe(trained, file_format, layout=layout)
     _progress(f"making the {file_format} file ...")
     content = exporting.make_file(
@@ -66,7 +66,6 @@ def export(arguments: argparse.Namespace) -> None:
     _progress("loading it again and comparing ...")
     difference = exporting.verify(content, file_format, model, image_shape=shape)
 
-    target = Path(arguments.out) if arguments.out else _default(Path(arguments.run), trained, file_format)
     beside = target.with_name(f"{target.name}.json")
     try:
         durable.make_directory(target.parent)
@@ -81,6 +80,8 @@ def export(arguments: argparse.Namespace) -> None:
     )
     print(f"file     {printable(str(target))}  ({len(content) / 1e6:,.1f} MB)")
     print(f"about    {printable(str(beside))}")
+    if about.get("note"):
+        print(f"note     {about['note']}")
 
 
 def _default(run: Path, trained: Trained, file_format: str) -> Path:
@@ -93,7 +94,7 @@ def _default(run: Path, trained: Trained, file_format: str) -> Path:
         home = folder.parent if folder.name == "checkpoints" else folder
     # the name comes from a file: only what is harmless in every file system
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", str(trained.config.get("name") or "")).strip("._-")
-    return home / "export" / f"{name[:_LONGEST_NAME] or 'model'}.{file_format}"
+    return command.output_folder(home, "export") / f"{name[:_LONGEST_NAME] or 'model'}.{file_format}"
 
 
 def _progress(text: str) -> None:

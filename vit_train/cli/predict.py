@@ -39,8 +39,7 @@ def predict(arguments: argparse.Namespace) -> None:
     """
     from vit_train.data.inputs import find_images
 
-    stdin = (os.fsdecode(line) for line in sys.stdin.buffer)  # names need not be text
-    names = find_images(arguments.images, stdin=stdin, allow_url=arguments.allow_url)
+    names = find_images(arguments.images, stdin=command.stdin_lines(), allow_url=arguments.allow_url)
     with _output(arguments.out) as file:
         trained = command.load_run("vit-predict", arguments, command.device(arguments.device))
         failed = _write(arguments, trained, names, file)

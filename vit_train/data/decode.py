@@ -87,7 +87,7 @@ def decode(file: str | Path | bytes, *, name: str | None = None) -> Image.Image:
     except UnidentifiedImageError:
         raise DataError(f"{name} is not an image Pillow can read: repair or remove it") from None
     except FileNotFoundError:
-        raise DataError(f"{name} cannot be read (No such file or directory): put it back") from None
+        raise DataError(f"{name} does not exist: check its name, or put it back") from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
         reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
         raise DataError(f"{name} cannot be read ({reason}): repair or remove it") from error

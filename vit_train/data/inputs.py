@@ -49,7 +49,7 @@ def find_images(arguments: Sequence[str], *, stdin: Iterable[str], allow_url: bo
         where = (
             "the list on stdin is empty" if [*arguments] == [STDIN] else f"no image in {', '.join(arguments)}"
         )
-        raise DataError(f"nothing to predict: {where} (images end in {' '.join(SUFFIXES)})")
+        raise DataError(f"there are no images: {where} (images end in {' '.join(SUFFIXES)})")
     return found
 
 

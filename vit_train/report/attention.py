@@ -10,7 +10,7 @@ Shapes: B batch, C H W image, h w grid of patches, N = h * w patches + prefix to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -79,45 +79,60 @@ def explain(model: nn.Module, images: Tensor, classes: Tensor, *, method: Method
             assert isinstance(model, Swin)
             return gradcam(model, images.float(), classes)
         assert isinstance(model, ViT)
-        weights = attention_weights(model, images.float())
         if method == "rollout":
-            return Maps(_of_patches(model, rollout(weights)), {})
-        heads = _of_patches(model, weights[-1]).unbind(1)
+            return Maps(_of_patches(model, rollout(model, images.float())), {})
+        seen: list[Tensor] = []
+        each_attention(model, images.float(), blocks=model.blocks[-1:], use=seen.append)
+        heads = _of_patches(model, seen[0]).unbind(1)
         parts = {f"head {i + 1}": head for i, head in enumerate(heads)}
-        return Maps(_of_patches(model, weights[-1].mean(1)), parts)
+        return Maps(_of_patches(model, seen[0].mean(1)), parts)
 
 
 @torch.no_grad()
-def attention_weights(model: ViT, images: Tensor) -> list[Tensor]:
-    """The attention of every block, each (B, A, N, N); rows are queries and sum to 1."""
-    seen: list[Tensor] = []
+def each_attention(
+    model: ViT, images: Tensor, *, blocks: nn.ModuleList, use: Callable[[Tensor], None]
+) -> None:
+    """Shows the attention of blocks, first to last, and keeps none: all together can take gigabytes.
+
+    Args:
+        model: what the blocks are of.
+        images: (B, C, H, W).
+        blocks: which ones.
+        use: gets (B, A, N, N); rows are queries and sum to 1.
+    """
 
     def look(attn: nn.Module, inputs: tuple[Tensor]) -> None:
-        seen.append(attn.weights(*inputs))  # type: ignore[operator]
+        use(attn.weights(*inputs))  # type: ignore[operator]
 
     with ExitStack() as hooks:
-        for block in model.blocks:
+        for block in blocks:
             hooks.enter_context(block.attn.register_forward_pre_hook(look))  # type: ignore[union-attr]
         model.forward(images)  # not a call of the model, which torch.compile may have replaced
-    return seen
 
 
-def rollout(weights: Sequence[Tensor]) -> Tensor:
+def rollout(model: ViT, images: Tensor) -> Tensor:
     """How much of each input token is in each token after the last block.
 
     Each block mixes its tokens by the mean of its heads, and by as much again keeps them where they are (the
     residual connection): 0.5 A + 0.5 I. The product over the blocks is what reaches the end.
 
     Args:
-        weights: of each block, first to last, (B, A, N, N).
+        model: in evaluation mode.
+        images: (B, C, H, W).
 
     Returns:
         (B, N, N), rows sum to 1.
     """
-    identity = torch.eye(weights[0].shape[-1], dtype=weights[0].dtype, device=weights[0].device)
-    flow = identity
-    for block in weights:
-        flow = (0.5 * block.mean(1) + 0.5 * identity) @ flow
+    flow: Tensor | None = None
+
+    def mix(weights: Tensor) -> None:
+        nonlocal flow
+        identity = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
+        block = 0.5 * weights.mean(1) + 0.5 * identity
+        flow = block if flow is None else block @ flow
+
+    each_attention(model, images, blocks=model.blocks, use=mix)
+    assert flow is not None, "a model without blocks, which `methods` knows nothing for"
     return flow
 
 
@@ -205,14 +220,14 @@ def sheet_of_attention(trainer: Trainer) -> NDArray[np.uint8] | None:
         return None
     batch = data.examples(split, _ON_SHEET)
     images, targets = trainer.parts.eval_transform(trainer.strategy.to_device(batch), 0, 0)
-    with unchanged(model), torch.no_grad(), autocast(trainer.precision, device):
-        confidence, predicted = model.forward(images).float().softmax(1).max(1)
     method, *_ = methods(model)
-    maps = explain(model, images, predicted, method=method)
     sheet = Sheet()
-    answers = zip(predicted.tolist(), confidence.tolist(), targets.tolist())
-    for pixels, values, (guess, share, truth) in zip(batch.images, maps.whole.cpu().numpy(), answers):
-        image = to_pil_image(pixels)
+    # one at a time: this runs beside a training that may have left little memory
+    for pixels, single, truth in zip(batch.images, images.split(1), targets.tolist()):
+        with unchanged(model), torch.no_grad(), autocast(trainer.precision, device):
+            confidence, predicted = model.forward(single).float().softmax(1).max(1)
+        values = explain(model, single, predicted, method=method).whole[0].cpu().numpy()
+        image, guess, share = to_pil_image(pixels), int(predicted), float(confidence)
         right = guess == truth
         sheet.add(
             Explained(

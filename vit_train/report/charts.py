@@ -147,7 +147,7 @@ def reliability_chart(found: Calibration) -> NDArray[np.uint8]:
     above.plot((0, 1), (0, 1), "--", color=INK, linewidth=1, label="perfectly calibrated")
     above.set(xlim=(0, 1), ylim=(0, 1))
     above.set_ylabel("accuracy", color=INK)
-    above.legend(frameon=False, fontsize=8, loc="upper left")
+    above.legend(fontsize=8, loc="upper left", edgecolor="none")  # a bar may stand behind it
     mean = np.nansum(found.confidence * found.images) / found.images.sum()
     right = np.nansum(found.accuracy * found.images) / found.images.sum()
     above.set_title(

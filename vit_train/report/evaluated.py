@@ -276,6 +276,8 @@ def evaluation_tables(report: Evaluated) -> list[Table]:
     for heading in cells:
         overall.add_column(heading, justify="left" if heading in ("split", "weights", "tta") else "right")
     overall.add_row(*cells.values())
+    overall.caption = "macro F1: mean of the classes that have images"
+    overall.caption_justify = "left"
 
     classes = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("class", "images", "top-1 %", "precision %", "F1 %", "most often taken for"):

@@ -1,7 +1,8 @@
 """report.html of vit-eval: one file with everything in it, to be opened anywhere or mailed.
 
-No scripts and nothing from elsewhere: pictures are data URIs. Names from files are escaped for terminals
-first (control and direction characters), then for HTML.
+No scripts and nothing from elsewhere: pictures are data URIs. Where the run and the images lie on this
+machine is not said: paths start at the run directory and inside the folder of images. Names from files are
+escaped for terminals first (control and direction characters), then for HTML.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import html
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from vit_train.errors import printable
 from vit_train.report.evaluated import ClassFigures, Evaluated, worst_first
@@ -28,7 +30,8 @@ body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 62rem; background: 
   color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
-p { margin: .25rem 0 1rem; }
+p { margin: .25rem 0 1rem; overflow-wrap: anywhere; }
+.note { border-left: .25rem solid var(--bar); padding-left: .75rem; }
 .soft { color: var(--soft); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem;
   margin: 1.25rem 0; }
@@ -39,15 +42,23 @@ p { margin: .25rem 0 1rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-.text { text-align: left; }
-.file { overflow-wrap: anywhere; min-width: 11rem; }
-th.text { white-space: nowrap; }
-.share { background: linear-gradient(90deg, var(--bar) var(--to), transparent var(--to)); }
+.text { text-align: left; overflow-wrap: anywhere; }
+.file { min-width: 11rem; }
+/* below the number: the end of a bar behind it would cross a digit */
+.share { background: linear-gradient(90deg, var(--bar) var(--to), transparent var(--to))
+  bottom / 100% .25rem no-repeat; }
 .facts th { text-align: left; width: 1%; padding-left: 0; vertical-align: top; }
 .facts td { text-align: left; overflow-wrap: anywhere; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: .6rem;
   border: 1px solid var(--line); }
 summary { cursor: pointer; padding: .3rem 0; }
+@media (max-width: 40rem) {
+  table { font-size: .74rem; }
+  th, td { padding: .3rem .15rem; }
+  th { white-space: normal; }
+  .text { min-width: 4.3rem; }
+  .file { min-width: 6rem; }
+}
 """
 
 
@@ -59,12 +70,12 @@ def evaluation_page(report: Evaluated, pictures: Mapping[str, bytes]) -> str:
         pictures: PNG files: `confusion.png`, `reliability.png` and, where there are mistakes, `mistakes.png`.
     """
     about = report.about
-    title = f"{about['split']} images of {Path(about['data']).name or about['data']}"
+    title = f"{about['split']} images of {_data_name(about)}"
     sections = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="soft">{_text(_subtitle(report))}</p>',
         _tiles(report),
-        *(f"<p>{_text(note)}</p>" for note in about["notes"]),
+        *(f'<p class="note">{_text(_without_place(note, about))}</p>' for note in about["notes"]),
         _classes(report),
         _confusion(report, pictures["confusion.png"]),
         _reliability(report, pictures["reliability.png"]),
@@ -83,7 +94,7 @@ def evaluation_page(report: Evaluated, pictures: Mapping[str, bytes]) -> str:
 def _subtitle(report: Evaluated) -> str:
     about = report.about
     tta = ", mean over each image and its mirror image (tta: hflip)" if about["tta"] == "hflip" else ""
-    return f"{about['checkpoint']}, step {about['step']:,}, {about['weights']} weights{tta}"
+    return f"{_checkpoint_name(about)}, step {about['step']:,}, {about['weights']} weights{tta}"
 
 
 def _tiles(report: Evaluated) -> str:
@@ -114,7 +125,7 @@ def _classes(report: Evaluated) -> str:
         )
     precision, recall, f1 = map(percent, report.macro)
     rows.append(
-        '<tr><th class="text">mean of the classes</th>'
+        '<tr><th class="text">mean of the classes that have images</th>'
         f"<th>{report.evaluation.images:,}</th><th>{recall}</th><th>{precision}</th><th>{f1}</th><th></th></tr>"
     )
     headings = ("class", "images", "top-1 %", "precision %", "F1 %", "most often taken for")
@@ -162,7 +173,7 @@ def _confusion(report: Evaluated, picture: bytes) -> str:
 
 def _reliability(report: Evaluated, picture: bytes) -> str:
     return (
-        "<h2>Is confidence accuracy?</h2>\n"
+        "<h2>Is it right as often as it is sure?</h2>\n"
         '<p class="soft">Of the images that the model is 80% sure of, 80% should be right. '
         f"Expected calibration error over 15 bins: {percent(report.calibration.ece)}%.</p>\n"
         f"{_picture(picture, 'Reliability diagram')}"
@@ -174,9 +185,10 @@ def _mistakes(report: Evaluated, picture: bytes | None) -> str:
     if picture is None:
         return f"{heading}\n<p>There are none: every image was recognised.</p>"
     found, names, rows = report.predictions, report.class_names, []
+    root = f"{Path(report.about['data']).expanduser()}/"
     for number, i in enumerate(report.mistakes, start=1):
         rows.append(
-            f'<tr><td>{number}</td><td class="text file">{_text(report.files[i])}</td>'
+            f'<tr><td>{number}</td><td class="text file">{_text(report.files[i].removeprefix(root))}</td>'
             f'<td class="text">{_text(names[found.targets[i]])}</td>'
             f'<td class="text">{_text(names[found.predicted[i]])}</td>'
             f"<td>{percent(float(found.confidence[i]))}</td></tr>"
@@ -192,13 +204,13 @@ def _mistakes(report: Evaluated, picture: bytes | None) -> str:
 def _facts(report: Evaluated) -> str:
     about = report.about
     facts = {
-        "checkpoint": about["checkpoint"],
+        "checkpoint": _checkpoint_name(about),
         "step": f"{about['step']:,}",
         "weights": about["weights"],
         "tta": about["tta"] or "none",
-        "data": about["data"],
+        "data": _data_name(about),
         "split": about["split"],
-        "overrides": " ".join(about["overrides"]) or "none",
+        "overrides": _without_place(" ".join(about["overrides"]), about) or "none",
         "data fingerprint": about["dataset_fingerprint"],
         "device": about["device"],
         "images/s": f"{report.predictions.images_per_second:,.0f}, after the first batch, reading included",
@@ -206,6 +218,20 @@ def _facts(report: Evaluated) -> str:
     }
     rows = "".join(f"<tr><th>{name}</th><td>{_text(value)}</td></tr>" for name, value in facts.items())
     return f'<h2>What was evaluated</h2>\n<table class="facts">{rows}</table>'
+
+
+def _checkpoint_name(about: Mapping[str, Any]) -> str:
+    """`run/checkpoints/step_x` of a run, `step_x` of a checkpoint that lies elsewhere."""
+    *_, run, folder, step = "", "", *Path(about["checkpoint"]).absolute().parts
+    return f"{run}/{folder}/{step}" if folder == "checkpoints" else step
+
+
+def _data_name(about: Mapping[str, Any]) -> str:
+    return Path(about["data"]).name or str(about["data"])
+
+
+def _without_place(text: str, about: Mapping[str, Any]) -> str:
+    return text.replace(about["data"], _data_name(about))
 
 
 def _table(headings: Iterable[str], rows: Iterable[str], *, text: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """Pictures of where a model looks: a map laid over the image it belongs to, alone or on a sheet.
 
-A map covers only what the model saw of an image; the rest is shown dimmed. Every map has its own scale, from
-its smallest to its largest value.
+A map covers only what the model saw of an image; the rest is shown dark. Every map has its own scale, from
+its smallest to its largest value: the more, the more it covers of the image.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from vit_train.errors import printable
 from vit_train.report.pictures import fonts_for
@@ -26,6 +26,9 @@ _MAX_WIDTH = 4096  # pixels of all panels of a row: a photograph beside its over
 _ENLARGED = 256  # pixels of the shorter side that a small image is enlarged towards, by a whole number
 _TILE = 144  # side of an image on a sheet
 _COLORS = "viridis"  # perceptually uniform, and told apart by the colour-blind
+_COVER = 0.8  # opacity of the largest value; the smallest is transparent
+_GREY = 0.8  # brightness the image keeps under a map, so that yellow stands out from white
+_UNSEEN = "dark: not seen by the model"
 _INK, _FAINT = "#1f2328", "#59636e"
 RIGHT, WRONG = "#1a7f37", "#cf222e"  # titles, as on the sheet of predictions
 _TEXT = 1 / 24  # height of text over the width of a panel; all distances are multiples of it
@@ -39,7 +42,8 @@ class Explained:
     Attributes:
         image: of any size, mode L or RGB.
         box: the part of it that the model saw.
-        maps: (h, w) each, spread over that part, under the names they are shown by; the first one counts.
+        maps: (h, w) each, spread over that part, under the names they are shown by, of one or more lines;
+            the first one counts.
         title: what was predicted.
         note: a second, fainter line.
         color: of the title.
@@ -65,15 +69,11 @@ def place(values: NDArray[np.float32], size: tuple[int, int], box: Box) -> NDArr
         (height, width), NaN outside the box.
     """
     placed = np.full((size[1], size[0]), np.nan, dtype=np.float32)
-    spans, cells = [], []
-    for start, end, side, number in zip(box[:2], box[2:], size, values.shape[::-1]):
-        # the pixels whose centres are inside, at least one
-        first = min(max(math.ceil(start - 0.5), 0), side - 1)
-        last = max(min(math.ceil(end - 0.5), side), first + 1)
+    x0, y0, x1, y1 = _pixels(size, box)
+    cells = []
+    for first, last, start, end, number in zip((x0, y0), (x1, y1), box[:2], box[2:], values.shape[::-1]):
         per_pixel = number / (end - start)
         cells.append((max((first - start) * per_pixel, 0.0), min((last - start) * per_pixel, number)))
-        spans.append((first, last))
-    (x0, x1), (y0, y1) = spans
     (left, right), (top, bottom) = cells
     inside = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32))
     resized = inside.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
@@ -81,8 +81,18 @@ def place(values: NDArray[np.float32], size: tuple[int, int], box: Box) -> NDArr
     return placed
 
 
+def _pixels(size: tuple[int, int], box: Box) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the pixels whose centres are inside the box, at least one."""
+    spans = []
+    for start, end, side in zip(box[:2], box[2:], size):
+        first = min(max(math.ceil(start - 0.5), 0), side - 1)
+        spans.append((first, max(min(math.ceil(end - 0.5), side), first + 1)))
+    (x0, x1), (y0, y1) = spans
+    return x0, y0, x1, y1
+
+
 def overlay(image: Image.Image, values: NDArray[np.float32], box: Box) -> NDArray[np.uint8]:
-    """The image in grey under the colours of the map, dimmed where the model did not look.
+    """The image in grey under the colours of the map, dark where the model did not look.
 
     Args:
         image: mode L or RGB.
@@ -97,17 +107,31 @@ def overlay(image: Image.Image, values: NDArray[np.float32], box: Box) -> NDArra
     low, high = float(values.min()), float(values.max())
     level = (placed - low) / (high - low) if high > low else np.where(np.isnan(placed), np.nan, 0.0)
     seen = ~np.isnan(level)
-    grey = np.asarray(image.convert("L"), dtype=np.float32)[:, :, None]
-    painted = np.where(seen[:, :, None], 0.4 * grey + 0.6 * _colors(np.nan_to_num(level)), 0.3 * grey + 30)
+    grey = np.asarray(image.convert("L"), dtype=np.float32)
+    painted = np.where(seen[:, :, None], _painted(grey, np.nan_to_num(level)), 0.25 * grey[:, :, None] + 10)
     return painted.round().astype(np.uint8)
 
 
-def _colors(level: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Colours of levels between 0 and 1, (...) -> (..., 3) up to 255."""
+def _painted(grey: NDArray[np.float32], level: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Levels between 0 and 1 over a grey image up to 255, (h, w) -> (h, w, 3); the smallest is clear."""
     from matplotlib import colormaps
 
     table = 255 * colormaps[_COLORS](np.arange(256))[:, :3].astype(np.float32)
-    return table[(255 * level).round().clip(0, 255).astype(np.uint8)]
+    colors = table[(255 * level).round().clip(0, 255).astype(np.uint8)]
+    cover = _COVER * level[:, :, None]
+    return (1 - cover) * _GREY * grey[:, :, None] + cover * colors
+
+
+def _framed(image: Image.Image, box: Box) -> NDArray[np.uint8]:
+    """The image in RGB with a thin frame around what the model saw, where that is not all of it."""
+    shown = image.convert("RGB")
+    x0, y0, x1, y1 = inside = _pixels(image.size, box)
+    if inside != (0, 0, *image.size):
+        line = max(1, min(image.size) // 250)
+        paper = ImageDraw.Draw(shown)  # dark beside light: one of them stands out from any picture
+        paper.rectangle((x0, y0, x1 - 1, y1 - 1), outline="black", width=line)
+        paper.rectangle((x0 + line, y0 + line, x1 - 1 - line, y1 - 1 - line), outline="white", width=line)
+    return np.asarray(shown)
 
 
 def picture(explained: Explained) -> NDArray[np.uint8]:
@@ -119,22 +143,28 @@ def picture(explained: Explained) -> NDArray[np.uint8]:
     columns = number if number < 4 else math.ceil(math.sqrt(number))
     width, height = _panel_size(explained.image.size, columns)
     image, box = _resized(explained.image, explained.box, (width, height))
-    panels = {"image": np.asarray(image.convert("RGB"))}
-    panels |= {name: overlay(image, values, box) for name, values in explained.maps.items()}
+    panels = [("image", _framed(image, box))]
+    panels += [(name, overlay(image, values, box)) for name, values in explained.maps.items()]
+    if len(panels) > 1 and _pixels(image.size, box) != (0, 0, *image.size):
+        name, first = panels[1]
+        panels[1] = f"{name}\n{_UNSEEN}", first
+    lines = max(name.count("\n") + 1 for name, _ in panels)
 
     text = max(13, round(_TEXT * min(width, 1.5 * height)))
-    across, down = max(width, 12 * text), height + 2 * text
+    across, down = max(width, 14 * text), height + round((0.8 + 1.2 * lines) * text)
     page = _Page(columns * (across + text) + text, round(4.4 * text) + -(-number // columns) * down)
     legend = page.legend(page.width - text, round(1.5 * text), size=0.85 * text)
     page.write(
         explained.title, text, 1.5 * text, size=1.3 * text, room=legend - 2 * text, color=explained.color
     )
     page.write(explained.note, text, 2.9 * text, size=0.85 * text, room=page.width - 2 * text, color=_FAINT)
-    for i, (name, panel) in enumerate(panels.items()):
+    for i, (name, panel) in enumerate(panels):
         row, column = divmod(i, columns)
         x, y = text + column * (across + text), 4 * text + row * down
         page.put(panel, x, y)
-        page.write(name, x, y + height + 0.9 * text, size=0.85 * text, room=across, color=_FAINT)
+        for number, line in enumerate(name.split("\n")):
+            below = y + height + (0.9 + 1.2 * number) * text
+            page.write(line, x, below, size=0.85 * text, room=across, color=_FAINT)
     return page.draw()
 
 
@@ -153,7 +183,7 @@ class Sheet:
         image, box = _resized(explained.image, explained.box, (width, height))
         values = next(iter(explained.maps.values()))
         about = Explained(image, box, {}, explained.title, explained.note, explained.color)
-        self.tiles.append((np.asarray(image.convert("RGB")), overlay(image, values, box), about))
+        self.tiles.append((_framed(image, box), overlay(image, values, box), about))
 
     def draw(self, heading: str) -> NDArray[np.uint8]:
         """The sheet, (height, width, 3).
@@ -165,6 +195,8 @@ class Sheet:
         across, down, gap = 2 * _TILE + 4, _TILE + 40, 20
         page = _Page(columns * (across + gap) + gap, 44 + -(-len(self.tiles) // columns) * (down + 10) + 6)
         legend = page.legend(page.width - gap, 22, size=11) if columns > 1 else page.width
+        if any(_pixels(a.image.size, a.box) != (0, 0, *a.image.size) for _, _, a in self.tiles):
+            heading += f" ({_UNSEEN})"
         page.write(heading, gap, 22, size=15, room=legend - 2 * gap, color=_INK)
         for i, (image, painted, about) in enumerate(self.tiles):
             row, column = divmod(i, columns)
@@ -199,7 +231,8 @@ class _Page:
     def legend(self, right: int, y: int, *, size: float) -> float:
         """The colours from less to more, ending at `right`; returns where it starts."""
         width, height = round(9 * size), round(0.8 * size)
-        bar = _colors(np.linspace(0, 1, width, dtype=np.float32))[None].repeat(height, 0)
+        level = np.linspace(0, 1, width, dtype=np.float32)[None].repeat(height, 0)
+        bar = _painted(np.full_like(level, 200), level)
         start = right - width - 3 * size
         self.put(bar.round().astype(np.uint8), round(start), y - height // 2)
         self.write("more", right - 2.6 * size, y, size=size, room=3 * size, color=_FAINT)
@@ -215,8 +248,8 @@ class _Page:
         canvas = FigureCanvasAgg(figure)
         figure.figimage(self.pixels, 0, 0, origin="upper")
         for text, x, y, size, room, color in self.texts:
-            families = fonts_for([text])
-            shown = text if families else text.encode("ascii", "replace").decode()
+            shown = _with_glyphs(text)
+            families = fonts_for([shown])
             line = figure.text(
                 x / self.width,
                 1 - y / self.height,
@@ -232,6 +265,14 @@ class _Page:
                 line.set_text(shown := f"{shown.rstrip()}...")
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _with_glyphs(text: str) -> str:
+    """The text with a question mark for each character that no installed font has."""
+    if fonts_for([text]):
+        return text
+    missing = {c for c in set(text) if not fonts_for([c])}
+    return "".join("?" if c in missing else c for c in text)
 
 
 def _panel_size(size: tuple[int, int], columns: int) -> tuple[int, int]:

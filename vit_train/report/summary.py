@@ -46,12 +46,16 @@ def summary(run: Run) -> Table:
     data, parts = trainer.parts.data, trainer.parts
     node, settings = config["model"], config["trainer"]
     parameters = sum(p.numel() for p in parts.model.parameters())
+    trained = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    frozen = f" ({trained / 1e6:.2f}M trained, the others frozen)" if trained < parameters else ""
+    rates = sorted({group.get("base_lr", group["lr"]) for group in trainer.optimizer.param_groups})
+    falling = f", falling from layer to layer to {rates[0]:.1g}" if len(rates) > 1 else ""
     batch, pieces = min(config["data"]["batch_size"], data.sizes["train"]), settings["grad_accum_steps"]
     split = f" = {pieces} micro-batches of {batch // pieces}" if pieces > 1 else ""
     optimizer = config["optimizer"]
     side = data.img_size
     rows = {
-        "model": f"{node['_target_'].rsplit('.', 1)[-1]}, {parameters / 1e6:.2f}M parameters, "
+        "model": f"{node['_target_'].rsplit('.', 1)[-1]}, {parameters / 1e6:.2f}M parameters{frozen}, "
         f"{run.multiply_adds / 1e9:.3f} GFLOPs an image (multiply-adds)  [{origin['model']}]",
         "data": ", ".join(
             f"{split_name} {size:,}" if size else f"no {split_name}"
@@ -64,7 +68,7 @@ def summary(run: Run) -> Table:
         + (", compiled" if settings["compile"] else ""),
         "batch": f"{batch}{split}, {count(trainer.steps_per_epoch, 'step')} an epoch  "
         f"[{origin['data.batch_size']}]",
-        "optimizer": f"{optimizer['_target_'].rsplit('.', 1)[-1]}, lr {optimizer['lr']:g}  "
+        "optimizer": f"{optimizer['_target_'].rsplit('.', 1)[-1]}, lr {optimizer['lr']:g}{falling}  "
         f"[{origin['optimizer.lr']}]",
         "schedule": origin["schedule"],
         "budget": f"{count(trainer.total_epochs, 'epoch')}, {count(trainer.total_steps, 'step')}  "

@@ -2,7 +2,9 @@
 
 Sources: torchvision's `interpolate_embeddings` (bicubic, corners aligned), timm's `resample_abs_pos_embed`
 (bicubic, antialiased), microsoft/Swin-Transformer's `load_pretrained` for the tables of relative positions.
-Each set of weights is resized as its own project does, so that fine-tuning here starts where it would there.
+Each set of weights is resized as the project does whose names it has, so that fine-tuning here starts where
+it would there. DeiT's names are timm's, so DeiT's files are resized as timm does (its own script leaves the
+antialiasing out: 1e-4 of the logits); tables of relative positions always as microsoft/Swin-Transformer does.
 
 Shapes: N = prefix tokens + h * w, D width, H heads.
 """
@@ -141,10 +143,10 @@ def _other_head(
 
 def _fitted(name: str, given: Tensor, mine: Tensor, model: nn.Module, source: Pretrained) -> Tensor | None:
     """The tensor in the shape the model needs, itself where it has it, None where no rule makes it fit."""
+    if given.ndim != mine.ndim or given.is_floating_point() != mine.is_floating_point():
+        return None
     if given.shape == mine.shape:
         return given
-    if given.ndim != mine.ndim:
-        return None
     if name == "pos_embed" and isinstance(model, ViT) and given.shape[2] == mine.shape[2]:
         prefix = sum(token in source.tensors for token in _TOKENS)
         if prefix == len(model.prefix_tokens()):
@@ -173,7 +175,7 @@ def resize_positions(
     """
     prefix, patches = positions[:, :num_prefix_tokens], positions[:, num_prefix_tokens:]
     side = math.isqrt(patches.shape[1])
-    if side * side != patches.shape[1]:
+    if not side or side * side != patches.shape[1]:
         return None
     image = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     if align_corners:
@@ -195,7 +197,7 @@ def resize_bias_table(table: Tensor, rows: int) -> Tensor | None:
         (rows, H), or None where the rows of the two are no squares.
     """
     side, wanted = math.isqrt(table.shape[0]), math.isqrt(rows)
-    if side**2 != table.shape[0] or wanted**2 != rows:
+    if not side or side**2 != table.shape[0] or wanted**2 != rows:
         return None
     image = table.float().T.reshape(1, -1, side, side)
     resized = F.interpolate(image, size=(wanted, wanted), mode="bicubic")

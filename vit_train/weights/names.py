@@ -65,7 +65,7 @@ def to_ours(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Layout | Non
     Raises:
         ConfigError: they are those of a Swin V2, which is another model.
     """
-    if any("cpb_mlp." in name or name.endswith("logit_scale") for name in tensors):
+    if any("cpb_mlp." in name for name in tensors):
         raise ConfigError(
             "these are the weights of a Swin V2; vit-train has the first Swin (model=swin_tiny)"
         )
@@ -100,10 +100,12 @@ def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 def state_dict_named(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
     """The state dict of a model as another project names it; its model of these sizes loads it strictly.
 
-    Under timm's names it may be any model; what timm has no counterpart for keeps our names.
+    Under timm's names it may be any model: what timm has no counterpart for keeps our names, and a Swin may
+    answer otherwise there (`differs_in_timm`).
 
     Raises:
-        ConfigError: there is no such model in that project, or it would compute something else.
+        ConfigError: torchvision or microsoft/Swin-Transformer have no such model, or it would compute
+            something else there.
     """
     own = model.state_dict()
     if layout == "timm":
@@ -153,10 +155,25 @@ def _check_padding(model: Swin, layout: Layout) -> None:
             whole = axis.size % attn.window_size == 0
             if not whole and (layout == "swin" or attn.mask_padding):
                 raise ConfigError(
-                    f"{name}: a map of {axis.size} tokens is not whole windows of {attn.window_size}, which "
-                    f"{'microsoft/Swin-Transformer cannot' if layout == 'swin' else 'torchvision does not'} "
-                    "hide from the attention (model.mask_padding=true); use timm's names"
+                    f"{name}: a map of {axis.size} tokens is not whole windows of {attn.window_size}, and "
+                    + (
+                        "microsoft/Swin-Transformer has no padding"
+                        if layout == "swin"
+                        else "torchvision does not hide padding from the attention (model.mask_padding=true)"
+                    )
                 )
+
+
+def differs_in_timm(model: nn.Module) -> str | None:
+    """One sentence where timm's model of these sizes loads the weights and answers otherwise, else None."""
+    if isinstance(model, Swin):
+        for _, attn, rows, cols in _maps(model):
+            if rows.size % attn.window_size or cols.size % attn.window_size:
+                return (
+                    f"timm pads a map of {rows.size} x {cols.size} tokens to windows of {attn.window_size} "
+                    "in another way: the weights load there, but the answers differ"
+                )
+    return None
 
 
 def _buffers(model: Swin, layout: Layout) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ class Pretrained:
         mask_padding: of a Swin, how it was trained; None where the weights do not tell.
         class_names: in the order of the logits, where they are known.
         mean, std: normalisation they were trained with, where it is known.
+        skipped: a line for each damaged checkpoint that another one stood in for.
     """
 
     source: str
@@ -54,6 +55,7 @@ class Pretrained:
     class_names: list[str] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    skipped: tuple[str, ...] = ()
 
 
 def absolute_source(source: str | None) -> str | None:
@@ -78,12 +80,12 @@ def read_pretrained(source: str) -> Pretrained:
     if source.startswith(TORCHVISION):
         return _from_torchvision(source)
     path = Path(source).expanduser()
-    if path.is_dir():
-        return _from_run(source, path)
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise CheckpointError(f"init_from={source}: no such file or run{suggest(path.name, siblings)}")
     try:
+        if path.is_dir():
+            return _from_run(source, path)
+        if not path.is_file():
+            siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise CheckpointError(f"init_from={source}: no such file or run{suggest(str(path), siblings)}")
         if path.suffix == ".safetensors":
             return _from_safetensors(source, path)
         if path.suffix in _PICKLED:
@@ -100,12 +102,12 @@ def _from_torchvision(source: str) -> Pretrained:
     from torchvision import models
 
     name = source.removeprefix(TORCHVISION)
-    known = [n for n in models.list_models(module=models) if n.startswith(("vit_", "swin_"))]
+    listed = models.list_models(module=models)
+    known = [n for n in listed if n.startswith(("vit_", "swin_")) and "v2" not in n]
     if name not in known:
-        ours = [n for n in known if "v2" not in n]
         raise ConfigError(
-            f"init_from={source}: no such model in torchvision{suggest(name, ours)} "
-            f"(choices: {', '.join(ours)})"
+            f"init_from={source}: no such model in torchvision{suggest(name, known)} "
+            f"(choices: {', '.join(known)})"
         )
     try:
         weights = models.get_model_weights(name).DEFAULT
@@ -119,7 +121,8 @@ def _from_torchvision(source: str) -> Pretrained:
 
 
 def _from_run(source: str, path: Path) -> Pretrained:
-    stored, _ = checkpoint.load_run(path)
+    # Any model's: what fits is decided tensor by tensor, and nothing of the stored configuration is built.
+    stored, skipped = checkpoint.load_run(path)
     has_ema = any(name.startswith("ema/") for name in stored.tensors)
     prefix = "ema/" if has_ema else "model/"
     tensors = {name[len(prefix) :]: t for name, t in stored.tensors.items() if name.startswith(prefix)}
@@ -130,6 +133,7 @@ def _from_run(source: str, path: Path) -> Pretrained:
         tensors,
         inference if isinstance(inference, dict) else {},
         config.get("model") if isinstance(config, dict) else None,
+        skipped=tuple(skipped),
     )
 
 
@@ -146,6 +150,9 @@ def _from_safetensors(source: str, path: Path) -> Pretrained:
 
 
 def _from_pickle(source: str, path: Path) -> Pretrained:
+    with path.open("rb") as file:
+        if not file.read(2).startswith((b"PK", b"\x80")):  # an archive, or the pickle of older versions
+            raise CheckpointError(f"{path} is no file that torch.save wrote")
     try:
         # DeiT's and Swin's own scripts save their command line beside the weights: a bag of plain values
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -160,8 +167,7 @@ def _from_pickle(source: str, path: Path) -> Pretrained:
             )
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} is no file of weights, or not whole: {reason[:200]}") from error
+        raise CheckpointError(f"{path} is no file of weights, or not whole") from error
     about = saved.get("vit_train") if isinstance(saved, Mapping) else None
     for key in _NESTED:
         if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
@@ -179,7 +185,7 @@ def _exported(source: str, tensors: dict[str, Tensor], about: str) -> Pretrained
     """A file `vit-export` wrote: timm's names, and our own description."""
     try:
         described = json.loads(about)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"init_from={source}: its description is no JSON") from error
     described = described if isinstance(described, dict) else {}
     renamed, _ = to_ours(tensors)
@@ -187,8 +193,14 @@ def _exported(source: str, tensors: dict[str, Tensor], about: str) -> Pretrained
 
 
 def _own(
-    source: str, whose: str, tensors: dict[str, Tensor], about: Mapping[str, Any], model: Any
+    source: str,
+    whose: str,
+    tensors: dict[str, Tensor],
+    about: Mapping[str, Any],
+    model: Any,
+    skipped: tuple[str, ...] = (),
 ) -> Pretrained:
+    _check_tensors(source, tensors)
     names, mean, std = about.get("class_names"), about.get("mean"), about.get("std")
     masked = model.get("mask_padding") if isinstance(model, Mapping) else None
     return Pretrained(
@@ -199,7 +211,25 @@ def _own(
         class_names=[str(name) for name in names] if isinstance(names, list) else None,
         mean=_numbers(mean),
         std=_numbers(std),
+        skipped=skipped,
     )
+
+
+def _check_tensors(source: str, tensors: Mapping[str, Tensor]) -> None:
+    """That they are plain numbers, as many as the file holds.
+
+    Raises:
+        CheckpointError: one is sparse, quantized, complex, somewhere else or not finite, or is a few numbers
+            that claim to be many (an expanded view: working with it could fill the memory).
+    """
+    for name, tensor in tensors.items():
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not plain or tensor.is_complex():
+            raise CheckpointError(f"init_from={source}: {name} is no plain tensor of real numbers")
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise CheckpointError(f"init_from={source}: {name} claims more numbers than the file holds")
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"init_from={source}: {name} is not finite")
 
 
 def _numbers(values: Any) -> tuple[float, ...] | None:
@@ -213,6 +243,7 @@ def _foreign(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Pretrained:
+    _check_tensors(source, tensors)
     plain = dict(tensors)
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in plain)), ""):
         plain = {name[len(prefix) :]: tensor for name, tensor in plain.items()}
