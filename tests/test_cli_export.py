@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(typed, run):
 def test_what_cannot_be_meant(typed, run):
     before = everything_in(run)
     assert_refused(typed("run", "--format", "onnx", "--names", "timm"), 2, "--names is for weights")
-    assert_refused(typed("run", "--format", "pth", "--out", "run"), 2, "--out run is a directory")
+    assert_refused(typed("run", "--format", "pth", "--out", "run"), 2, "--out run is no plain file")
     assert_refused(typed("run", "--format", "pth", "--names", "swin"), 2, "timm's names")
     assert_refused(typed("nowhere", "--format", "pth"), 4, "nowhere does not exist")
     assert everything_in(run) == before

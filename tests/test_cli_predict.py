@@ -248,7 +248,7 @@ def test_csv(typed, runs, images):
         assert good[f"class_{rank}"] == p["class"]
         assert float(good[f"probability_{rank}"]) == p["probability"]
     assert (good["error"], bad["class_1"]) == ("", "")
-    assert bad["error"].startswith("missing.png cannot be read")
+    assert bad["error"].startswith("missing.png does not exist")
 
 
 def test_the_table(typed, runs, images):
