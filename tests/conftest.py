@@ -99,6 +99,16 @@ class Done(NamedTuple):
     err: str
 
 
+def typed_here(main, *arguments, cwd, stdin=b""):
+    """A command as if typed in `cwd`: its entry point, in this process. `stdin=None` is a process without."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "stdin", None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin)))
+        code = main([str(argument) for argument in arguments])
+    return Done(code, out.getvalue(), err.getvalue())
+
+
 def everything_in(folder):
     """Path -> content of all files (None for folders), to see whether anything changed."""
     return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import re
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, Done, checkpoint_hashes, everything_in, vit_train_here
+from conftest import TINY, checkpoint_hashes, everything_in, typed_here, vit_train_here
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -44,15 +44,6 @@ FAMILIES = {
 }
 
 
-def vit_explain_here(*arguments, cwd):
-    """`vit-explain` as if typed in `cwd`: its entry point, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(cwd)
-        code = explain.main(list(arguments))
-    return Done(code, out.getvalue(), err.getvalue())
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A run of one step of each family, made when it is first asked for."""
@@ -84,7 +75,7 @@ def home(tmp_path):
 @pytest.fixture
 def typed(home, runs):
     """`vit-explain RUN ...` in that folder, with the run of a family."""
-    return lambda family, *arguments: vit_explain_here(str(runs(family)), *arguments, cwd=home)
+    return lambda family, *arguments: typed_here(explain.main, str(runs(family)), *arguments, cwd=home)
 
 
 def assert_refused(done, code, *words):
@@ -122,7 +113,7 @@ def test_by_default_the_pictures_are_in_the_run(typed, runs) -> None:
 
 
 def test_a_checkpoint_keeps_its_own_files_only(runs, home) -> None:
-    done = vit_explain_here(str(runs("vit_cls") / "checkpoints/last"), "a/one.png", cwd=home)
+    done = typed_here(explain.main, str(runs("vit_cls") / "checkpoints/last"), "a/one.png", cwd=home)
     assert done.code == 0, done.err
     assert (home / "explain/one_rollout.png").is_file()
 
@@ -182,20 +173,29 @@ def test_a_link_in_a_run_leads_nowhere(runs, home) -> None:
     shutil.copytree(runs("vit_cls"), run)
     outside.mkdir()
     (run / "explain").symlink_to(outside)
-    done = vit_explain_here(str(run), "a/one.png", cwd=home)
+    done = typed_here(explain.main, str(run), "a/one.png", cwd=home)
     assert_refused(done, 2, "explain is a link", "--out")
     assert not list(outside.iterdir())
 
 
 def test_a_list_on_stdin_and_no_stdin(runs, home) -> None:
     run = str(runs("vit_cls"))
-    for stdin, code in ((io.TextIOWrapper(io.BytesIO(b"a/one.png\n")), 0), (None, 3)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.stdin", stdin)
-            done = vit_explain_here(run, "-", "--out", "out", cwd=home)
-            assert done.code == code, done.err
-            assert vit_explain_here(run, "a/one.png", "--out", "out", cwd=home).code == 0
+    for stdin, code in ((b"a/one.png\n", 0), (None, 3)):
+        done = typed_here(explain.main, run, "-", "--out", "out", cwd=home, stdin=stdin)
+        assert done.code == code, done.err
+        named = typed_here(explain.main, run, "a/one.png", "--out", "out", cwd=home, stdin=stdin)
+        assert named.code == 0
     assert "the list on stdin is empty" in done.err
+
+
+def test_a_url_in_a_list_needs_leave(runs, home) -> None:
+    """With it, it is fetched, or reported as an image that is not there."""
+    run, url = runs("vit_cls"), b"http://127.0.0.1:9/x.png"
+    refused = typed_here(explain.main, run, "-", cwd=home, stdin=url)
+    assert_refused(refused, 2, "the list holds the URL", "type --allow-url")
+    allowed = typed_here(explain.main, run, "-", "--allow-url", "--out", "out", cwd=home, stdin=url)
+    assert allowed.code == 3
+    assert "cannot be fetched" in allowed.err
 
 
 def test_a_class_that_was_asked_for_is_in_the_headline(runs, home) -> None:
@@ -263,7 +263,7 @@ def test_what_makes_no_sense_is_one_line(typed, home, family, arguments, words) 
 def test_no_images_and_no_run(typed, home) -> None:
     (home / "empty").mkdir()
     assert_refused(typed("vit_cls", "empty"), 3, "empty")
-    assert_refused(vit_explain_here("nowhere", "a/one.png", cwd=home), 4, "nowhere")
+    assert_refused(typed_here(explain.main, "nowhere", "a/one.png", cwd=home), 4, "nowhere")
 
 
 # -------------------------------------------------------------------------------------------- while training

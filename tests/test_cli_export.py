@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import onnxruntime
 import pytest
 import torch
-from conftest import TINY, Done, command, environment, everything_in, vit_train_here
+from conftest import TINY, command, environment, everything_in, typed_here, vit_train_here
 
 from vit_train.cli import export
 from vit_train.trained import load
-
-
-def vit_export_here(*arguments, cwd):
-    """`vit-export` as if typed in `cwd`: its entry point, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(cwd)
-        code = export.main(list(arguments))
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +38,7 @@ def run(trained_run, in_tmp):
 
 @pytest.fixture
 def typed(in_tmp):
-    return functools.partial(vit_export_here, cwd=in_tmp)
+    return functools.partial(typed_here, export.main, cwd=in_tmp)
 
 
 def assert_refused(done, code, *words):
@@ -161,11 +150,34 @@ def test_a_diverged_model_is_refused_and_the_old_file_stays(typed, run, monkeypa
 def test_a_folder_that_cannot_be_written_is_one_line(typed, run):
     Path("file").touch()
     done = typed("run", "--format", "pth", "--out", "file/x.pth")
-    assert_refused(done, 5, "file/x.pth cannot be written: ")
+    assert_refused(done, 2, "--out file/x.pth cannot be made in ")
     if os.geteuid() != 0:  # root writes anywhere
         Path("locked").mkdir(mode=0o500)
-        assert_refused(typed("run", "--format", "pth", "--out", "locked/x.pth"), 5, "Permission denied")
+        assert_refused(typed("run", "--format", "pth", "--out", "locked/x.pth"), 2, "cannot be made in ")
         assert names_in("locked") == []
+    Path("full").mkdir()
+    Path("full/x.pth.json").mkdir()  # where the description goes
+    assert_refused(
+        typed("run", "--format", "pth", "--out", "full/x.pth"), 5, "full/x.pth cannot be written: "
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
+def test_what_is_no_plain_file_stays_what_it_is(typed, run):
+    """Refused before RUN is even looked for; a link in a run that came from elsewhere is not followed."""
+    os.mkfifo("pipe")
+    Path("mine").write_text("mine")
+    Path("link").symlink_to("mine")
+    for name in ("pipe", "link", "/dev/null", "run/"):
+        done = typed("nowhere", "--format", "pth", "--out", name)
+        assert_refused(done, 2, f"--out {name} is no plain file")
+    assert Path("pipe").is_fifo()
+    assert Path("link").is_symlink()
+    assert Path("mine").read_text() == "mine"
+    Path("outside").mkdir()
+    (run / "export").symlink_to(Path("outside").absolute())
+    assert_refused(typed("run", "--format", "pth"), 2, "run/export is a link", "--out")
+    assert names_in("outside") == []
 
 
 def test_what_cannot_be_meant(typed, run):

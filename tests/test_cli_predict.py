@@ -11,12 +11,12 @@ import shutil
 import subprocess
 import sys
 import threading
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Done, command, environment, everything_in, vit_train_here
+from conftest import TINY, command, environment, everything_in, typed_here, vit_train_here
 from odd_images import EACH, KINDS, picture, saved
 
 from vit_train.cli import data as data_command
@@ -34,16 +34,6 @@ SMALL = (
     "tracker.tensorboard=false",
     "run_dir=run",
 )
-
-
-def vit_predict_here(*arguments, cwd, stdin=b""):
-    """`vit-predict` as if typed in `cwd`: its entry point, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(cwd)
-        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code = predict.main([str(argument) for argument in arguments])
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +60,7 @@ def runs(tmp_path_factory, folder):
 @pytest.fixture
 def typed(in_tmp):
     """`vit-predict` in this process, in an empty directory."""
-    return functools.partial(vit_predict_here, cwd=in_tmp)
+    return functools.partial(typed_here, predict.main, cwd=in_tmp)
 
 
 @pytest.fixture
@@ -296,12 +286,14 @@ def test_an_output_file_is_whole_or_not_there(typed, runs, images, in_tmp):
     assert typed(runs[3], *images, "missing.png", "--out", "p.jsonl").code == 3
     assert len([json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]) == len(images) + 1
     before = everything_in(in_tmp)
-    for out, words in (("no/such/p.csv", "No such file or directory"), ("photos", "is no plain file")):
+    for out, words in (("p.csv/p.csv", "cannot be made in"), ("photos", "is no plain file")):
         done = typed(runs[3], *images, "--out", out)
         assert (done.code, done.out) == (2, "")
         assert re.fullmatch(rf"vit-predict: error: --out {out} .*{words}.*\n", done.err)
     assert typed("no_run", images[0], "--out", "p.csv").code == 4
     assert everything_in(in_tmp) == before
+    assert typed(runs[3], images[0], "--out", "new/folder/p.csv").code == 0
+    assert len(Path("new/folder/p.csv").read_text().splitlines()) == 2
 
 
 def test_names_that_are_not_text(typed, runs, images):

@@ -60,6 +60,17 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Adds IMAGE... and --allow-url, with an epilog that explains them."""
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="file, folder, pattern, URL or -")
+    parser.add_argument("--allow-url", action="store_true", help="also fetch URLs that a list holds")
+    parser.epilog = (
+        "IMAGE is a file, a folder (searched below, sorted), a quoted pattern such as 'photos/**/*.jpg', an "
+        "http or https URL, or - for a list on stdin, one per line. An image that cannot be read is named, "
+        "the rest goes on, and the exit code is 3."
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds --device."""
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
@@ -102,12 +113,18 @@ def stdin_lines() -> Iterator[str]:
 def output_file(option: str, path: str) -> Path:
     """A file that may be written: one that does not exist yet, or a plain one, which is replaced.
 
+    Its folder may not exist yet either, if it can be made.
+
     Raises:
-        ConfigError: it is a directory, a device, a pipe or a link, which a rename would destroy.
+        ConfigError: it is a directory, a device, a pipe or a link, which a rename would destroy; or there can
+            be no file.
     """
     target = Path(path).expanduser()
     if path.endswith(("/", os.sep)) or target.is_symlink() or (target.exists() and not target.is_file()):
         raise ConfigError(f"{option} {path} is no plain file; type the name of one")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"{option} {path} cannot be made in {above}; type another place")
     return target
 
 

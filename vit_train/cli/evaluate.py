@@ -273,6 +273,7 @@ def _write(place: Place, evaluated: Evaluated, mistakes: Tensor | None) -> list[
     written = []
     try:
         if place.json is not None:
+            durable.make_directory(place.json.parent)
             durable.replace(place.json, files.json_text(evaluated))
             written.append(place.json)
     except OSError as error:

@@ -49,7 +49,7 @@ def explain(arguments: argparse.Namespace) -> None:
     from vit_train.report.attention import NAMES
     from vit_train.report.overlay import SHEET, Sheet, picture
 
-    found = find_images(arguments.images, stdin=command.stdin_lines(), allow_url=False)
+    found = find_images(arguments.images, stdin=command.stdin_lines(), allow_url=arguments.allow_url)
     files = list(dict.fromkeys(found))
     trained = command.load_run("vit-explain", arguments, command.device(arguments.device))
     method = choose_method(trained, arguments)
@@ -255,12 +255,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit-explain",
         description="Draws where a trained model looks: the image beside a map over it, as PNG.",
-        epilog="IMAGE is a file, a folder (searched below, sorted), a quoted pattern such as "
-        "'photos/**/*.jpg', an http or https URL, or - for a list on stdin, one per line. An image that "
-        "cannot be read is named, the rest goes on, and the exit code is 3.",
     )
     command.add_run(parser)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="file, folder, pattern, URL or -")
+    command.add_images(parser)
     parser.add_argument(
         "--method",
         choices=("auto", "rollout", "attention", "gradcam"),

@@ -106,14 +106,15 @@ def _output(out: str | None) -> Iterator[IO[str]]:
     Raises:
         ConfigError: it cannot be written.
     """
+    from vit_train import durable
+
     if out is None:
         yield sys.stdout
         return
-    path = Path(out)
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"--out {out} is no plain file: name one, or leave --out away and redirect with >")
+    path = command.output_file("--out", out)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        durable.make_directory(path.parent)
         with aside.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
             yield file
             file.flush()
@@ -138,12 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit-predict",
         description="Predicts the likeliest classes of images.",
-        epilog="IMAGE is a file, a folder (searched below, sorted), a quoted pattern such as "
-        "'photos/**/*.jpg', an http or https URL, or - for a list on stdin, one per line. An image that "
-        "cannot be read is named, the rest goes on, and the exit code is 3.",
     )
     command.add_run(parser)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="file, folder, pattern, URL or -")
+    command.add_images(parser)
     parser.add_argument(
         "--top-k", type=_at_least(1), default=5, metavar="K", help="classes per image; default: 5"
     )
@@ -164,7 +162,6 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: a table on a terminal, CSV for --out NAME.csv, else JSON Lines",
     )
     parser.add_argument("--out", metavar="FILE", help="where the predictions go; default: stdout")
-    parser.add_argument("--allow-url", action="store_true", help="also fetch URLs that a list holds")
     return parser
 
 
