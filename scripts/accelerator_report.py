@@ -5,7 +5,9 @@
 
 1. `pytest -m gpu`: how many passed, failed and were skipped.
 2. Throughput and the cost of the loop: scripts/bench_loop.py for one model of each family.
-3. Each recipe given with --recipes is trained as a user would, and its result.json is kept. An experiment is
+3. How long a step of swin_cifar waits for data: scripts/bench_wait.py, cached on the device, in memory, and
+   read by workers.
+4. Each recipe given with --recipes is trained as a user would, and its result.json is kept. An experiment is
    a recipe too: "experiment=swin_cifar_tutorial".
 
 The file is rewritten after every part, so a call that is cut short keeps what it had.
@@ -67,10 +69,10 @@ def gpu_tests(seconds: float) -> dict[str, Any]:
     return {"exit_code": code, **counts, "failures": failures, "tail": "" if code == 0 else output[-3000:]}
 
 
-def throughput(overrides: list[str], seconds: float) -> dict[str, Any]:
-    """What scripts/bench_loop.py prints."""
-    script = str(ROOT / "scripts" / "bench_loop.py")
-    code, output = run([sys.executable, script, "--rounds", "10", "--steps", "10", *overrides], seconds)
+def benchmark(script: str, overrides: list[str], seconds: float) -> dict[str, Any]:
+    """What a script of this folder prints."""
+    path = str(ROOT / "scripts" / script)
+    code, output = run([sys.executable, path, "--rounds", "10", "--steps", "10", *overrides], seconds)
     found = re.search(r"^\{.*^\}", output, flags=re.MULTILINE | re.DOTALL)
     if code or not found:
         return {"exit_code": code, "tail": output[-1500:]}
@@ -95,7 +97,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipes", nargs="*", default=[], metavar='"key=value ..."')
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["tests", "throughput"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["tests", "throughput", "waiting"])
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -119,7 +121,10 @@ def main() -> None:
         keep("tests", gpu_tests(left()))
     if "throughput" not in arguments.skip:
         for name, overrides in BENCHES.items():
-            keep(f"throughput {name}", throughput(overrides, left()))
+            keep(f"throughput {name}", benchmark("bench_loop.py", overrides, left()))
+    if "waiting" not in arguments.skip:
+        for cache in ("device", "ram", "none"):
+            keep(f"waiting, cache {cache}", benchmark("bench_wait.py", [f"data.cache={cache}"], left()))
     for line in arguments.recipes:
         keep(f"recipe {line}", recipe(line, left()))
 

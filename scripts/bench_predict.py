@@ -68,6 +68,7 @@ def trained_model(device: torch.device, data: ImageFolder, overrides: list[str])
         img_size=data.img_size,
         in_channels=3,
         resize="crop",
+        background=(255, 255, 255),
         config={"trainer": {"precision": "auto"}},
         path=Path(),
         weights="raw",

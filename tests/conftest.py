@@ -38,9 +38,9 @@ TINY = (
     "tracker.tensorboard=false",
 )
 
-# The same for tests/faults: 3 epochs of 6 steps. `pytest.param(..., marks=pytest.mark.faults)` there is a case
+# The same for tests/faults: 3 epochs of 6 steps, each image read by itself. `pytest.param(..., marks=pytest.mark.faults)` there is a case
 # that only `make test-faults` runs.
-EIGHTEEN = (*TINY, "data.limit=96", "run_dir=run")
+EIGHTEEN = (*TINY, "data.limit=96", "data.cache=none", "run_dir=run")
 
 
 def environment() -> dict[str, str]:

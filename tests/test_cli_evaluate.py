@@ -32,7 +32,9 @@ from vit_train.trained import load
 def digits_run(tmp_path_factory):
     """A run on the embedded digits whose best checkpoint is not among the newest."""
     home = tmp_path_factory.mktemp("digits")
-    done = vit_train_here(*TINY, "trainer.keep_checkpoints=2", "run_dir=run", cwd=home)
+    # 80 images to train on, all of the others to evaluate
+    images = ("data.limit=null", "data.train_fraction=0.062")
+    done = vit_train_here(*TINY, *images, "trainer.keep_checkpoints=2", "run_dir=run", "seed=3", cwd=home)
     assert done.code == 0, done.err
     assert json.loads((home / "run/result.json").read_text())["best/epoch"] < 3, "choose another seed"
     return home / "run"
@@ -267,7 +269,7 @@ def test_images_the_run_was_trained_on_are_counted(typed, folder_run, digits_run
     assert known in Path("all/report.html").read_text()
     assert known in report_of(typed, folder_run, "--split", "all")[1]
     # more than the run took: which ones they were is not said
-    some, _ = report_of(typed, digits_run, "--split", "train", "data.limit=null")
+    some, _ = report_of(typed, digits_run, "--split", "train", "data.train_fraction=1.0")
     assert some["notes"][0].startswith("some of these 1,293 images were trained on")
     # a copy is the same data; other images are not
     shutil.copytree(digits_folder, in_tmp / "copy")
@@ -360,8 +362,8 @@ def test_every_image_of_every_split_once(typed, folder_run, digits_folder, setti
 
 def test_training_images_are_those_the_run_was_trained_on(typed, digits_run):
     report, _ = report_of(typed, digits_run, "--split", "train")
-    assert report["images"] == 80  # data.limit
-    assert report_of(typed, digits_run, "--split", "train", "data.limit=null")[0]["images"] == 1293
+    assert report["images"] == 80  # data.train_fraction
+    assert report_of(typed, digits_run, "--split", "train", "data.train_fraction=1.0")[0]["images"] == 1293
 
 
 # -------------------------------------------------------------------------------------------------- the files

@@ -150,7 +150,8 @@ def test_result_json_holds_fractions(full):
     for key in figures:
         assert 0 <= result[f"{key}/top1"] <= result[f"{key}/top5"] <= 1
         assert result[f"{key}/loss"] > 0
-    assert result["test/top1"] * 360 == pytest.approx(round(result["test/top1"] * 360), abs=1e-9)
+    hits = result["test/top1"] * 80  # data.limit cuts every split
+    assert hits == pytest.approx(round(hits), abs=1e-9)
     assert (result["epochs"], result["steps"], result["steps_per_epoch"]) == (3, 15, 5)
     assert result["seconds"] > 0
     assert result["images_per_second"] == pytest.approx(15 * 16 / result["seconds"])

@@ -187,6 +187,7 @@ def test_the_literal_command_is_the_recipe_of_its_data():
     """`vit-train model=swin_cifar data=cifar10` brings light augmentation and the CIFAR trainer."""
     config = checked("model=swin_cifar", "data=cifar10")
     light = yaml.safe_load((CONFIGS / "augment/light.yaml").read_text())
+    light["batch"] |= {"seed": 0, "num_classes": None}  # interpolated; the data knows how many classes
     trainer = yaml.safe_load((CONFIGS / "trainer/cifar.yaml").read_text())
     assert config["augment"] == light
     assert config["data"]["sample_transform"] == light["sample"]

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, confusion_matrix, recall_score, top_k_accuracy_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    recall_score,
+    top_k_accuracy_score,
+)
 from torch import nn
 
 from vit_train.data import Batch, Chosen, Digits
@@ -68,14 +74,16 @@ def test_the_figures_are_those_of_scikit_learn_and_torch(classes, size) -> None:
 def test_top5_of_fewer_than_six_classes_says_nothing(classes) -> None:
     found = figures(*random_logits(classes))
     assert found.top5 is None
-    assert set(found.metrics("val")) == {"val/loss", "val/top1"}
+    assert set(found.metrics("val")) == {"val/loss", "val/top1", "val/macro_top1"}
 
 
 def test_metrics_carry_their_split() -> None:
-    found = figures(*random_logits(6))
+    logits, targets = random_logits(6)
+    found = figures(logits, targets)
     assert found.metrics("test") == {
         "test/loss": found.loss,
         "test/top1": found.top1,
+        "test/macro_top1": pytest.approx(balanced_accuracy_score(targets, logits.argmax(1))),
         "test/top5": found.top5,
     }
 

@@ -84,6 +84,7 @@ def as_trained(model, node, img_size=36):
         img_size=img_size,
         in_channels=3,
         resize="crop",
+        background=(255, 255, 255),
         config={"model": node},
         path=Path("step_00000007"),
         weights="ema",

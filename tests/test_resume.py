@@ -27,6 +27,11 @@ def numbers(run_dir: Path) -> list[tuple]:
     return [tuple((k, v) for k, v in sorted(e.items()) if k != "images_per_second") for e in events]
 
 
+def loading(workers):
+    """From the cache, or image by image in workers: not a bit may depend on it."""
+    return ("data.cache=ram",) if workers == 0 else ("data.cache=none", f"data.num_workers={workers}")
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run nothing interrupts: 3 epochs of 5 steps, two micro-batches each."""
@@ -43,7 +48,7 @@ def forked(tmp_path):
 
 @pytest.mark.parametrize(("stop", "workers"), [(3, 0), (5, 2)])
 def test_fresh_commands_continue_bit_for_bit(vit_train, unbroken, tmp_path, stop, workers) -> None:
-    vit_train(*TINY, "run_dir=run", f"data.num_workers={workers}", f"trainer.stop_at_step={stop}")
+    vit_train(*TINY, "run_dir=run", *loading(workers), f"trainer.stop_at_step={stop}")
     vit_train("resume=run")
     assert checkpoint_hashes(tmp_path / "run") == checkpoint_hashes(unbroken)
 
@@ -52,7 +57,7 @@ def test_fresh_commands_continue_bit_for_bit(vit_train, unbroken, tmp_path, stop
 @pytest.mark.parametrize("stop", [1, 3, 5, 8, 10, 12])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_interrupted_equals_uninterrupted(forked, unbroken, tmp_path, stop, workers) -> None:
-    forked(*TINY, "run_dir=run", f"data.num_workers={workers}", f"trainer.stop_at_step={stop}")
+    forked(*TINY, "run_dir=run", *loading(workers), f"trainer.stop_at_step={stop}")
     part = checkpoint_hashes(tmp_path / "run")
     assert part != checkpoint_hashes(unbroken), "nothing was interrupted"
     forked("resume=run")
@@ -96,7 +101,7 @@ def test_a_chain_of_interruptions_equals_none(forked, unbroken, tmp_path) -> Non
 def test_the_same_command_continues_its_run_dir(forked, unbroken, tmp_path) -> None:
     forked(*TINY, "run_dir=run", "trainer.stop_at_step=7")
     # other workers and other logging change no weight
-    forked(*TINY, "run_dir=run", "data.num_workers=1", "tracker.log_every_steps=1")
+    forked(*TINY, "run_dir=run", *loading(1), "tracker.log_every_steps=1")
     assert checkpoint_hashes(tmp_path / "run") == checkpoint_hashes(unbroken)
 
 

@@ -23,6 +23,7 @@ SCALARS = {
         for split in ("train", "val", "val_raw", "test")
         for name in ("loss", "top1", "top5")
     ),
+    *(f"{split}/macro_top1" for split in ("val", "val_raw", "test")),
     "epoch",
 }
 STARTED = r"http://127\.0\.0\.1:(\d+)"

@@ -271,6 +271,7 @@ def _build(
     from vit_train.trained import check_sizes, without_download
     from vit_train.weights import load_pretrained, read_pretrained
 
+    signals = signals or Signals()
     strategy = make_part(cfg, "strategy", allow)
     if cfg.trainer.compile and not strategy.supports_compile:
         raise ConfigError("trainer.compile=true does not work with data_parallel; type strategy=single")
@@ -281,7 +282,12 @@ def _build(
         notes += as_pretrained(cfg, pretrained, launch.overrides)
     data = make_part(cfg, "data", allow)
     with as_config_error("data"):
-        data.setup(device=strategy.device, rank=strategy.rank, world_size=strategy.world_size)
+        data.setup(
+            device=strategy.device,
+            rank=strategy.rank,
+            world_size=strategy.world_size,
+            should_stop=signals.arrived,
+        )
     if data.num_classes < 2:
         raise DataError(f"there is only one class, {data.class_names[0]!r}: nothing to tell apart")
     if cfg.data.get("root") is not None:  # so that the run can be continued from any directory
@@ -350,7 +356,7 @@ def _build(
             tracker=make_part(cfg, "tracker", allow)(run_dir, console),
             checkpointer=checkpoint.Checkpointer(run_dir),
             seed=cfg.seed,
-            signals=signals or Signals(),
+            signals=signals,
             about={
                 "config": config,
                 "inference": _inference(data),

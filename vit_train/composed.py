@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vit_train.weights import Pretrained
 
 GROUPS = ("model", "data", "augment", "objective", "optimizer", "schedule", "strategy", "trainer", "tracker")
+_AUGMENT = ("sample", "batch", "repeats")
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
@@ -83,8 +84,8 @@ def check_config(cfg: DictConfig) -> None:
         tree = plain(cfg)
         errors = check({"_target_": "vit_train.composed.Root", **tree}, pending=_pending(cfg))
         augment = tree.get("augment")
-        extra = set(augment) - {"sample", "batch"} if isinstance(augment, dict) else set()
-        errors += [f"augment.{key}: unknown; augment holds sample and batch" for key in sorted(extra)]
+        extra = set(augment) - {*_AUGMENT} if isinstance(augment, dict) else set()
+        errors += [f"augment.{key}: unknown; augment holds {', '.join(_AUGMENT)}" for key in sorted(extra)]
         for group in GROUPS:
             if group != "augment" and not is_node(tree.get(group)):
                 errors.append(f"{group}: needs a `_target_`; choose one with {group}=...")

@@ -21,18 +21,19 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, PydanticUserError, Strict, TypeAdapter, ValidationError
 
 from vit_train.errors import ConfigError, suggest
 
 TARGET, PARTIAL = "_target_", "_partial_"
-# Whole numbers with a bound, for constructors whose arguments users type
+# Numbers with a bound, for constructors whose arguments users type
 Positive = Annotated[int, Strict(), Ge(1)]
 NotNegative = Annotated[int, Strict(), Ge(0)]
 TwoOrMore = Annotated[int, Strict(), Ge(2)]
 PositiveFloat = Annotated[float, Strict(), Gt(0)]
 NotNegativeFloat = Annotated[float, Strict(), Ge(0)]
+Probability = Annotated[float, Strict(), Ge(0), Le(1)]
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _SCALARS = (int, float, bool, str)
 

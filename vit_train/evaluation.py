@@ -44,12 +44,23 @@ class Evaluation:
     images: int
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """`<prefix>/loss`, `<prefix>/top1` and, where it means something, `<prefix>/top5`; only finite ones.
+        """`<prefix>/loss`, `<prefix>/top1`, `<prefix>/macro_top1` (the mean over the classes, however many
+        images each has: balanced accuracy) and, where it means something, `<prefix>/top5`; only finite ones.
 
         JSON has no NaN, and a schedule or a search for the best epoch can make nothing of it.
         """
-        values = {f"{prefix}/loss": self.loss, f"{prefix}/top1": self.top1, f"{prefix}/top5": self.top5}
-        return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        recalls = [recall for recall in self.per_class() if recall is not None]
+        values = {
+            "loss": self.loss,
+            "top1": self.top1,
+            "macro_top1": sum(recalls) / len(recalls),
+            "top5": self.top5,
+        }
+        return {
+            f"{prefix}/{name}": value
+            for name, value in values.items()
+            if value is not None and math.isfinite(value)
+        }
 
     def per_class(self) -> list[float | None]:
         """Fraction of each class's images that were recognised (recall); None where there was no image."""

@@ -19,7 +19,8 @@ from vit_train.data.batch import Batch, Failure, Sample, collate
 from vit_train.data.decode import decode
 from vit_train.data.download import download, is_url
 from vit_train.data.imagefolder import FileSource
-from vit_train.data.loaders import EvalBatches, Loader, Samples
+from vit_train.data.loaders import EvalBatches, SampleLoader, Samples
+from vit_train.data.names import Names
 from vit_train.precision import autocast
 from vit_train.trained import Trained
 
@@ -40,17 +41,32 @@ class Prediction:
 
 
 class Pictures(FileSource):
-    """Files and URLs, each by its own name, without targets (they are all 0)."""
+    """Files and URLs, each by its own name, without targets (they are all 0).
 
-    def __init__(self, names: list[str]) -> None:
-        super().__init__("", names, np.zeros(len(names), dtype=np.int64))
+    Args:
+        names: paths and URLs.
+        trained: the model they are for.
+    """
+
+    def __init__(self, names: list[str], trained: Trained) -> None:
+        nothing, least_side = np.zeros(len(names), dtype=np.int64), trained.sample_transform().least_side
+        super().__init__("", Names.of(names), nothing, nothing, trained.background, least_side)
 
     def name(self, index: int) -> str:
         return self.names[index]
 
     def read(self, index: int) -> Image.Image:
         name = self.names[index]
-        return decode(download(name), name=name) if is_url(name) else decode(name)
+        return decode(fetched(name), name=name, background=self.background, least_side=self.least_side)
+
+
+def fetched(name: str) -> str | bytes:
+    """What `decode` takes: a path as it is, what a URL answers.
+
+    Raises:
+        DataError: it does not.
+    """
+    return download(name) if is_url(name) else name
 
 
 class Read(NamedTuple):
@@ -92,13 +108,13 @@ def predict(
     device = next(trained.model.parameters()).device
     precision, normalize = trained.precision(), trained.batch_transform()
     samples = Samples(
-        Pictures(names),
+        Pictures(names, trained),
         trained.sample_transform(),
         seed=None,
         in_channels=trained.in_channels,
         img_size=trained.img_size,
     )
-    loader = Loader(
+    loader = SampleLoader(
         samples,
         EvalBatches(len(names), batch_size=batch_size, rank=0, world_size=1),
         num_workers=num_workers,

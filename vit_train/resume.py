@@ -144,6 +144,7 @@ _FREE = (
     "data.root",  # a moved folder is still the same data: the fingerprint says so
     "data.num_workers",
     "data.worker_timeout_seconds",
+    "data.cache",
     "trainer.stop_at_step",
     "trainer.stop_after_minutes",
     "trainer.save_every_steps",

@@ -13,8 +13,11 @@ import random
 
 import numpy as np
 import torch
+from torch import Tensor
 
 _MAX_NUMPY_SEED = 2**32
+_WORD = 2**32 - 1
+_GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: multiples of it are spread evenly
 
 
 def mix(*parts: int | str) -> int:
@@ -26,6 +29,34 @@ def mix(*parts: int | str) -> int:
     text = ",".join(str(part) for part in parts)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def uniform(index: Tensor, draw: Tensor, num: int, *parts: int | str) -> Tensor:
+    """Random numbers of samples, by arithmetic on their ids: the same on every device and in every batch.
+
+    Integers only until the last step, so that no rounding depends on the device. The scrambling is Thomas
+    Mueller's 32-bit hash (https://stackoverflow.com/a/12996028): its multiplier keeps products within int64.
+
+    Args:
+        index: (B,) int64, sample ids.
+        draw: (B,) int64, which repeat of the sample.
+        num: numbers per sample.
+        parts: what they are for, such as (seed, "augment", epoch).
+
+    Returns:
+        (B, num) float32 in [0, 1), multiples of 2**-24.
+    """
+    seed = mix(*parts)
+    sample = _scramble(_scramble(index & _WORD ^ seed & _WORD) + draw * _GOLDEN & _WORD)
+    streams = torch.arange(num, device=index.device) * _GOLDEN + (seed >> 31)
+    return (_scramble(sample[:, None] ^ _scramble(streams & _WORD)) >> 8).float() * 2.0**-24
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """A bijection of 0..2**32-1 in which every bit depends on every other."""
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & _WORD
+    return (x >> 16) ^ x
 
 
 def seed_cpu(*parts: int | str) -> None:

@@ -18,7 +18,8 @@ from torch import nn
 from vit_train import checkpoint
 from vit_train.construct import is_node, make
 from vit_train.data import Normalize
-from vit_train.data.sample_transforms import SampleTransform, plain
+from vit_train.data.decode import RGB, WHITE
+from vit_train.data.sample_transforms import Steps, plain
 from vit_train.errors import CheckpointError, ConfigError
 from vit_train.precision import Precision, inference_precision
 from vit_train.resume import check_stored
@@ -40,6 +41,7 @@ class Trained:
         img_size: side of the images in pixels.
         in_channels: 1 or 3.
         resize: how evaluation made an image square: "crop" or "squash"; see `sample_transforms.plain`.
+        background: the colour under what is transparent.
         config: the run's whole resolved configuration, as plain data.
         path: the checkpoint directory.
         weights: which weights were loaded: "ema" or "raw".
@@ -53,6 +55,7 @@ class Trained:
     img_size: int
     in_channels: int
     resize: Literal["crop", "squash"]
+    background: RGB
     config: dict[str, Any]
     path: Path
     weights: Literal["ema", "raw"]
@@ -63,8 +66,8 @@ class Trained:
         device = next(self.model.parameters()).device
         return inference_precision(self.config["trainer"].get("precision"), device)
 
-    def sample_transform(self) -> SampleTransform:
-        """What evaluation did to an image on the CPU: PIL image -> PIL image of `img_size`."""
+    def sample_transform(self) -> Steps:
+        """What evaluation did to an image on the CPU: PIL image -> uint8 (C, img_size, img_size)."""
         return plain(self.img_size, resize=self.resize)
 
     def batch_transform(self) -> Normalize:
@@ -189,6 +192,7 @@ def from_checkpoint(
             in_channels=inference["in_channels"],
             # only a folder of images chooses; a data module of arrays squashes
             resize="crop" if config["data"].get("resize") == "crop" else "squash",
+            background=_colour(config["data"].get("background")),
             config=config,
             path=path,
             weights=chosen,
@@ -197,6 +201,15 @@ def from_checkpoint(
     except _NO_MODEL as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} does not describe a model that can be built: {reason}") from error
+
+
+def _colour(stored: object) -> RGB:
+    """A stored background, where there is one."""
+    match stored:
+        case [int(red), int(green), int(blue)] if 0 <= min(red, green, blue) <= max(red, green, blue) <= 255:
+            return red, green, blue
+        case _:
+            return WHITE
 
 
 def stored_config(stored: checkpoint.Checkpoint) -> dict[str, Any]:

@@ -24,12 +24,23 @@ def data_node(name, augment):
     node.pop("defaults")
     assert node["seed"] == "${seed}"
     assert node["sample_transform"] == "${augment.sample}"
-    return {**node, "seed": 0, "sample_transform": load("augment", augment)["sample"]}
+    assert node["repeats"] == "${oc.select:augment.repeats,1}"
+    chosen = load("augment", augment)
+    return {**node, "seed": 0, "sample_transform": chosen["sample"], "repeats": chosen["repeats"]}
+
+
+def augment_nodes(name):
+    """Both nodes of an augmentation, with theirs resolved."""
+    nodes = load("augment", name)
+    if "seed" in nodes["batch"]:
+        assert (nodes["batch"]["seed"], nodes["batch"]["num_classes"]) == ("${seed}", "${data.num_classes}")
+        nodes["batch"] |= {"seed": 0, "num_classes": 10}
+    return nodes
 
 
 def test_the_groups_are_complete():
     assert DATA == ["cifar10", "cifar100", "digits", "imagefolder"]
-    assert AUGMENT == ["light", "medium", "none", "shift"]
+    assert AUGMENT == ["deit", "light", "medium", "none", "shift"]
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -38,8 +49,9 @@ def test_a_data_node_is_its_constructor(name):
     assert construct.check(node, key="data") == []
     parameters = inspect.signature(construct.locate(node["_target_"])).parameters
     assert set(node) - {"_target_"} == set(parameters)
-    for key in set(node) - {"_target_", "seed", "sample_transform"}:
-        assert node[key] == parameters[key].default, key
+    for key in set(node) - {"_target_", "seed", "sample_transform", "repeats"}:
+        default = parameters[key].default
+        assert node[key] == (list(default) if isinstance(default, tuple) else default), key
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -52,7 +64,7 @@ def test_a_data_config_brings_its_recipe(name):
 
 @pytest.mark.parametrize("name", AUGMENT)
 def test_an_augment_node_builds_and_trains_on_digits(name):
-    nodes = load("augment", name)
+    nodes = augment_nodes(name)
     assert construct.check(nodes, key="augment") == []
     data = construct.make(data_node("digits", name))
     data.setup(device=torch.device("cpu"), rank=0, world_size=1)

@@ -1,14 +1,17 @@
 """A file becomes the picture a person sees, or one clear line: 36 odd kinds, five of each."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
-from odd_images import EACH, KINDS, picture, saved
+from odd_images import EACH, KINDS, STORED, oriented, picture, saved
 from PIL import Image
 
 from vit_train.data.decode import decode
 from vit_train.data.imagefolder import FileSource
+from vit_train.data.names import Names
+from vit_train.data.sample_transforms import plain, shorter_side
 from vit_train.errors import DataError
 
 
@@ -19,7 +22,8 @@ from vit_train.errors import DataError
 def test_every_odd_kind(tmp_path, kind, number):
     suffix, data, seen, limit = KINDS[kind](picture(number), number)
     (tmp_path / f"{kind}{suffix}").write_bytes(data)
-    source = FileSource(str(tmp_path), [f"{kind}{suffix}"], np.zeros(1, dtype=np.int64))
+    nothing = np.zeros(1, dtype=np.int64)
+    source = FileSource(str(tmp_path), Names.of([f"{kind}{suffix}"]), targets=nothing, sizes=nothing)
     if limit is None:
         with pytest.raises(DataError) as raised:
             source.read(0)
@@ -59,3 +63,131 @@ def test_a_missing_file_and_a_folder(tmp_path):
         decode(tmp_path / "x.png")
     with pytest.raises(DataError, match=rf"^{tmp_path} cannot be read \(Is a directory\)"):
         decode(tmp_path)
+
+
+@pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0), (124, 116, 104)])
+def test_the_background_shows_where_nothing_is(background):
+    pixels = np.dstack([picture(1), np.zeros((24, 36), dtype=np.uint8)])
+    pixels[:12, :, 3] = 255
+    read = np.asarray(decode(saved(pixels, "PNG"), background=background))
+    assert np.array_equal(read[:12], picture(1)[:12])
+    assert (read[12:] == background).all()
+
+
+# ---------------------------------------------------------------------------------------------------- reduced JPEG
+def grainy(width, height, seed=0):
+    """As rough as photographs are: the amplitude of every frequency is inversely proportional to it."""
+    random_state = np.random.RandomState(seed)
+    y, x = np.meshgrid(np.fft.fftfreq(height) * height, np.fft.rfftfreq(width) * width, indexing="ij")
+    falling = 1 / np.maximum(np.hypot(x, y), 1)
+    noise = [np.fft.rfft2(random_state.randn(height, width)) for _ in range(2)]
+    layers = [np.fft.irfft2(spectrum * falling, (height, width)) for spectrum in noise]
+    levels = [128 + 50 * layer / layer.std() for layer in (layers[0], layers[0] + layers[1] / 4, layers[0])]
+    return np.stack(levels, axis=2).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("least_side", "size"),
+    [
+        (None, (400, 301)),
+        (302, (400, 301)),
+        (151, (400, 301)),
+        (150, (200, 151)),
+        (76, (200, 151)),
+        (75, (100, 76)),
+        (38, (100, 76)),
+        (37, (50, 38)),
+        (1, (50, 38)),
+    ],
+)
+def test_a_jpeg_keeps_its_least_side(least_side, size, turned):
+    width, height = (301, 400) if turned else (400, 301)
+    read = decode(saved(grainy(width, height), "JPEG"), least_side=least_side)
+    assert read.size == (size[::-1] if turned else size)
+
+
+JPEGS = {
+    **{
+        f"orientation {i}": lambda p, i=i: saved(STORED[i](p), "JPEG", quality=95, exif=oriented(i))
+        for i in STORED
+    },
+    "grey": lambda p: saved(Image.fromarray(p).convert("L"), "JPEG", quality=95),
+    "cmyk": lambda p: saved(
+        Image.merge("CMYK", [*Image.fromarray(255 - p).split(), Image.new("L", p.shape[1::-1])]),
+        "JPEG",
+        quality=95,
+    ),
+    "progressive": lambda p: saved(p, "JPEG", quality=95, progressive=True),
+    "full chroma": lambda p: saved(p, "JPEG", quality=95, subsampling=0),
+    "several pictures": lambda p: saved(
+        p, "MPO", quality=95, save_all=True, append_images=[Image.fromarray(255 - p)]
+    ),
+}
+
+
+@pytest.mark.parametrize("least_side", [20, 40, 75])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_reduced_jpeg_is_the_same_picture(kind, least_side):
+    p = picture(2, height=150, width=225)
+    data = JPEGS[kind](p)
+    reduced, whole = decode(data, least_side=least_side), decode(data)
+    assert min(reduced.size) == 150 // {20: 4, 40: 2, 75: 2}[least_side] + {20: 1}.get(least_side, 0)
+    assert reduced.mode == whole.mode == ("L" if kind == "grey" else "RGB")
+    small = np.asarray(whole.resize(reduced.size, Image.Resampling.BOX)).astype(int)
+    difference = np.abs(np.asarray(reduced) - small)
+    assert difference.mean() < 1.5
+    assert difference.max() <= 12
+
+
+@pytest.mark.parametrize("format_", ["PNG", "BMP", "PPM", "WEBP", "GIF", "TIFF"])
+def test_nothing_but_a_jpeg_is_reduced(format_):
+    data = saved(Image.fromarray(grainy(160, 120)), format_)
+    assert np.array_equal(np.asarray(decode(data, least_side=10)), np.asarray(decode(data)))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_cut_off_jpeg_is_an_error_at_any_size(share):
+    data = saved(grainy(400, 300), "JPEG")
+    with pytest.raises(DataError, match=r"^the image cannot be read "):
+        decode(data[: int(len(data) * share)], least_side=10)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_too_many_pixels_are_counted_before_they_are_reduced():
+    data = bytearray(saved(grainy(64, 64), "JPEG"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", 9500, 9500)
+    with pytest.raises(DataError, match="9500 x 9500 pixels"):
+        decode(bytes(data), least_side=10)
+
+
+@pytest.mark.parametrize("img_size", [32, 96])
+@pytest.mark.parametrize("times", [2, 4])
+def test_the_model_sees_a_reduced_photograph_as_a_whole_one(img_size, times):
+    """At the worst size: a larger `least_side` by one, and it would be reduced half as much."""
+    transform = plain(img_size, resize="crop")
+    side = times * transform.least_side
+    data = saved(grainy(side * 3 // 2, side), "JPEG", quality=90)
+
+    def seen(least_side):
+        return transform(decode(data, least_side=least_side)).numpy().astype(int)
+
+    kept = np.abs(seen(transform.least_side) - seen(None))
+    assert kept.mean() < 1.6
+    assert kept.max() <= 10
+    assert 10 * np.log10(255**2 / (kept**2).mean()) > 42
+    # it is the factor of 2 in least_side that keeps it so
+    assert np.abs(seen(shorter_side(img_size)) - seen(None)).mean() > 2 * kept.mean()
+
+
+@pytest.mark.parametrize("size", [(683, 521), (519, 690), (1021, 515)])
+def test_an_odd_size_moves_nothing_by_more_than_a_pixel(size):
+    """A reduced side is rounded up, so the picture is stretched by less than one of its pixels."""
+    width, height = size
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    transform = plain(32, resize="crop")
+    data = saved(np.stack([x, y, x], axis=2).astype(np.uint8), "JPEG", quality=98, subsampling=0)
+    whole, reduced = (transform(decode(data, least_side=n)).numpy().astype(int) for n in (None, 64))
+    step = np.abs(np.diff(whole, axis=2)).max()
+    assert np.abs(whole - reduced).max() <= step

@@ -24,7 +24,7 @@ def test_sizes_and_shape():
     assert data.class_names == list("0123456789")
     assert sum(data.class_counts) == 1293
     assert data.num_workers == 0
-    assert data.notes == []
+    assert data.notes == ["data.cache=ram: 0.1 MiB of decoded images"]
     ids = [i for source in data.sources.values() for i in source.ids.tolist()]
     assert sorted(ids) == list(range(1797))
     assert data.source("test", 0) == f"digits image {data.sources['test'].ids[0]}"

@@ -1,5 +1,6 @@
 """Image folders: layouts, class maps, sizes, and every line a wrong folder ends in."""
 
+import hashlib
 import os
 import shutil
 
@@ -201,7 +202,7 @@ def test_a_cut_off_jpeg_is_named_though_its_header_is_whole(tmp_path, capfd, num
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with Image.open(path) as image:
         assert image.size == (64, 64)
-    data = made(tmp_path, num_workers=num_workers, val_fraction=0.0, batch_size=9)
+    data = made(tmp_path, num_workers=num_workers, val_fraction=0.0, batch_size=9, cache="none")
     with pytest.raises(DataError, match=rf"^{path} cannot be read \(.+\): repair or remove it$"):
         list(data.loader("train"))
     data.close()
@@ -211,7 +212,7 @@ def test_a_cut_off_jpeg_is_named_though_its_header_is_whole(tmp_path, capfd, num
 def test_a_file_that_is_no_image_or_is_gone_is_named(tmp_path):
     fill(tmp_path, ["a", "b"])
     (tmp_path / "a" / "text.png").write_text("not an image")
-    data = made(tmp_path, val_fraction=0.0, batch_size=9)
+    data = made(tmp_path, val_fraction=0.0, batch_size=9, cache="none")
     with pytest.raises(DataError, match=r"a/text.png is not an image Pillow can read"):
         list(data.loader("train"))
     (tmp_path / "a" / "text.png").unlink()
@@ -229,6 +230,21 @@ def test_the_fingerprint_follows_names_and_sizes_but_not_the_place(tmp_path):
     assert made(tmp_path / "two").fingerprint() != before
     write(tmp_path / "one" / "a" / "new.png")
     assert made(tmp_path / "one").fingerprint() != before
+
+
+def test_the_fingerprint_is_what_stored_runs_hold(tmp_path):
+    """Its definition, spelled out: a run of an earlier version must find its data unchanged."""
+    fill(tmp_path / "train", ["b", "a"], 3)
+    fill(tmp_path / "val", ["a"], 1)
+    write(tmp_path / "train" / "a" / "0" / "deep.png")
+    digest = hashlib.sha256(b'["a", "b"]')
+    for split in ("train", "val"):
+        digest.update(f"\0{split}\0".encode())
+        for label in ("a", "b"):
+            below = tmp_path / split / label
+            for name in sorted(str(path.relative_to(tmp_path)) for path in below.rglob("*.png")):
+                digest.update(f"{name}\0{(tmp_path / name).stat().st_size}\0".encode())
+    assert made(tmp_path).fingerprint() == digest.hexdigest()
 
 
 def test_root_not_set():
@@ -249,15 +265,16 @@ def test_root_is_a_file(tmp_path):
 
 
 def test_empty_root(tmp_path):
+    expected = "expected <class>/<image> or train/<class>/<image> in it"
+    assert line_of(tmp_path) == f"{tmp_path} holds no folders: {expected}"
     write(tmp_path / "loose.png")
-    assert (
-        line_of(tmp_path)
-        == f"{tmp_path} holds no folders: expected <class>/<image> or train/<class>/<image> in it"
-    )
+    assert line_of(tmp_path).startswith(f"{tmp_path} holds 1 image but no class folders: {expected}")
 
 
 def test_train_without_classes(tmp_path):
     write(tmp_path / "train" / "loose.png")
+    assert f"{tmp_path}/train holds 1 image but no class folders" in line_of(tmp_path)
+    (tmp_path / "train" / "loose.png").unlink()
     assert f"{tmp_path}/train holds no class folders" in line_of(tmp_path)
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 from vit_train import rng
 from vit_train.data import ArraySource, Found, ImageData, loaders
-from vit_train.data.sample_transforms import shift_flip
+from vit_train.data.sample_transforms import resized_crop
 from vit_train.errors import DataError, WorkerLostError
 
 CPU = torch.device("cpu")
-AUGMENT = partial(shift_flip, max_shift=0.25, hflip_prob=0.5)
+AUGMENT = partial(resized_crop, scale=(0.3, 1.0))
 
 
 class Arrays(ImageData):
@@ -34,6 +34,7 @@ class Arrays(ImageData):
             "in_channels": 3,
             "val_fraction": 0.0,
             "limit": None,
+            "cache": "none",
             "seed": 0,
             "mean": None,
             "std": None,
@@ -46,7 +47,7 @@ class Arrays(ImageData):
 
     def load(self):
         generator = torch.Generator().manual_seed(0)
-        pixels = torch.randint(0, 256, (self.size, 8, 8, 3), dtype=torch.uint8, generator=generator)
+        pixels = torch.randint(0, 256, (self.size, 3, 8, 8), dtype=torch.uint8, generator=generator)
         targets = np.arange(self.size) % 2
         source = ArraySource(pixels, targets, "arrays", np.arange(self.size))
         return Found("arrays", ["a", "b"], {"train": self.wrap(source), "test": source}, 8)
@@ -87,7 +88,7 @@ def test_a_batch_has_the_promised_types(made):
     assert [t.dtype for t in batch] == [torch.uint8, torch.int64, torch.int64, torch.int64]
     assert batch.images.is_contiguous()
     assert batch.draw.tolist() == [0] * 8
-    original = data.sources["train"].images[batch.index].permute(0, 3, 1, 2)
+    original = data.sources["train"].images[batch.index]
     assert torch.equal(batch.images, original)
     assert torch.equal(batch.targets, batch.index % 2)
 
@@ -235,10 +236,10 @@ def test_evaluation_is_never_augmented(made):
     data = made(sample_transform=AUGMENT, val_fraction=0.2)
     for split in ("val", "test"):
         for batch in data.loader(split):
-            original = data.sources[split].images[batch.index].permute(0, 3, 1, 2)
+            original = data.sources[split].images[batch.index]
             assert torch.equal(batch.images, original)
     train = epoch_of(data)[0]
-    assert not torch.equal(train.images, data.sources["train"].images[train.index].permute(0, 3, 1, 2))
+    assert not torch.equal(train.images, data.sources["train"].images[train.index])
 
 
 def test_an_absent_split_is_named(made):
@@ -352,12 +353,22 @@ def test_grey_and_resize_follow_the_arguments(made):
     assert data.mean == (0.5,)
 
 
-def test_limit_cuts_train_only_and_counts_follow(made):
-    data = made(limit=10, val_fraction=0.2)
+def test_limit_cuts_every_split_and_counts_follow(made):
+    data = made(limit=8, val_fraction=0.2)
+    assert data.sizes == {"train": 8, "val": 8, "test": 8}
+    assert data.class_counts == [4, 4]
+    assert {*data.sources["val"].ids} <= {*made(val_fraction=0.2).sources["val"].ids}
+    assert made(limit=10, seed=9).fingerprint() == made(limit=10, seed=0).fingerprint()
+
+
+def test_train_fraction_cuts_train_only_and_smaller_ones_are_parts_of_larger_ones(made):
+    data = made(train_fraction=0.25, val_fraction=0.2)
     assert data.sizes == {"train": 10, "val": 10, "test": 50}
     assert data.class_counts == [5, 5]
-    assert [*data.sources["val"].ids] == [*made(val_fraction=0.2).sources["val"].ids]
-    assert made(limit=10, seed=9).fingerprint() == made(limit=10, seed=0).fingerprint()
+    assert "data.train_fraction=0.25: 10 training images" in data.notes
+    ids = [{*made(train_fraction=f, val_fraction=0.2).sources["train"].ids} for f in (0.1, 0.25, 1.0)]
+    assert ids[0] < ids[1] < ids[2]
+    assert made(train_fraction=0.001).class_counts == [1, 1]  # one of each class stays
 
 
 def test_a_limit_larger_than_the_set_says_so(made):
@@ -385,6 +396,13 @@ def test_an_unexpected_class_count_is_refused(made):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"img_size": 0}, "img_size must be at least 1, got 0"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"train_fraction": 0.0}, "train_fraction must be above 0 and at most 1, got 0.0"),
+        ({"train_fraction": 1.1}, "train_fraction must be above 0 and at most 1, got 1.1"),
+        (
+            {"cache": "device", "sample_transform": AUGMENT},
+            "cache=device holds finished images.*augment=light",
+        ),
         ({"limit": 0}, "limit must be at least 1, got 0"),
         ({"val_fraction": 1.0}, "val_fraction must be at least 0 and below 1, got 1.0"),
         ({"mean": (0.5,)}, r"mean needs one value per channel: in_channels is 3, got \(0.5,\)"),
@@ -410,7 +428,7 @@ def test_examples_are_spread_over_a_split_as_evaluation_sees_them(made):
     data = made(sample_transform=AUGMENT)
     batch = data.examples("train", 5)
     assert batch.index.tolist() == [0, 10, 20, 30, 40]
-    assert torch.equal(batch.images, data.sources["train"].images[batch.index].permute(0, 3, 1, 2))
+    assert torch.equal(batch.images, data.sources["train"].images[batch.index])
     assert len(data.examples("test", 99).index) == 50
 
 

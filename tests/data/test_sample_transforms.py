@@ -1,12 +1,17 @@
 """Sample transforms: sizes, ranges, and that their draws do what the names say."""
 
+import pickle
+import random
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from vit_train import rng
-from vit_train.data.sample_transforms import plain, resized_crop_flip, shift_flip
+from vit_train.data.sample_transforms import plain, resized_crop
+
+POLICIES = [None, "rand", "trivial", "auto"]
 
 
 def coordinates(width, height):
@@ -15,88 +20,185 @@ def coordinates(width, height):
     return Image.fromarray(np.stack([x, y, np.full_like(x, 255)], axis=-1).astype(np.uint8))
 
 
+def photograph(width=120, height=90, mode="RGB"):
+    """Coarse shapes and fine grain."""
+    random_state = np.random.RandomState(0)
+    coarse = Image.fromarray(random_state.randint(0, 256, (6, 8, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    grain = random_state.randint(-20, 21, (height, width, 1))
+    return Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def result_of(transform, image, *seed):
+    rng.seed_cpu(0, *seed)
+    return transform(image).numpy().astype(int)
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("size", [(250, 130), (90, 300), (20, 20), (256, 256)])
 @pytest.mark.parametrize(("img_size", "shorter"), [(224, 256), (64, 73), (63, 63), (32, 32)])
-def test_plain_crop_resizes_by_the_rule(img_size, shorter):
-    transform = plain(img_size, resize="crop")
-    assert transform.transforms[0].size == [shorter]
-    assert transform(coordinates(250, 130)).size == (img_size, img_size)
+def test_plain_crop_is_pillows_resize(img_size, shorter, size, mode):
+    image = photograph(*size, mode)
+    seen = plain(img_size, resize="crop")(image)
+    assert seen.dtype == torch.uint8
+    # the longer side is cut to whole pixels, as torchvision does it
+    whole = image.resize([shorter * side // min(size) for side in size], Image.Resampling.BICUBIC)
+    left, top = (round((side - img_size) / 2) for side in whole.size)
+    cut = np.asarray(whole.crop((left, top, left + img_size, top + img_size))).astype(int)
+    assert seen.shape == (len(mode), img_size, img_size)
+    # both round between the two directions; where an oblong image is enlarged, not in the same order
+    assert np.abs(seen.permute(1, 2, 0).numpy().squeeze() - cut).max() <= (1 if max(size) < 300 else 3)
 
 
-def test_shifts_reach_every_offset_and_no_further():
-    transform = shift_flip(16, max_shift=0.125, hflip_prob=0.0)
-    seen = set()
-    for draw in range(400):
-        rng.seed_cpu(0, draw)
-        pixels = np.asarray(transform(coordinates(16, 16))).astype(int)
-        inside = pixels[..., 2] > 0
-        rows, columns = np.nonzero(inside)
-        dx = {int(v) for v in (pixels[..., 0] - 1 - np.arange(16))[inside]}
-        dy = {int(v) for v in (pixels[..., 1] - 1 - np.arange(16)[:, None])[inside]}
-        assert len(dx) == len(dy) == 1
-        seen.add((dx.pop(), dy.pop()))
-        assert pixels[~inside].max(initial=0) == 0
-        assert len(rows) >= 14 * 14
-        assert len(columns) >= 14 * 14
-    assert seen == {(x, y) for x in range(-2, 3) for y in range(-2, 3)}
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_plain_squash_keeps_everything(mode):
+    image = photograph(90, 40, mode)
+    seen = plain(32, resize="squash")(image).permute(1, 2, 0).numpy().squeeze()
+    whole = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(seen - whole).max() <= 1
 
 
-@pytest.mark.parametrize("hflip_prob", [0.0, 0.5, 1.0])
-def test_mirroring_follows_its_probability(hflip_prob):
-    transform = shift_flip(8, max_shift=0.0, hflip_prob=hflip_prob)
-    rng.seed_cpu(0, "flip")
-    mirrored = [np.asarray(transform(coordinates(8, 8)))[0, 0, 0] == 8 for _ in range(400)]
-    assert np.mean(mirrored) == pytest.approx(hflip_prob, abs=0.1 if hflip_prob == 0.5 else 0)
-
-
-def test_an_oblong_image_is_scaled_then_cropped_along_its_length():
-    transform = shift_flip(8, max_shift=0.0, hflip_prob=0.0)
-    rng.seed_cpu(0)
-    starts = set()
-    for _ in range(100):
-        result = transform(coordinates(24, 8))
-        assert result.size == (8, 8)
-        starts.add(int(np.asarray(result)[0, 0, 0]) - 1)
-    assert starts == set(range(17))
-
-
+# -------------------------------------------------------------------------------------------------- the random part
 def test_resized_crop_stays_within_its_area():
-    transform = resized_crop_flip(16, scale=(0.25, 0.25), ratio=(1.0, 1.0), hflip_prob=0.0)
-    rng.seed_cpu(0)
+    transform = resized_crop(16, scale=(0.25, 0.25), ratio=(1.0, 1.0))
     widths = []
-    for _ in range(20):
-        result = transform(coordinates(100, 100))
-        assert result.size == (16, 16)
-        red = np.asarray(result)[..., 0].astype(int)
+    for draw in range(20):
+        red = result_of(transform, coordinates(100, 100), draw)[0]
+        assert red.shape == (16, 16)
         widths.append(red.max() - red.min())
     assert 42 <= min(widths) <= max(widths) <= 51
 
 
-@pytest.mark.parametrize(
-    "factory",
-    [
-        lambda: shift_flip(32, max_shift=0.125, hflip_prob=0.5),
-        lambda: resized_crop_flip(32, scale=(0.35, 1.0), ratio=(0.75, 1.3333), hflip_prob=0.5),
-    ],
-)
-def test_the_seed_decides_the_result(factory):
-    def result(seed):
-        torch.manual_seed(seed + 1000)  # must not matter
-        rng.seed_cpu(0, "sample", seed)
-        return np.asarray(factory()(coordinates(40, 36)))
-
-    assert np.array_equal(result(1), result(1))
-    assert any(not np.array_equal(result(1), result(seed)) for seed in range(2, 5))
+def test_resized_crop_reaches_every_part():
+    transform = resized_crop(8, scale=(0.25, 0.25), ratio=(1.0, 1.0))
+    seen = np.stack([result_of(transform, coordinates(40, 40), draw) for draw in range(300)])
+    for channel in (0, 1):
+        assert seen[:, channel].min() <= 2
+        assert seen[:, channel].max() >= 39
 
 
 @pytest.mark.parametrize(
-    ("call", "line"),
+    ("transform", "least_side"),
     [
-        (lambda: shift_flip(8, max_shift=-0.1, hflip_prob=0.5), "max_shift must not be negative, got -0.1"),
-        (lambda: shift_flip(8, max_shift=0.1, hflip_prob=1.5), "hflip_prob must be within 0 and 1, got 1.5"),
-        (lambda: resized_crop_flip(8, scale=(0.5, 0.1), ratio=(1, 1), hflip_prob=0), "scale must ascend"),
-        (lambda: resized_crop_flip(8, scale=(0.5, 1), ratio=(0, 1), hflip_prob=0), "ratio must ascend"),
+        (plain(224, resize="crop"), 512),
+        (plain(224, resize="squash"), 448),
+        (plain(32, resize="crop"), 64),
+        (resized_crop(224, scale=(0.35, 1.0)), 448),
+        (resized_crop(224, scale=(0.08, 1.0)), 915),
+        (resized_crop(224, scale=(1.0, 1.0), ratio=(1.0, 1.0)), 448),
     ],
 )
-def test_values_out_of_range_are_refused(call, line):
+def test_how_large_an_image_must_be(transform, least_side):
+    assert transform.least_side == least_side
+
+
+@pytest.mark.parametrize("ratio", [(0.75, 1.3333), (0.5, 1.0), (1.0, 3.0)])
+@pytest.mark.parametrize("scale", [(0.08, 0.08), (0.08, 1.0), (0.35, 0.4)])
+def test_no_part_of_an_image_of_that_size_is_enlarged(scale, ratio):
+    transform = resized_crop(64, scale=scale, ratio=ratio)
+    crop = transform.transforms[0]
+    image = Image.new("L", (transform.least_side, transform.least_side * 3 // 2))
+    for draw in range(500):
+        rng.seed_cpu(0, draw)
+        part = crop.make_params([image])
+        assert min(part["width"], part["height"]) >= 64
+
+
+# ----------------------------------------------------------------------------------------------- policies and jitter
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("jitter", [0.0, 0.4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_seed_decides_the_result_and_nothing_else(policy, jitter, mode):
+    transform = resized_crop(32, scale=(0.35, 1.0), policy=policy, jitter=jitter)
+    again = pickle.loads(pickle.dumps(transform))  # as a spawned worker gets it
+    image = photograph(mode=mode)
+    first = [result_of(transform, image, draw) for draw in range(20)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))  # as many as a worker process does not have
+    random.seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    try:
+        second = [result_of(again, image, draw) for draw in range(20)]
+    finally:
+        torch.set_num_threads(threads)
+    assert first[0].shape == (len(mode), 32, 32)
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert any(not np.array_equal(first[0], other) for other in first[1:])
+
+
+@pytest.mark.parametrize("options", [{"policy": "rand", "num_ops": 1}, {"policy": "trivial"}])
+def test_every_operation_does_to_grey_what_it_does_to_colours(options):
+    """On a grey picture in both modes; what moves in from outside is grey in one, nearly grey in the other."""
+    transform = resized_crop(32, scale=(1.0, 1.0), ratio=(1.0, 1.0), **options)
+    grey, colours = photograph(64, 64, "L"), photograph(64, 64, "L").convert("RGB")
+    plainly = plain(32, resize="crop")(grey).numpy().astype(int)
+    changed = 0
+    for draw in range(150):
+        one, three = result_of(transform, grey, draw), result_of(transform, colours, draw)
+        assert np.abs(one - three).max() <= 11
+        changed += bool(np.abs(one - plainly).max() > 1)
+    assert 90 < changed < 150
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour"), [("L", (115, 115, 115)), ("RGB", (124, 116, 104))], ids=["L", "RGB"]
+)
+@pytest.mark.parametrize("policy", ["rand", "trivial", "auto"])
+def test_imagenets_mean_moves_in_from_outside(policy, mode, colour):
+    transform = resized_crop(32, scale=(1.0, 1.0), policy=policy, num_ops=1, magnitude=30)
+    outside = 0
+    for draw in range(60):
+        corners = result_of(transform, Image.new(mode, (64, 64), "white"), draw)[
+            :, [0, 0, -1, -1], [0, -1, 0, -1]
+        ]
+        outside += (corners == np.array(colour)[: len(mode), None]).all(0).any()
+    assert outside > 5
+
+
+def test_a_greater_magnitude_changes_more():
+    image = photograph()
+    whole = result_of(resized_crop(32, scale=(1.0, 1.0), ratio=(1.0, 1.3334)), image)
+
+    def change(magnitude):
+        transform = resized_crop(
+            32, scale=(1.0, 1.0), ratio=(1.0, 1.3334), policy="rand", magnitude=magnitude
+        )
+        return np.mean([np.abs(result_of(transform, image, draw) - whole).mean() for draw in range(60)])
+
+    assert change(3) < 0.8 * change(12) < 0.64 * change(30)
+
+
+def test_jitter_stays_within_its_range():
+    transform = resized_crop(8, scale=(1.0, 1.0), jitter=0.4)
+    levels = [result_of(transform, Image.new("RGB", (8, 8), (100, 100, 100)), draw) for draw in range(200)]
+    assert all(np.ptp(level) == 0 for level in levels)  # flat stays flat, and grey grey
+    assert 59 <= min(level[0, 0, 0] for level in levels) <= 64
+    assert 136 <= max(level[0, 0, 0] for level in levels) <= 141
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"scale": (0.5, 0.1)}, r"scale must ascend within 0 and 1, got \(0.5, 0.1\)"),
+        ({"scale": (0.0, 1.0)}, "scale must ascend"),
+        ({"scale": (0.5, 1.5)}, "scale must ascend"),
+        ({"scale": (0.5, 1.0), "ratio": (0.0, 1.0)}, r"ratio must ascend above 0, got \(0.0, 1.0\)"),
+        ({"scale": (0.5, 1.0), "num_ops": -1}, "num_ops must not be negative, got -1"),
+        ({"scale": (0.5, 1.0), "magnitude": 31}, "magnitude must be within 0 and 30, got 31"),
+        ({"scale": (0.5, 1.0), "jitter": 1.5}, "jitter must be within 0 and 1, got 1.5"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, line):
     with pytest.raises(ValueError, match=line):
-        call()
+        resized_crop(8, **options)
+
+
+def test_a_very_long_picture_costs_no_gigabytes_and_shows_its_middle():
+    rows = np.arange(20_000) // 40 % 256
+    long = Image.fromarray(rows.astype(np.uint8)[:, None])
+    for image in (long, long.transpose(Image.Transpose.TRANSPOSE)):
+        seen = plain(224, resize="crop")(image)
+        assert seen.shape == (1, 224, 224)
+        assert seen.float().mean().item() == pytest.approx(rows[10_000], abs=2)

@@ -18,7 +18,7 @@ from conftest import EIGHTEEN, build, vit_train_forked, whole_state
 from torch import nn
 
 from vit_train.checkpoint import checkpoint_directories, load, resolve_link
-from vit_train.data.batch_transforms import Normalize
+from vit_train.data.batch_transforms import Augment
 from vit_train.objective import CrossEntropy
 from vit_train.rng import seed_device
 
@@ -29,11 +29,22 @@ HYBRID = (*SMALL, "model=hybrid_cifar", "model.patch_embed.layer=layer1", "model
 
 
 # -------------------------------------------------------------------------------------------------- the poison
-class Poison(Normalize):
+class Poison(Augment):
     """Spoils one pixel of one image in the batches of some steps, or asks the objective below to spoil more."""
 
-    def __init__(self, mean, std, *, kind: str, value: str, at: list[int]) -> None:
-        super().__init__(mean, std)
+    def __init__(
+        self,
+        mean,
+        std,
+        *,
+        seed: int,
+        num_classes: int,
+        max_shift: float,
+        kind: str,
+        value: str,
+        at: list[int],
+    ) -> None:
+        super().__init__(mean, std, seed=seed, num_classes=num_classes, max_shift=max_shift)
         self.kind, self.value, self.at = kind, float(value), at
 
     def forward(self, batch, epoch, step):
@@ -92,6 +103,8 @@ def by_hand(settings, *, left_out, back_to=None):
     model, ema, optimizer = trainer.model, trainer.ema, trainer.optimizer
     parts, device, schedule = trainer.parts, trainer.strategy.device, trainer.schedule
     base = optimizer.param_groups[0]["lr"]
+    shift = {"seed": 0, "num_classes": 10, "max_shift": 0.125}
+    augment = Augment(parts.data.mean, parts.data.std, **shift)
 
     def state():
         return copy.deepcopy((model.state_dict(), ema.module.state_dict(), optimizer.state_dict()))
@@ -111,7 +124,7 @@ def by_hand(settings, *, left_out, back_to=None):
             continue
         for group in optimizer.param_groups:
             group["lr"] = base * schedule(step)
-        images, targets = Normalize(parts.data.mean, parts.data.std)(batch, 0, 0)
+        images, targets = augment(batch, step // 6, step)
         for i, (x, y) in enumerate(zip(images.tensor_split(2), targets.tensor_split(2))):
             seed_device(device, 0, "step", step, i, 0)
             loss, _ = trainer.objective(model, x, y)

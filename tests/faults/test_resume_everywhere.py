@@ -19,7 +19,7 @@ import torch
 from conftest import EIGHTEEN, vit_train_forked, whole_state
 from PIL import Image
 
-from vit_train.data.loaders import Loader, Samples, TrainSteps
+from vit_train.data.loaders import SampleLoader, Samples, TrainSteps
 from vit_train.trainer import Trainer
 
 slow = pytest.mark.faults
@@ -226,8 +226,8 @@ class Counting:
 def test_skipping_100000_batches_takes_under_a_second_and_reads_no_image(workers) -> None:
     source = Counting(500_000)
     samples = Samples(source, None, seed=0, in_channels=1, img_size=1)
-    steps = TrainSteps(500_000, batch_size=4, seed=0, rank=0, world_size=1)
-    loader = Loader(samples, steps, num_workers=workers, pin_memory=False, persistent=False)
+    steps = TrainSteps(source.targets, batch_size=4, seed=0, rank=0, world_size=1)
+    loader = SampleLoader(samples, steps, num_workers=workers, pin_memory=False, persistent=False)
     order = [[index for _, index, _ in keys] for keys in steps]
     started = time.monotonic()
     loader.set_position(0, 100_000)

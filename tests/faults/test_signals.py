@@ -131,7 +131,7 @@ class Sleepy(Digits):
 SENDS = "objective._target_=test_signals.Sends"
 # one worker, so that the main process waits for the one that sleeps, and all steps before are saved
 SLEEPY = ("data._target_=test_signals.Sleepy", "data.num_workers=1", "trainer.save_every_steps=4", SENDS)
-IN_STEP_5, IN_EVALUATION = "67", "100"  # reads of the worker: 16 a step, 96 an epoch, 144 an evaluation
+IN_STEP_5, IN_EVALUATION = "67", "100"  # reads of the worker: 16 a step, 96 an epoch, 96 an evaluation
 
 
 # ------------------------------------------------------------------------------------------------- processes

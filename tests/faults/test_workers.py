@@ -23,7 +23,7 @@ from test_signals import Descendants, children_of, paused, until
 
 from vit_train.data import ImageFolder
 from vit_train.data.imagefolder import FileSource
-from vit_train.data.sample_transforms import shift_flip
+from vit_train.data.sample_transforms import resized_crop
 from vit_train.errors import DataError
 from vit_train.objective import CrossEntropy
 
@@ -36,6 +36,8 @@ PHOTOS = (
     "data.root=photos",
     "data.in_channels=1",
     "data.batch_size=8",
+    "data.cache=none",
+    "augment=medium",
     "model=vit_digits",
     "trainer.epochs=2",
     "trainer.async_save=false",  # the first epoch is on disk before anything of the second is read
@@ -94,17 +96,17 @@ class FaultyFolder(ImageFolder):
         return found
 
 
-class FaultyShift:
+class FaultyCrop:
     def __init__(self, *settings, **more):
-        self.shift = shift_flip(*settings, **more)
+        self.crop = resized_crop(*settings, **more)
 
     def __call__(self, image):
         break_down("transform", image.info["path"])
-        return self.shift(image)
+        return self.crop(image)
 
 
-def faulty_shift(img_size: int, *, max_shift: float, hflip_prob: float):
-    return FaultyShift(img_size, max_shift=max_shift, hflip_prob=hflip_prob)
+def faulty_crop(img_size: int, *, scale: tuple[float, float], ratio: tuple[float, float]):
+    return FaultyCrop(img_size, scale=scale, ratio=ratio)
 
 
 class Computes(CrossEntropy):
@@ -121,7 +123,7 @@ class Computes(CrossEntropy):
 FAULTY = (
     *PHOTOS,
     "data._target_=test_workers.FaultyFolder",
-    "augment.sample._target_=test_workers.faulty_shift",
+    "augment.sample._target_=test_workers.faulty_crop",
 )
 
 

@@ -316,7 +316,7 @@ def test_the_box_is_the_part_of_the_image_the_model_gets(size, img_size, resize)
     """Cutting the box out and scaling it gives what the transform gives, but for the rounding to pixels."""
     x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
     image = Image.fromarray(np.stack([x, y, 128 + 100 * np.sin(x / 9)], 2).astype(np.uint8))
-    seen = pil_to_tensor(plain(img_size, resize=resize)(image)).float()
+    seen = plain(img_size, resize=resize)(image).float()
     box = seen_box(*size, img_size=img_size, resize=resize)
     cut = pil_to_tensor(image.resize((img_size, img_size), Image.Resampling.BICUBIC, box=box)).float()
     assert (seen - cut)[:2].abs().max() <= 3

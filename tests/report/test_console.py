@@ -129,7 +129,7 @@ def test_the_summary_says_what_is_about_to_happen(in_tmp, said) -> None:
         f"ViT, {parameters / 1e6:.2f}M parameters, {run.multiply_adds / 1e9:.3f} GFLOPs an image "
         "(multiply-adds)  [model=vit_digits]"
     )
-    assert rows["data"] == "train 80, val 144, test 360 images of 1 x 8 x 8  [data=digits]"
+    assert rows["data"] == "train 80, val 80, test 80 images of 1 x 8 x 8  [data=digits]"
     counts = ", ".join(f"{name} {count}" for name, count in zip(data.class_names, data.class_counts))
     assert rows["classes"] == f"10: {counts}"
     assert sum(data.class_counts) == 80
@@ -154,7 +154,7 @@ def test_the_summary_of_a_continuation_and_its_notes(in_tmp, said) -> None:
     run.notes[:] = ["one [note]", "two"]
     rows = rows_of(said(summary(run)))
     assert rows["continues"] == "after step 7, epoch 2"
-    assert rows["data"].startswith("train 80, no val, test 360 images")
+    assert rows["data"].startswith("train 80, no val, test 80 images")
     assert rows["batch"].startswith("16, 5 steps an epoch")
     assert (rows["note"], rows["note 2"]) == ("one [note]", "two")
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import json
+import shlex
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from vit_train.errors import DataError, VitTrainError
+from vit_train.cli import command
+from vit_train.errors import ConfigError, DataError, WorkerLostError
+
+_STDOUT = "-"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,12 +26,144 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments after the command; None takes the process's own.
     """
     arguments = _parser().parse_args(argv)
+    return command.run("vit-data", functools.partial(arguments.work, arguments))
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Looks at every image of a folder; returns 3 if something would break training.
+
+    Raises:
+        ConfigError: --json cannot be written.
+        DataError: there is no such folder.
+    """
+    out = _json_file(arguments.json)
+    from vit_train.data.base import num_cores
+    from vit_train.data.check import check_folder
+    from vit_train.report.console import Console
+    from vit_train.report.dataset import check_tables
+
+    workers = num_cores() if arguments.num_workers is None else arguments.num_workers
+    with _bars() as start, _typed_root():
+        report = check_folder(arguments.root, num_workers=workers, start=start)
+    if out is not None:
+        _write_json(out, report.as_json())
+    if arguments.json != _STDOUT:
+        console = Console()
+        for table in check_tables(report):
+            console.say(table)
+    return DataError.exit_code if report.problems else 0
+
+
+def stats(arguments: argparse.Namespace) -> None:
+    """Prints mean and std of a split, and what to type to train with them.
+
+    Raises:
+        ConfigError: --json cannot be written.
+        DataError: the folder or an image in it cannot be read.
+        WorkerLostError: a worker process died.
+    """
+    out = _json_file(arguments.json)
+    import torch
+
+    from vit_train.data import ImageFolder
+    from vit_train.data.stats import ChannelStats, channel_stats
+    from vit_train.report.console import Console
+    from vit_train.report.dataset import stats_tables
+
+    data = ImageFolder(
+        root=arguments.root,
+        img_size=arguments.img_size,
+        in_channels=arguments.channels,
+        resize=arguments.resize,
+        num_workers=arguments.num_workers,
+        cache="none",
+    )
     try:
-        write_digits(arguments.root)
-    except VitTrainError as error:
-        print(f"vit-data: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        with _typed_root():
+            data.setup(device=torch.device("cpu"), rank=0, world_size=1, training=arguments.split == "train")
+        with _bars() as start, _all_bad_files(arguments.root):
+            found = channel_stats(data, arguments.split, progress=start(data.sizes[arguments.split]))
+    except WorkerLostError as error:
+        raise WorkerLostError(str(error).replace("data.num_workers=0", "--num-workers 0")) from error
+    finally:
+        data.close()
+    rounded = {name: [round(value, 4) for value in getattr(found, name)] for name in ("mean", "std")}
+    if not all(rounded["std"]):
+        raise DataError(
+            f"{arguments.root}: all {arguments.split} images are of one colour: nothing to learn from"
+        )
+    overrides = [f"data.{name}={json.dumps(values).replace(' ', '')}" for name, values in rounded.items()]
+    if out is not None:
+        about = {"split": arguments.split, "img_size": data.img_size, "resize": data.resize}
+        figures = {"num_images": found.num_images, "mean": found.mean, "std": found.std}
+        _write_json(out, {"root": arguments.root, **about, **figures, "overrides": overrides})
+    if arguments.json != _STDOUT:
+        console = Console()
+        console.say(
+            f"{arguments.root} at {data.img_size} x {data.img_size} pixels, on the scale from 0 to 1\n"
+        )
+        defaults = ChannelStats(0, data.mean, data.std)
+        for table in stats_tables(found, split=arguments.split, defaults=defaults):
+            console.say(table)
+        console.say(f"\nto train with them, add: {shlex.join(overrides)}")
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """Gives what starts a progress bar: total -> what is called with the number done."""
+    from contextlib import ExitStack
+
+    from tqdm import tqdm
+
+    with ExitStack() as stack:
+
+        def start(total: int) -> Callable[[int], None]:
+            bar = tqdm(total=total, unit="image", leave=False, delay=1, disable=not sys.stderr.isatty())
+            stack.enter_context(bar)
+
+            def update(num_done: int) -> None:
+                bar.update(num_done)
+
+            return update
+
+        yield start
+
+
+@contextmanager
+def _typed_root() -> Iterator[None]:
+    """Errors about `data.root` name what was typed here."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).replace("data.root=", "")) from error
+
+
+@contextmanager
+def _all_bad_files(root: str) -> Iterator[None]:
+    """Reading stops at the first."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{error}; {shlex.join(['vit-data', 'check', root])} lists all") from error
+
+
+def _json_file(path: str | None) -> Path | str | None:
+    return path if path in (None, _STDOUT) else command.output_file("--json", str(path))
+
+
+def _write_json(out: Path | str, content: dict[str, Any]) -> None:
+    """ASCII, so that no name can do anything to a terminal; a reader gets every name as it is."""
+    text = json.dumps(content, indent=1) + "\n"
+    if isinstance(out, str):
+        sys.stdout.write(text)
+        return
+    from vit_train import durable
+
+    try:
+        durable.make_directory(out.parent)
+        durable.replace(out, text)
+    except OSError as error:
+        raise ConfigError(f"--json {out} cannot be written: {error.strerror or error}") from error
 
 
 def write_digits(root: str) -> None:
@@ -71,13 +212,79 @@ def _write_splits(folder: Path) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vit-data", description="Look at a dataset, or make one.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_check(commands)
+    _add_stats(commands)
     digits = commands.add_parser(
         "digits",
         help="write scikit-learn's embedded digits as an image folder",
         description="Writes scikit-learn's 1,797 digits as PNG files in ROOT/{train,val,test}/<digit>/.",
     )
     digits.add_argument("root", metavar="ROOT", help="a folder that does not exist yet, or is empty")
+    digits.set_defaults(work=lambda arguments: write_digits(arguments.root))
     return parser
+
+
+def _add_check(commands: Any) -> None:
+    check_ = commands.add_parser(
+        "check",
+        help="decode every image of a folder and say what is wrong with it",
+        description=(
+            "Decodes every image below ROOT, as training would, and looks at its layout. Exit code 3: "
+            "something would break training, such as an image that cannot be read, a class without training "
+            "images, a class that only val or test has, a layout that is neither <class>/<image> nor "
+            "train/<class>/<image>. Warnings are about what training would pass over: equal files in two "
+            "splits or two classes, classes that a split lacks, files that are not used."
+        ),
+        epilog=(
+            "A damaged JPEG may still decode: of 100 with one flipped bit 98 do. Only a checksum made when "
+            "the file was whole can tell."
+        ),
+    )
+    _add_common(check_)
+    check_.set_defaults(work=check)
+
+
+def _add_stats(commands: Any) -> None:
+    stats_ = commands.add_parser(
+        "stats",
+        help="mean and standard deviation of the pixels: data.mean and data.std",
+        description=(
+            "Computes mean and standard deviation per channel over every pixel of a split, as training sees "
+            "the images without augmentation, and prints what to type to train with them."
+        ),
+    )
+    _add_common(stats_)
+    stats_.add_argument(
+        "--img-size", type=_at_least(1), metavar="N", help="side in pixels; default: what training would take"
+    )
+    stats_.add_argument(
+        "--resize", choices=("crop", "squash"), default="crop", help="as data.resize; default: crop"
+    )
+    stats_.add_argument("--split", choices=("train", "val", "test"), default="train", help="default: train")
+    stats_.add_argument(
+        "--channels", type=int, choices=(1, 3), default=3, help="as data.in_channels; default: 3"
+    )
+    stats_.set_defaults(work=stats)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("root", metavar="ROOT", help="the folder, as data.root")
+    parser.add_argument("--json", metavar="FILE", help="also write everything as JSON; - prints it instead")
+    parser.add_argument(
+        "--num-workers",
+        type=_at_least(0),
+        metavar="N",
+        help="processes that read images; default: one per core",
+    )
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return number
 
 
 if __name__ == "__main__":

@@ -72,8 +72,10 @@ def report(arguments: argparse.Namespace) -> None:
     command.say_skipped("vit-eval", problems, stored.path)
     config = with_overrides(stored_config(stored), arguments.overrides, stored.state["inference"])
     root = other_root(config["data"], stored_config(stored)["data"])
-    if root is not None and not any(text.startswith("data.limit=") for text in arguments.overrides):
-        config["data"]["limit"] = None  # it is about the run's own training images
+    if root is not None:
+        for key, whole in (("limit", None), ("train_fraction", 1.0)):  # they are about the run's own images
+            if not any(text.startswith(f"data.{key}=") for text in arguments.overrides):
+                config["data"][key] = whole
     strategy, data = build_data(config)
     try:
         trained = from_checkpoint(stored, device=strategy.device, weights=arguments.weights)

@@ -100,19 +100,22 @@ def explain_image(
         DataError: the image cannot be read.
     """
     import torch
-    from torchvision.transforms.v2.functional import pil_to_tensor
 
     from vit_train.data import Batch
+    from vit_train.data.decode import decode
     from vit_train.data.sample_transforms import seen_box
     from vit_train.precision import autocast
-    from vit_train.prediction import Pictures
+    from vit_train.prediction import fetched
     from vit_train.report import attention
     from vit_train.report.overlay import Explained, shown_name
 
     device = next(trained.model.parameters()).device
-    image = Pictures([file]).read(0)
-    seen = trained.sample_transform()(image.convert("L" if trained.in_channels == 1 else "RGB"))
-    pixels = pil_to_tensor(seen)[None].to(device)
+    content, transform = fetched(file), trained.sample_transform()
+    image = decode(content, name=file, background=trained.background)
+    # the model may be given less of a large file, as in vit-predict
+    read = decode(content, name=file, background=trained.background, least_side=transform.least_side)
+    seen = transform(read.convert("L" if trained.in_channels == 1 else "RGB"))
+    pixels = seen[None].to(device)
     none = torch.zeros(1, dtype=torch.int64, device=device)
     images, _ = trained.batch_transform()(Batch(pixels, none, none, none), 0, 0)
     with torch.no_grad(), autocast(trained.precision(), device):  # as vit-predict says it

@@ -2,7 +2,7 @@
 
 from vit_train.data.base import ArraySource, DataModule, Found, ImageData, Split
 from vit_train.data.batch import Batch
-from vit_train.data.batch_transforms import Normalize
+from vit_train.data.batch_transforms import Augment, Normalize
 from vit_train.data.chosen import Chosen
 from vit_train.data.cifar import Cifar10, Cifar100
 from vit_train.data.digits import Digits
@@ -11,6 +11,7 @@ from vit_train.data.loaders import Loader, Source
 
 __all__ = [
     "ArraySource",
+    "Augment",
     "Batch",
     "Chosen",
     "Cifar10",

@@ -11,22 +11,38 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
+from vit_train.data.bad_files import unreadable
 from vit_train.data.batch import Batch, Failure, collate
-from vit_train.data.loaders import EvalBatches, Loader, Samples, Source, TrainSteps, worker_lost
+from vit_train.data.cache import Cache, CachedLoader, Filling, Untransformed, available_memory
+from vit_train.data.loaders import (
+    Batches,
+    EvalBatches,
+    Loader,
+    SampleLoader,
+    Samples,
+    Source,
+    TrainSteps,
+    worker_lost,
+)
+from vit_train.data.order import Sampling
 from vit_train.data.sample_transforms import SampleTransform, plain
 from vit_train.data.splits import hold_out, keep
 from vit_train.errors import DataError, WorkerLostError
 
 Split: TypeAlias = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+S = TypeVar("S", bound=Samples)
+
+_CACHE_SHARE = 0.25  # of the memory that is free: the model, its gradients and other programs want some
 
 
 class DataModule(Protocol):
@@ -51,8 +67,10 @@ class DataModule(Protocol):
     sizes: dict[str, int]
     notes: list[str]
 
-    def setup(self, *, device: torch.device, rank: int, world_size: int) -> None:
-        """Finds the data (lists a folder, loads arrays, may download)."""
+    def setup(
+        self, *, device: torch.device, rank: int, world_size: int, should_stop: Callable[[], bool]
+    ) -> None:
+        """Finds the data (lists a folder, loads arrays, may download); `should_stop` ends what takes long."""
         ...
 
     def loader(self, split: Split) -> Loader:
@@ -89,7 +107,7 @@ class ArraySource:
     """Images held in memory.
 
     Args:
-        images: uint8 (n, H, W) or (n, H, W, 3); a tensor, because torch shares it with spawned workers.
+        images: uint8 (n, C, H, W); a tensor, because torch shares it with spawned workers.
         targets: (n,) class ids.
         label: the dataset and its file, for messages.
         ids: (n,) position of each image in that file.
@@ -101,7 +119,8 @@ class ArraySource:
     ids: NDArray[np.int64]
 
     def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images[index].numpy())
+        image: Image.Image = to_pil_image(self.images[index])
+        return image
 
     def name(self, index: int) -> str:
         return f"{self.label} image {self.ids[index]}"
@@ -112,7 +131,7 @@ class ArraySource:
 
     def update(self, digest: hashlib._Hash) -> None:
         digest.update(self.targets.tobytes())
-        digest.update(self.images.numpy().tobytes())
+        digest.update(self.images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
 
 
 @dataclass
@@ -136,8 +155,8 @@ class Found:
 class ImageData(abc.ABC):
     """Everything a data module does once its images are found.
 
-    Validation images come from a split of that name, else `val_fraction` of train is held out. Then `limit`
-    cuts train, and `class_counts` counts what is left.
+    Validation images come from a split of that name, else `val_fraction` of train is held out. Then
+    `train_fraction` and `limit` cut, and `class_counts` counts what is left of train.
 
     Args:
         batch_size: images per optimizer step over all processes; evaluation uses the same.
@@ -146,7 +165,13 @@ class ImageData(abc.ABC):
         img_size: side in pixels; None takes what the data has.
         in_channels: 1 (grey) or 3 (RGB); images are converted.
         val_fraction: share of train held out, stratified, the same images for every seed; 0 holds out none.
-        limit: training images to keep, stratified; None keeps all.
+        train_fraction: share of the training images to keep, stratified: learning from less.
+        limit: images of each split to keep, stratified, for a quick look; None keeps all.
+        sampler: "uniform", or "balanced": every class equally often.
+        repeats: how often an epoch shows an image in a row, each time augmented anew (and 1 of so many
+            images); see `epoch_order`.
+        cache: where decoded images are kept: "none", "ram", "device", or "auto", which takes what they fit
+            into a quarter of.
         seed: decides order and augmentation.
         mean, std: normalisation per channel on the 0 to 1 scale; None takes the dataset's constants.
         num_classes: how many classes are expected; None takes what is there.
@@ -176,7 +201,11 @@ class ImageData(abc.ABC):
         img_size: int | None,
         in_channels: Literal[1, 3],
         val_fraction: float,
+        train_fraction: float = 1.0,
         limit: int | None,
+        sampler: Sampling = "uniform",
+        repeats: int = 1,
+        cache: Cache = "auto",
         seed: int,
         mean: tuple[float, ...] | None,
         std: tuple[float, ...] | None,
@@ -188,17 +217,29 @@ class ImageData(abc.ABC):
             ("num_workers", num_workers, 0),
             ("img_size", img_size, 1),
             ("limit", limit, 1),
+            ("repeats", repeats, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
+        if not 0 < train_fraction <= 1:
+            raise ValueError(f"train_fraction must be above 0 and at most 1, got {train_fraction}")
+        if cache == "device" and sample_transform is not None:
+            raise ValueError(
+                "cache=device holds finished images, and augment.sample makes each image anew: type "
+                "data.cache=ram, or an augment without it (augment=light)"
+            )
         self.batch_size = batch_size
         self.num_workers = min(num_cores(), self.max_workers) if num_workers is None else num_workers
         self.worker_timeout_seconds = worker_timeout_seconds
         self.in_channels: int = in_channels
         self.val_fraction = val_fraction
+        self.train_fraction = train_fraction
         self.limit = limit
+        self.sampler: Sampling = sampler
+        self.repeats = repeats
+        self.cache: Cache = cache
         self.seed = seed
         self.mean = _per_channel("mean", mean, self.default_mean, in_channels)
         self.std = _per_channel("std", std, self.default_std, in_channels)
@@ -212,6 +253,9 @@ class ImageData(abc.ABC):
         self.sources: dict[Split, Source] = {}
         self.holds_out = False  # whether val is a part of train that was held out
         self._loaders: dict[str, Loader] = {}
+        self._finished: dict[Split, Tensor] = {}
+        self._decoded: Source | None = None
+        self._should_stop: Callable[[], bool] = lambda: False
         self._training = True
 
     @abc.abstractmethod
@@ -226,17 +270,28 @@ class ImageData(abc.ABC):
         """What evaluation does to an image: nothing at its own size, else a resize."""
         return None if self.img_size == found.img_size else plain(self.img_size, resize="squash")
 
-    def setup(self, *, device: torch.device, rank: int, world_size: int, training: bool = True) -> None:
-        """Finds the data and splits it; see `DataModule`.
+    def setup(
+        self,
+        *,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        training: bool = True,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Finds the data, splits it and fills the cache; see `DataModule`.
 
         Args:
             device: where batches will go.
             rank, world_size: which share of how many.
-            training: False where only evaluation follows: a folder may then do without training images.
+            training: False where only evaluation follows, once: a folder may then do without training images,
+                and nothing is cached.
+            should_stop: asked while the cache is filled; it then stays empty.
 
         Raises:
             ValueError: `world_size` does not divide `batch_size`.
             DataError: the data is missing, unreadable or does not fit what was asked for.
+            WorkerLostError: a worker process died while the cache was filled.
         """
         if self.batch_size % world_size:
             raise ValueError(
@@ -244,7 +299,7 @@ class ImageData(abc.ABC):
                 f"type data.batch_size={-(-self.batch_size // world_size) * world_size}"
             )
         self.close()
-        self.notes, self._training = [], training
+        self.notes, self._training, self._should_stop = [], training, should_stop
         found = self.load()
         self.class_names = found.class_names
         self.num_classes = len(found.class_names)
@@ -262,6 +317,9 @@ class ImageData(abc.ABC):
         self._plain = self.plain_transform(found)
         self._pin_memory = device.type == "cuda"
         self._rank, self._world_size = rank, world_size
+        self._finished, self._decoded = {}, None
+        if training and self.cache != "none":
+            self._fill_cache(device)
 
     def loader(self, split: Split) -> Loader:
         """The loader of one split; see `DataModule`.
@@ -303,7 +361,7 @@ class ImageData(abc.ABC):
         Raises:
             DataError: a sample cannot be read; the line names it.
         """
-        samples = self._samples(split, augmented=False)
+        samples = self._samples(Samples, split)
         batch = collate([samples[0, index, 0] for index in indices])
         if isinstance(batch, Failure):
             raise DataError(batch.line)
@@ -347,10 +405,16 @@ class ImageData(abc.ABC):
                 f"data.limit={self.limit} cannot hold one image of each of {self.num_classes} classes: "
                 f"type data.limit={self.num_classes} or more"
             )
-        if self.limit is not None and self.limit < len(train.targets):
-            train = train.select(keep(train.targets, self.limit))
-        chosen: dict[Split, Source | None] = {"train": train, "val": val, "test": sources.get("test")}
-        return {split: source for split, source in chosen.items() if source is not None}
+        if self.train_fraction < 1:
+            wanted = max(round(self.train_fraction * len(train.targets)), self.num_classes)
+            train = train.select(keep(train.targets, wanted))
+        found: dict[Split, Source | None] = {"train": train, "val": val, "test": sources.get("test")}
+        return {split: self._limited(source) for split, source in found.items() if source is not None}
+
+    def _limited(self, source: Source) -> Source:
+        if self.limit is None or self.limit >= len(source.targets):
+            return source
+        return source.select(keep(source.targets, self.limit))
 
     def _count(self, split: Split) -> NDArray[np.int64]:
         return np.bincount(self.sources[split].targets, minlength=self.num_classes)
@@ -359,6 +423,8 @@ class ImageData(abc.ABC):
         num_train = self.sizes["train"]
         if self.limit is not None and self.limit > num_train:
             self.notes.append(f"data.limit={self.limit} keeps all training images: there are {num_train}")
+        if self.train_fraction < 1:
+            self.notes.append(f"data.train_fraction={self.train_fraction:g}: {num_train:,} training images")
         if num_train < self.batch_size:
             self.notes.append(
                 f"{num_train} training images do not fill data.batch_size={self.batch_size}: "
@@ -374,33 +440,134 @@ class ImageData(abc.ABC):
         if "test" not in self.sources:
             self.notes.append("no test split: there is no test figure at the end")
 
+    def bad_images(self, lines: list[str]) -> str:
+        """What to say of images that cannot be read, of which `lines` are those that were met."""
+        return unreadable(lines)
+
+    def sized(self, source: Source, transform: SampleTransform | None) -> Source:  # noqa: ARG002
+        """The source to read from for this transform: it may read less of an image than all of it."""
+        return source
+
+    def decoded_pixels(self, source: Source) -> int:  # noqa: ARG002
+        """How many pixels a decoded image of a source has, about."""
+        return self.img_size**2
+
+    def _fill_cache(self, device: torch.device) -> None:
+        """Decodes train and val, which are read again and again, if they fit; says what was decided.
+
+        Test is read once; where it is in memory and of the right size already, it is used as it is.
+
+        Raises:
+            DataError: images cannot be read; the message names all of them.
+        """
+        place = self._place(device)
+        if place == "none":
+            return
+        filling = Filling(self.num_workers, self.worker_timeout_seconds, self._should_stop)
+        where = device if place == "device" else torch.device("cpu")
+        for split, source in self.sources.items():
+            augmented = split == "train" and self.sample_transform is not None
+            if type(source) is ArraySource and not augmented and self._is_finished(source):
+                self._finished[split] = source.images.to(where)
+            elif split == "test" or (augmented and isinstance(source, ArraySource)):
+                continue
+            elif augmented:
+                samples = self._samples(Untransformed, split, augmented=True)
+                self._decoded = filling.decoded(samples, split=split)
+            else:
+                pixels = filling.finished(self._samples(Samples, split), where, split=split)
+                if pixels is not None:
+                    self._finished[split] = pixels
+        if filling.bad:
+            raise DataError(self.bad_images(filling.bad))
+
+    def _place(self, device: torch.device) -> Literal["none", "ram", "device"]:
+        """Where the cache will be: as typed, or what a quarter of is enough. Notes it.
+
+        Raises:
+            DataError: it does not fit where it was asked for.
+        """
+        random = self.sample_transform is not None
+        size = sum(self._decoded_bytes(split, random=random) for split in ("train", "val"))
+        needed = f"{size / 2**20:,.1f} MiB of decoded images"
+        cpu = torch.device("cpu")
+        if self.cache == "device" or (self.cache == "auto" and device.type != "cpu" and not random):
+            free = available_memory(device)
+            if self.cache == "device" and size > free:
+                raise DataError(
+                    f"data.cache=device: {needed} do not fit into the {free / 2**20:,.0f} MiB that are free "
+                    "there; type data.cache=auto"
+                )
+            if self.cache == "device" or size <= free * _CACHE_SHARE:
+                self.notes.append(f"data.cache=device: {needed}")
+                return "device"
+        free = available_memory(cpu)
+        if self.cache == "ram" and size > free:
+            raise DataError(
+                f"data.cache=ram: {needed} do not fit into the {free / 2**20:,.0f} MiB that are free; type "
+                "data.cache=auto"
+            )
+        if self.cache == "ram" or size <= free * _CACHE_SHARE:
+            self.notes.append(f"data.cache=ram: {needed}")
+            return "ram"
+        self.notes.append(
+            f"data.cache=none: {needed} are more than {_CACHE_SHARE:.0%} of the memory that is free "
+            "(data.cache=ram insists)"
+        )
+        return "none"
+
+    def _decoded_bytes(self, split: Split, *, random: bool) -> int:
+        if split not in self.sources:
+            return 0
+        pixels, source = self.img_size**2, self.sources[split]
+        if split == "train" and random and not isinstance(source, ArraySource):
+            pixels = self.decoded_pixels(self._samples(Samples, split, augmented=True).source)
+        return self.sizes[split] * self.in_channels * pixels
+
+    def _is_finished(self, source: ArraySource) -> bool:
+        return self._plain is None and source.images.shape[1] == self.in_channels
+
     def _make_loader(self, split: Split, *, augmented: bool = True) -> Loader:
         train = split == "train" and augmented
         size, share = self.sizes[split], self.batch_size // self._world_size
         rank, world_size = self._rank, self._world_size
-        samples = self._samples(split, augmented=train)
-        batches: TrainSteps | EvalBatches
+        batches: Batches
         if train:
             batches = TrainSteps(
-                size, batch_size=self.batch_size, seed=self.seed, rank=rank, world_size=world_size
+                self.sources[split].targets,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                rank=rank,
+                world_size=world_size,
+                sampler=self.sampler,
+                repeats=self.repeats,
             )
         else:
             batches = EvalBatches(size, batch_size=share, rank=rank, world_size=world_size)
-        return Loader(
-            samples,
+        if split in self._finished:
+            targets = self.sources[split].targets
+            return CachedLoader(self._finished[split], targets, batches, pin_memory=self._pin_memory)
+        return SampleLoader(
+            self._samples(Samples, split, augmented=train),
             batches,
             num_workers=self.num_workers,
             pin_memory=self._pin_memory,
             persistent=split != "test",  # test runs once: no idle workers afterwards
             worker_timeout_seconds=self.worker_timeout_seconds,
+            explain=lambda line: self.bad_images([line]),
         )
 
-    def _samples(self, split: Split, *, augmented: bool) -> Samples:
-        transform, seed = self._plain, None
+    def _samples(self, kind: type[S], split: Split, *, augmented: bool = False) -> S:
+        transform, seed, source = self._plain, None, self.sources[split]
         if augmented and self.sample_transform is not None:
             transform, seed = self.sample_transform(self.img_size), self.seed
-        return Samples(
-            self.sources[split], transform, seed=seed, in_channels=self.in_channels, img_size=self.img_size
+            source = self._decoded or source
+        return kind(
+            self.sized(source, transform),
+            transform,
+            seed=seed,
+            in_channels=self.in_channels,
+            img_size=self.img_size,
         )
 
 

@@ -16,6 +16,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from vit_train.construct import PositiveFloat
 from vit_train.data.base import ArraySource, Found, ImageData, Split
+from vit_train.data.cache import Cache
+from vit_train.data.order import Sampling
 from vit_train.errors import DataError
 
 
@@ -42,7 +44,11 @@ class Cifar10(ImageData):
         img_size: int | None = 32,
         in_channels: Literal[1, 3] = 3,
         val_fraction: float = 0.1,
+        train_fraction: float = 1.0,
         limit: int | None = None,
+        sampler: Sampling = "uniform",
+        repeats: int = 1,
+        cache: Cache = "auto",
         seed: int = 0,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
@@ -56,7 +62,11 @@ class Cifar10(ImageData):
             img_size=img_size,
             in_channels=in_channels,
             val_fraction=val_fraction,
+            train_fraction=train_fraction,
             limit=limit,
+            sampler=sampler,
+            repeats=repeats,
+            cache=cache,
             seed=seed,
             mean=mean,
             std=std,
@@ -76,7 +86,7 @@ class Cifar10(ImageData):
         for split in ("train", "test"):
             dataset = self._open(train=split == "train")
             targets = np.asarray(dataset.targets, dtype=np.int64)
-            pixels = torch.from_numpy(np.ascontiguousarray(dataset.data))
+            pixels = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
             sources[split] = ArraySource(pixels, targets, f"{self.name} {split}", np.arange(len(targets)))
             class_names = list(dataset.classes)
         return Found(self.name, class_names, {**sources}, img_size=sources["train"].images.shape[1])

@@ -4,7 +4,7 @@ Pillow opens a file as it is stored. An image viewer shows it turned upright, tr
 depth within black and white, and so does `decode`:
 
     EXIF (or XMP) orientation      applied
-    transparency of any kind       on `BACKGROUND`
+    transparency of any kind       on `background`
     16-bit grey                    the high byte, as Pillow itself does for 16-bit colour
     32-bit integers, floats        white is the least of 1, 255, 65535 that no pixel exceeds; a picture that
                                    leaves that range is stretched from its least to its greatest pixel
@@ -12,7 +12,8 @@ depth within black and white, and so does `decode`:
     CMYK, LAB, YCbCr, palettes     converted to RGB
     ICC profiles                   ignored, as in torchvision's and timm's training
 
-A plain 8-bit file takes none of these ways and costs no more than Pillow alone.
+A plain 8-bit file takes none of these ways and costs no more than Pillow alone. A JPEG that is much larger
+than what it is read for costs less (`least_side`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import functools
 import io
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -29,7 +30,8 @@ from PIL.ExifTags import Base
 
 from vit_train.errors import DataError
 
-BACKGROUND = (255, 255, 255)  # under what is transparent
+RGB: TypeAlias = tuple[int, int, int]
+WHITE: RGB = (255, 255, 255)
 
 # By content, whatever the suffix says. Pillow knows more; but a .jpg that is EPS would start Ghostscript.
 Image.init()
@@ -58,14 +60,27 @@ _UPRIGHT = {
 _COLOUR_KEY_SCALES = {"L;2": 255 / 3, "L;4": 255 / 15, "I;16B": 1 / 256, "RGB;16B": 1 / 256}
 
 
-def decode(file: str | Path | bytes, *, name: str | None = None) -> Image.Image:
+def decode(
+    file: str | Path | bytes,
+    *,
+    name: str | None = None,
+    background: RGB = WHITE,
+    least_side: int | None = None,
+) -> Image.Image:
     """The picture a person sees, as mode L where it is grey without transparency, else RGB.
 
     Converting between the two loses nothing that a model of 1 or 3 channels would see.
 
+    With `least_side` a JPEG comes at 1/2, 1/4 or 1/8 of its size, the smallest of these whose shorter side
+    still has that many pixels. The size of the file and `least_side` alone decide which, so training and
+    prediction see the same pixels. JPEG's own transform does it (Pillow calls it draft mode), in a third to a
+    half less time and with a fraction of the memory. A side that does not divide is rounded up.
+
     Args:
         file: a path, or what is in the file.
         name: for messages; the path where there is one.
+        background: what is under transparency, 0 to 255.
+        least_side: pixels the shorter side must keep; None keeps all.
 
     Raises:
         DataError: it is missing, damaged, cut off, no image, or too large to be an honest one.
@@ -76,11 +91,13 @@ def decode(file: str | Path | bytes, *, name: str | None = None) -> Image.Image:
             _check_size(image)
             if "transparency" in image.info and image.format == "PNG":
                 _scale_colour_key(image)
+            if least_side is not None:
+                image.draft(None, (least_side, least_side))  # does nothing but to a JPEG
             image.load()  # open reads the header only: a cut-off file fails here
             orientation = 1 if image.info.keys().isdisjoint(_ORIENTED) else _orientation(image)
             shown = _eight_bits(image) if image.mode[0] in "IF" else image
             if shown.has_transparency_data:
-                shown = _on_background(shown)
+                shown = _on_background(shown, background)
             elif shown.mode not in ("L", "RGB"):
                 shown = _convert(shown)
             return shown.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else shown
@@ -139,9 +156,9 @@ def _eight_bits(image: Any) -> Image.Image:
     return result
 
 
-def _on_background(image: Image.Image) -> Image.Image:
-    background = Image.new("RGBA", image.size, BACKGROUND)
-    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
+def _on_background(image: Image.Image, background: RGB) -> Image.Image:
+    under = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(under, image.convert("RGBA")).convert("RGB")
 
 
 def _convert(image: Image.Image) -> Image.Image:

@@ -13,6 +13,8 @@ import torch
 
 from vit_train.construct import PositiveFloat
 from vit_train.data.base import ArraySource, Found, ImageData
+from vit_train.data.cache import Cache
+from vit_train.data.order import Sampling
 
 _NUM_TEST = 360
 _MAX_VALUE = 16  # scikit-learn's pixels count ink from 0 to 16
@@ -40,7 +42,11 @@ class Digits(ImageData):
         img_size: int | None = 8,
         in_channels: Literal[1, 3] = 1,
         val_fraction: float = 0.1,
+        train_fraction: float = 1.0,
         limit: int | None = None,
+        sampler: Sampling = "uniform",
+        repeats: int = 1,
+        cache: Cache = "auto",
         seed: int = 0,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
@@ -54,7 +60,11 @@ class Digits(ImageData):
             img_size=img_size,
             in_channels=in_channels,
             val_fraction=val_fraction,
+            train_fraction=train_fraction,
             limit=limit,
+            sampler=sampler,
+            repeats=repeats,
+            cache=cache,
             seed=seed,
             mean=mean,
             std=std,
@@ -68,7 +78,7 @@ class Digits(ImageData):
         from sklearn.model_selection import train_test_split
 
         digits = load_digits()
-        pixels = torch.from_numpy((digits.images * 255 / _MAX_VALUE).round().astype(np.uint8))
+        pixels = torch.from_numpy((digits.images * 255 / _MAX_VALUE).round().astype(np.uint8))[:, None]
         ids = np.arange(len(pixels))
         everything = ArraySource(pixels, digits.target.astype(np.int64), "digits", ids)
         train, test = train_test_split(ids, test_size=_NUM_TEST, stratify=digits.target, random_state=0)

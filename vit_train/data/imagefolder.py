@@ -1,39 +1,44 @@
-"""A folder of images, one folder per class.
+"""A folder of images, one folder per class, however many.
 
-Two layouts:
-    root/train/<class>/...   with root/val (or valid, validation) and root/test where they exist;
-                             evaluation does with any one of the three
-    root/<class>/...         everything is train
-Folders inside a class folder are searched too. Hidden files and folders are skipped.
+`layout` says which folder is which split and class, `listing` which images are in it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
 from vit_train.construct import PositiveFloat
+from vit_train.data import layout
+from vit_train.data.bad_files import bad_files, unreadable
 from vit_train.data.base import Found, ImageData, Split
-from vit_train.data.decode import decode
+from vit_train.data.cache import Cache
+from vit_train.data.decode import RGB, WHITE, decode
+from vit_train.data.listing import SUFFIXES, Listing
+from vit_train.data.listing_index import listed
+from vit_train.data.loaders import Source
+from vit_train.data.names import Names
+from vit_train.data.order import Sampling
 from vit_train.data.sample_transforms import SampleTransform, plain
 from vit_train.data.splits import SPLIT_SEED
-from vit_train.errors import DataError, suggest
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-_VAL_NAMES = ("val", "valid", "validation")
-_SKIPPED_FOLDERS = {"__MACOSX"}
+from vit_train.errors import DataError
 
 # The size to train at is read from the headers of a few files: enough to see whether they are all alike.
 _NUM_HEADERS = 64
 _STANDARD_SIZE = 224
+
+_MOST_SKIPPED = 0.01  # of the training images: more is a broken download, not a few broken files
+_MOST_READ_AGAIN = 20_000  # images, which takes some seconds to a minute
 
 
 @dataclass
@@ -44,24 +49,32 @@ class FileSource:
         root: the folder `names` start from.
         names: paths relative to it, with forward slashes.
         targets: (n,) class ids.
+        sizes: (n,) bytes of each file when it was listed.
+        background: under what is transparent, 0 to 255 each.
+        least_side: what is enough of a large JPEG, see `decode`; None reads every pixel.
     """
 
     root: str
-    names: list[str]
+    names: Names
     targets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    background: RGB = WHITE
+    least_side: int | None = None
 
     def read(self, index: int) -> Image.Image:
-        return decode(self.name(index))
+        return decode(self.name(index), background=self.background, least_side=self.least_side)
 
     def name(self, index: int) -> str:
         return f"{self.root}/{self.names[index]}"
 
     def select(self, indices: NDArray[np.int64]) -> FileSource:
-        return FileSource(self.root, [self.names[i] for i in indices.tolist()], self.targets[indices])
+        return replace(
+            self, names=self.names.select(indices), targets=self.targets[indices], sizes=self.sizes[indices]
+        )
 
     def update(self, digest: hashlib._Hash) -> None:
-        for index, name in enumerate(self.names):
-            digest.update(os.fsencode(name) + f"\0{Path(self.name(index)).stat().st_size}\0".encode())
+        for name, size in zip(self.names.encoded(), self.sizes):
+            digest.update(b"%b\0%d\0" % (name, size))
 
 
 class ImageFolder(ImageData):
@@ -73,6 +86,10 @@ class ImageFolder(ImageData):
             else 224.
         resize: how evaluation (and training without augmentation) makes an image square: "crop" keeps the
             centre, "squash" keeps everything and changes the aspect ratio.
+        background: the colour under what is transparent, red, green and blue of 0 to 255.
+        on_bad_image: "error" ends the run at an image that cannot be read, and names all of them; "skip"
+            reads every image before training and leaves those of train out that cannot be, if they are at
+            most 1 percent. Evaluation leaves none out.
     """
 
     # Statistics of ImageNet's training images, as torchvision's reference recipes state them.
@@ -89,8 +106,14 @@ class ImageFolder(ImageData):
         img_size: int | None = None,
         in_channels: Literal[1, 3] = 3,
         resize: Literal["crop", "squash"] = "crop",
+        background: RGB = WHITE,
+        on_bad_image: Literal["error", "skip"] = "error",
         val_fraction: float = 0.1,
+        train_fraction: float = 1.0,
         limit: int | None = None,
+        sampler: Sampling = "uniform",
+        repeats: int = 1,
+        cache: Cache = "auto",
         seed: int = 0,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
@@ -104,7 +127,11 @@ class ImageFolder(ImageData):
             img_size=img_size,
             in_channels=in_channels,
             val_fraction=val_fraction,
+            train_fraction=train_fraction,
             limit=limit,
+            sampler=sampler,
+            repeats=repeats,
+            cache=cache,
             seed=seed,
             mean=mean,
             std=std,
@@ -113,6 +140,10 @@ class ImageFolder(ImageData):
         )
         self.root = root
         self.resize: Literal["crop", "squash"] = resize
+        if not all(0 <= value <= 255 for value in background):
+            raise ValueError(f"background must be three values of 0 to 255, got {background}")
+        self.background = background
+        self.on_bad_image = on_bad_image
 
     def load(self) -> Found:
         """Lists the files; val and test classes are mapped to train's by name.
@@ -120,39 +151,159 @@ class ImageFolder(ImageData):
         Where only evaluation follows there may be no train/, and the classes are those of any split.
 
         Raises:
-            DataError: the folder is missing, or its layout is not one of the two.
+            DataError: the folder is missing, its layout is not one of the two, or a class or file is empty.
         """
         try:
-            return self._list(_existing_folder(self.root))
+            return self._list(layout.existing_folder(self.root))
         except OSError as error:  # no permission, a network drive gone
             raise DataError(f"{error.filename} cannot be listed ({error.strerror})") from error
 
     def _list(self, root: Path) -> Found:
-        folders = _split_folders(root, training=self._training)
+        folders = layout.split_folders(root, training=self._training, notes=self.notes)
+        classes = {split: layout.class_folders(folder, notes=self.notes) for split, folder in folders.items()}
         if self._training:
-            class_names = _class_names(folders["train"])
+            class_names = classes["train"]
+            layout.refuse_too_few(folders["train"], class_names)
+            for split, names in classes.items():
+                layout.refuse_unknown(folders[split], names, class_names)
         else:  # a class need not have images everywhere
-            class_names = sorted({name for folder in folders.values() for name in _folders_in(folder)})
+            class_names = sorted({name for names in classes.values() for name in names})
+
+        below = [
+            (folders[split] / name).relative_to(root).as_posix()
+            for split, names in classes.items()
+            for name in names
+        ]
+        listing, index = listed(root, below)
+        self._add_listing_notes(listing, index)
         sources: dict[Split, FileSource] = {}
-        for split, folder in folders.items():
-            source = _list_split(root, folder, class_names)
-            counts = np.bincount(source.targets, minlength=len(class_names))
-            if not counts.any() or (self._training and split == "train" and not counts.all()):
-                empty = folder / class_names[int(counts.argmin())] if counts.any() else folder
-                raise DataError(f"{empty} holds no images ({' '.join(SUFFIXES)}): fill it or remove it")
-            sources[split] = source
+        ids = {name: i for i, name in enumerate(class_names)}
+        counts, first = listing.counts, 0  # those of the splits to come, and where their images begin
+        for split, names in classes.items():
+            here, counts = counts[: len(names)], counts[len(names) :]
+            self._refuse_empty(split, folders[split], names, here, _others(listing))
+            rows = np.arange(first, first + here.sum())
+            targets = np.repeat(np.array([ids[name] for name in names], dtype=np.int64), here)
+            sources[split] = FileSource(
+                str(root), listing.names.select(rows), targets, listing.sizes[rows], self.background
+            )
+            first += len(rows)
+        if self._training and self.on_bad_image == "skip":
+            self._leave_out_bad(sources)
+        elif self._training:
+            _refuse_no_content(sources)
         img_size = self._wanted_img_size
         if img_size is None:
             img_size = self._size_of(next(iter(sources.values())))
         return Found(str(root), class_names, {**sources}, img_size)
+
+    def _refuse_empty(
+        self, split: Split, folder: Path, class_names: list[str], counts: NDArray[np.int64], others: str
+    ) -> None:
+        """A split without images, or a class without any to train on."""
+        if not counts.any():
+            empty = [folder]
+        elif self._training and split == "train":
+            empty = [folder / class_names[i] for i in np.flatnonzero(counts == 0).tolist()]
+        else:
+            return
+        if empty:
+            verb, it = ("holds", "it") if len(empty) == 1 else ("hold", "them")
+            raise DataError(
+                f"{layout.some(empty)} {verb} no images ({' '.join(SUFFIXES)}): fill {it} or remove {it}"
+                + (others and f"; {others}")
+            )
+
+    def _add_listing_notes(self, listing: Listing, index: Path | None) -> None:
+        if index is not None:
+            self.notes.append(f"{layout.count(len(listing.names), 'file')}, listed before (index: {index})")
+        if listing.others:
+            self.notes.append(f"{_others(listing)}: ignored")
+        if listing.links:
+            self.notes.append(
+                f"linked folders inside class folders are not followed: {layout.some(listing.links)}"
+            )
+
+    def _leave_out_bad(self, sources: dict[Split, FileSource]) -> None:
+        """Reads everything; it is the same images on every rank and for every number of workers."""
+        for split, source in sources.items():
+            bad = self._bad_lines(source)
+            if not bad:
+                continue
+            if split != "train":
+                raise DataError(f"{unreadable([*bad.values()])} (data.on_bad_image=skip is for train only)")
+            if len(bad) > _MOST_SKIPPED * len(source.targets):
+                raise DataError(
+                    f"{unreadable([*bad.values()])}\n  data.on_bad_image=skip leaves out at most "
+                    f"{_MOST_SKIPPED:.0%} of {len(source.targets):,} training images"
+                )
+            good = np.setdiff1d(np.arange(len(source.targets)), [*bad])
+            sources[split] = source.select(good)
+            lost = np.setdiff1d(source.targets, sources[split].targets)
+            if len(lost):
+                raise DataError(f"{unreadable([*bad.values()])}: a class would be without images")
+            self.notes.append(
+                f"data.on_bad_image=skip leaves out {layout.count(len(bad), 'image')} of "
+                f"{len(source.targets):,}: {layout.some([source.name(i) for i in bad])}"
+            )
+
+    def _bad_lines(self, source: FileSource) -> dict[int, str]:
+        """What is wrong with each image that cannot be read."""
+        hidden = not sys.stderr.isatty()
+        with tqdm(
+            total=len(source.targets), desc="reading", unit="image", leave=False, delay=1, disable=hidden
+        ) as bar:
+
+            def progress(done: int) -> None:
+                bar.update(done)
+                if self._should_stop():
+                    raise KeyboardInterrupt  # nothing has begun yet
+
+            paths = _Paths(source)
+            bad = bad_files(paths, num_workers=self.num_workers, progress=progress)
+        return {i: f"{paths[i]} {reason}" for i, reason in bad.items()}
+
+    def bad_images(self, lines: list[str]) -> str:
+        """All images that cannot be read, where one was met; see `ImageData.bad_images`.
+
+        Not of more images than can be read while a user waits.
+        """
+        sources = [source for source in self.sources.values() if isinstance(source, FileSource)]
+        if sum(len(source.targets) for source in sources) > _MOST_READ_AGAIN:
+            return f"{unreadable(lines)} (vit-data check {self.root} names all)"
+        found = [(source.name(i), line) for source in sources for i, line in self._bad_lines(source).items()]
+        # a transform may have failed on others, which can be read
+        others = [line for line in lines if not any(line.startswith(path) for path, _ in found)]
+        if len(found) + len(others) == 1:
+            return lines[0]
+        advice = "repair or remove them" + (
+            ", or type data.on_bad_image=skip, which leaves out those of train" if self._training else ""
+        )
+        return f"{unreadable([*(line for _, line in found), *others])}\n  {advice}"
+
+    def sized(self, source: Source, transform: SampleTransform | None) -> Source:
+        """Large JPEGs need not be read whole where the transform makes them small."""
+        if not isinstance(source, FileSource):
+            return source
+        return replace(source, least_side=getattr(transform, "least_side", None))
+
+    def decoded_pixels(self, source: Source) -> int:
+        """Of an average file, as far as `sized` lets it be read; from the headers of a few."""
+        assert isinstance(source, FileSource), "this module makes no other"
+        pixels = []
+        for width, height in _header_sizes(source):
+            reduced = 8
+            while reduced > 1 and min(width, height) < reduced * (source.least_side or math.inf):
+                reduced //= 2
+            pixels.append(width * height // reduced**2)
+        return sum(pixels) // max(len(pixels), 1)
 
     def plain_transform(self, found: Found) -> SampleTransform:  # noqa: ARG002 - files may have any size
         """Always a resize: only some of the files' sizes are known."""
         return plain(self.img_size, resize=self.resize)
 
     def _size_of(self, source: FileSource) -> int:
-        chosen = np.random.RandomState(SPLIT_SEED).permutation(len(source.names))[:_NUM_HEADERS]
-        sizes = {size for i in chosen.tolist() if (size := _header_size(source.name(i))) is not None}
+        sizes = {*_header_sizes(source)}
         if len(sizes) == 1:
             width, height = sizes.pop()
             if width == height <= _STANDARD_SIZE:
@@ -164,98 +315,51 @@ class ImageFolder(ImageData):
         return _STANDARD_SIZE
 
 
-def _existing_folder(root: str | None) -> Path:
-    if root is None:
-        raise DataError("data.root is not set: type data.root=/path/to/your/folder")
-    path = Path(root).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise DataError(f"data.root={path} is not a folder: type the folder that holds the class folders")
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise DataError(f"data.root={path} does not exist{suggest(path.name, siblings)}")
+def _others(listing: Listing) -> str:
+    """`2 files are no images by name (.txt)`, or nothing."""
+    number = sum(listing.others.values())
+    kinds = layout.some([kind or "no suffix" for kind in listing.others])
+    what = "1 file is no image" if number == 1 else f"{number:,} files are no images"
+    return f"{what} by name ({kinds})" if number else ""
 
 
-def _folders_in(folder: Path) -> list[str]:
-    """Names of the visible folders in `folder`, sorted."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if _visible(entry.name) and entry.is_dir())
-
-
-def _visible(name: str) -> bool:
-    return not name.startswith(".") and name not in _SKIPPED_FOLDERS
-
-
-def _split_folders(root: Path, *, training: bool) -> dict[Split, Path]:
-    """Which folder holds which split."""
-    names = _folders_in(root)
-    if not names:
-        raise DataError(f"{root} holds no folders: expected <class>/<image> or train/<class>/<image> in it")
-    vals = [name for name in _VAL_NAMES if name in names]
-    if "train" not in names:
-        if not {*names} <= {*_VAL_NAMES, "test"}:
-            return {"train": root}
-        if training:
-            raise DataError(
-                f"{root} holds {' and '.join(names)} but no train/: put the training images there"
-            )
-    if len(vals) > 1:
+def _refuse_no_content(sources: Mapping[Split, FileSource]) -> None:
+    """Known from the listing, so it need not wait until the file's turn comes in the middle of training."""
+    bad = [(source, i) for source in sources.values() for i in np.flatnonzero(source.sizes <= 0).tolist()]
+    if bad:
+        what, it = ("1 image file has", "it") if len(bad) == 1 else (f"{len(bad):,} image files have", "them")
+        named = layout.some([source.name(i) for source, i in bad[: layout.NAMED]], of=len(bad))
         raise DataError(
-            f"{root} holds {' and '.join(vals)}: keep one of them, both would be the validation split"
+            f"{what} no content (empty, a link to nothing, a pipe): {named}: repair or remove {it}"
         )
-    folders: dict[Split, Path] = {"train": root / "train"} if "train" in names else {}
-    if vals:
-        folders["val"] = root / vals[0]
-    if "test" in names:
-        folders["test"] = root / "test"
-    return folders
 
 
-def _class_names(train: Path) -> list[str]:
-    names = _folders_in(train)
-    if not names:
-        raise DataError(f"{train} holds no class folders: expected {train}/<class>/<image>")
-    if len(names) == 1:
-        raise DataError(
-            f"{train} holds one class only ({names[0]}): training needs two or more class folders"
-        )
-    return names
+def _header_sizes(source: FileSource) -> list[tuple[int, int]]:
+    """Width and height of a few files that can be opened, the same at every call."""
+    chosen = np.random.RandomState(SPLIT_SEED).permutation(len(source.names))[:_NUM_HEADERS]
+    sizes = (_header_size(source.name(i)) for i in chosen.tolist())
+    return [size for size in sizes if size is not None]
 
 
-def _list_split(root: Path, folder: Path, class_names: Sequence[str]) -> FileSource:
-    """The images of the class folders in `folder`, in the order of the class ids, sorted within."""
-    ids = {name: i for i, name in enumerate(class_names)}
-    names: list[str] = []
-    targets: list[int] = []
-    for name in _folders_in(folder):
-        if name not in ids:
-            raise DataError(f"train has no class for {folder / name}{suggest(name, class_names)}")
-        below = (folder / name).relative_to(root).as_posix()
-        files = [f"{below}/{file}" for file in images_below(folder / name)]
-        names += files
-        targets += [ids[name]] * len(files)
-    return FileSource(str(root), names, np.asarray(targets, dtype=np.int64))
+class _Paths(Sequence[str]):
+    """The paths of a source, made one at a time."""
 
+    def __init__(self, source: FileSource) -> None:
+        self.source = source
 
-def images_below(folder: Path) -> list[str]:
-    """All images below a folder, sorted, as paths relative to it with forward slashes.
+    def __len__(self) -> int:
+        return len(self.source.targets)
 
-    Hidden files and folders are skipped. Linked folders are not followed: they may form a loop.
-
-    Raises:
-        OSError: a folder cannot be listed.
-    """
-    found = []
-    for path, folders, files in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if _visible(name)]
-        below = os.path.relpath(path, folder).replace(os.sep, "/")
-        prefix = "" if below == "." else f"{below}/"
-        found += [prefix + name for name in files if _visible(name) and name.lower().endswith(SUFFIXES)]
-    return sorted(found)
-
-
-def _refuse(error: OSError) -> None:
-    raise error  # os.walk would skip the folder, and the user would train on less than is there
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self.source.name(i) for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.source.name(index)
 
 
 def _header_size(path: str) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vit_train.data.download import is_url
-from vit_train.data.imagefolder import SUFFIXES, images_below
+from vit_train.data.listing import SUFFIXES, images_below
 from vit_train.errors import ConfigError, DataError
 
 STDIN = "-"

@@ -7,6 +7,7 @@ arithmetic in the main process: no skipped image is read.
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vit_train import rng
 from vit_train.data.batch import Batch, Failure, Sample, collate
+from vit_train.data.order import Order, Sampling, epoch_order
 from vit_train.data.sample_transforms import SampleTransform
 from vit_train.errors import DataError, WorkerLostError
 
@@ -125,10 +127,13 @@ class Samples(Dataset[Sample | Failure]):
             if worker is not None:
                 self.reading[worker.id] = -1
 
-    def _sample(self, epoch: int, index: int, draw: int) -> Sample:
+    def picture(self, index: int) -> Image.Image:
+        """The decoded image, in the mode of its channels."""
         image = self.source.read(index)
-        if image.mode != self.mode:
-            image = image.convert(self.mode)
+        return image if image.mode == self.mode else image.convert(self.mode)
+
+    def _sample(self, epoch: int, index: int, draw: int) -> Sample:
+        image = self.picture(index)
         if self.seed is not None:
             rng.seed_cpu(self.seed, "sample", epoch, index, draw)
         result = image if self.transform is None else self.transform(image)
@@ -147,48 +152,98 @@ class Samples(Dataset[Sample | Failure]):
         return f" while reading {', '.join(names)}" if names else ""
 
 
-class TrainSteps(Sampler[list[Key]]):
+class Batches(Sampler[list[Key]]):
+    """Which samples make up each batch of one rank.
+
+    The DataLoader takes them as lists of keys, a cache as tensors.
+
+    Attributes:
+        epoch: in which `share` is drawn.
+    """
+
+    epoch = 0
+
+    def set_position(self, epoch: int, step: int) -> None:  # noqa: ARG002
+        """Makes the next iteration run from `step` to the end of `epoch`.
+
+        Without a call the same epoch is iterated again, from the same step.
+
+        Raises:
+            ValueError: a negative epoch, or a step outside the epoch.
+        """
+        raise AssertionError("only a training loader has a position")
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+
+    @abc.abstractmethod
+    def share(self) -> Iterator[Order]:
+        """The samples of each batch that is to come: (b,) index and (b,) draw."""
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for index, draw in self.share():
+            yield [(self.epoch, i, d) for i, d in zip(index.tolist(), draw.tolist())]
+
+
+class TrainSteps(Batches):
     """One rank's share of every optimizer step of an epoch, from a position on.
 
-    Step s is slice s of a permutation that (seed, epoch) decides, cut into equal parts by rank. The tail that
+    Step s is slice s of an order that (seed, epoch) decides, cut into equal parts by rank. The tail that
     does not fill a step is dropped, unless there are fewer samples than one batch: then the one step holds
     them all (but for a remainder that ranks cannot share equally).
 
     Args:
-        num_samples: size of the split.
+        targets: (n,) class ids of the split.
         batch_size: samples per optimizer step over all ranks.
         seed: the run's seed.
         rank, world_size: which share of how many.
+        sampler, repeats: see `epoch_order`.
 
     Raises:
         DataError: fewer samples than ranks.
     """
 
-    def __init__(self, num_samples: int, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        if num_samples < world_size:
-            raise DataError(f"{num_samples} training images cannot be shared by {world_size} processes")
-        self.num_samples = num_samples
-        self.batch_size = min(batch_size, num_samples)
+    def __init__(
+        self,
+        targets: NDArray[np.int64],
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        sampler: Sampling = "uniform",
+        repeats: int = 1,
+    ) -> None:
+        if len(targets) < world_size:
+            raise DataError(f"{len(targets)} training images cannot be shared by {world_size} processes")
+        self.targets = targets
+        self.batch_size = min(batch_size, len(targets))
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
+        self.sampler, self.repeats = sampler, repeats
         self.step = 0
 
     def __len__(self) -> int:
-        return self.num_samples // self.batch_size
+        return len(self.targets) // self.batch_size
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        epoch = self.epoch
-        generator = torch.Generator().manual_seed(rng.mix(self.seed, "order", epoch))
-        order = torch.randperm(self.num_samples, generator=generator)
+    def set_position(self, epoch: int, step: int) -> None:
+        if epoch < 0 or not 0 <= step <= len(self):
+            raise ValueError(f"epoch {epoch}, step {step} is outside an epoch of {len(self)} steps")
+        self.epoch, self.step = epoch, step
+
+    def share(self) -> Iterator[Order]:
+        order = epoch_order(
+            self.targets, sampler=self.sampler, repeats=self.repeats, seed=self.seed, epoch=self.epoch
+        )
         share = self.batch_size // self.world_size
         for step in range(self.step, len(self)):
             start = step * self.batch_size + self.rank * share
-            yield [(epoch, index, 0) for index in order[start : start + share].tolist()]
+            yield Order(*(ids[start : start + share] for ids in order))
 
 
-class EvalBatches(Sampler[list[Key]]):
+class EvalBatches(Batches):
     """One rank's share of a split, in order, every sample once over all ranks.
 
     Args:
@@ -204,13 +259,45 @@ class EvalBatches(Sampler[list[Key]]):
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def share(self) -> Iterator[Order]:
         for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, index, 0) for index in self.indices[start : start + self.batch_size]]
+            part = self.indices[start : start + self.batch_size]
+            index = torch.arange(part.start, part.stop, part.step)
+            yield Order(index, torch.zeros_like(index))
 
 
-class Loader:
-    """Batches of one split.
+class Loader(Protocol):
+    """Batches of one split: what `DataModule.loader` gives.
+
+    Attributes:
+        should_stop: asked where iterating may have to wait; it then ends early.
+    """
+
+    should_stop: Callable[[], bool]
+
+    def __len__(self) -> int:
+        """Optimizer steps of a whole epoch for training, whatever the position; batches otherwise."""
+        ...
+
+    def set_position(self, epoch: int, step: int) -> None:
+        """Makes the next iteration run from `step` to the end of `epoch` (training only)."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields batches."""
+        ...
+
+    def read_by(self, error: BaseException) -> str:
+        """What the worker process that `error` names was reading, or nothing."""
+        ...
+
+    def close(self) -> None:
+        """Ends worker processes."""
+        ...
+
+
+class SampleLoader:
+    """Reads and transforms samples one by one, in worker processes or in this one.
 
     Args:
         samples: what to read.
@@ -220,6 +307,7 @@ class Loader:
         persistent: whether the workers stay between iterations, until `close`.
         collate: makes a batch of what `samples` returns; a Failure it returns ends the iteration.
         worker_timeout_seconds: how long to wait for a batch before the workers count as lost.
+        explain: makes the message about a sample that cannot be read out of its line.
 
     Attributes:
         should_stop: asked while waiting for a worker; iteration then ends early.
@@ -228,18 +316,19 @@ class Loader:
     def __init__(
         self,
         samples: Samples,
-        batches: TrainSteps | EvalBatches,
+        batches: Batches,
         *,
         num_workers: int,
         pin_memory: bool,
         persistent: bool,
         collate: Callable[[Sequence[Sample | Failure]], object] = collate,
         worker_timeout_seconds: float = 600,
+        explain: Callable[[str], str] = str,
     ) -> None:
         self.should_stop: Callable[[], bool] = lambda: False
         self._samples, self._batches = samples, batches
         self._timeout = worker_timeout_seconds
-        self._persistent = persistent
+        self._persistent, self._explain = persistent, explain
         self._iterator: Any = None
         self._loader: DataLoader[Sample | Failure] = DataLoader(
             samples,
@@ -260,18 +349,8 @@ class Loader:
         return len(self._batches)
 
     def set_position(self, epoch: int, step: int) -> None:
-        """Makes the next iteration run from `step` to the end of `epoch` (training only).
-
-        Without a call the same epoch is iterated again, from the same step.
-
-        Raises:
-            ValueError: a negative epoch, or a step outside the epoch.
-        """
-        assert isinstance(self._batches, TrainSteps), "only a training loader has a position"
-        if epoch < 0 or not 0 <= step <= len(self):
-            raise ValueError(f"epoch {epoch}, step {step} is outside an epoch of {len(self)} steps")
-        self._batches.epoch = epoch
-        self._batches.step = step
+        """See `Batches.set_position`."""
+        self._batches.set_position(epoch, step)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields batches.
@@ -284,7 +363,8 @@ class Loader:
             self._iterator = iter(self._loader)
             while (batch := self._next()) is not None:
                 if isinstance(batch, Failure):
-                    raise DataError(batch.line)
+                    self.close()
+                    raise DataError(self._explain(batch.line))
                 yield batch
         except (RuntimeError, EOFError, ConnectionError) as error:
             lost = worker_lost(error, self.read_by(error))

@@ -132,13 +132,14 @@ def closing_figures(
     *, state: Any, test: Mapping[str, float], steps_per_epoch: int, batch_size: int, seed: int
 ) -> dict[str, Any]:
     """The content of result.json: best and last validation, test, and the cost. Accuracies are fractions."""
-    val = ("val/loss", "val/top1", "val/top5")
+    measured = ("loss", "top1", "macro_top1", "top5")
+    val = [f"val/{name}" for name in measured]
     best, last = state.best or {}, state.last
     figures: dict[str, Any] = {f"best/{name}": best.get(name) for name in val}
     figures |= {"best/epoch": best.get("epoch")}
     figures |= {f"last/{name}": last.get(name) for name in val}
     figures |= {"last/epoch": state.closed_epochs}
-    figures |= {name: test.get(name) for name in ("test/loss", "test/top1", "test/top5")}
+    figures |= {name: test.get(name) for name in (f"test/{name}" for name in measured)}
     return figures | {
         "epochs": state.closed_epochs,
         "steps": state.step,

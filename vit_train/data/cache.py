@@ -1,0 +1,204 @@
+"""Decoded images held in memory or on the device: only the first pass over a dataset reads files.
+
+A cache moves storage, never pixels: what it holds precedes all randomness, so a batch is the same with every
+kind of cache and with none. Two kinds, by what follows:
+
+    finished images   nothing random happens to single images on the CPU: uint8 (n, C, S, S), from which a
+                      batch is one gather, on whatever device they are
+    decoded files     `augment.sample` does something random to each: the whole picture, in memory, which
+                      the workers transform as they would after decoding it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from tqdm import tqdm
+
+from vit_train.data.batch import Batch, Failure, Sample
+from vit_train.data.loaders import Batches, EvalBatches, SampleLoader, Samples, Source
+
+Cache: TypeAlias = Literal["auto", "none", "ram", "device"]
+
+_FILL_BATCH = 64  # images on their way from a worker at a time
+_UNKNOWN_MEMORY = 2 * 2**30  # where the system does not say
+
+
+class CachedLoader:
+    """Batches of finished images: each one gather. A `Loader`.
+
+    Args:
+        pixels: uint8 (n, C, S, S).
+        targets: (n,) class ids.
+        batches: which samples make up each batch.
+        pin_memory: whether batches come in page-locked memory.
+    """
+
+    def __init__(
+        self, pixels: Tensor, targets: NDArray[np.int64], batches: Batches, *, pin_memory: bool
+    ) -> None:
+        self.should_stop: Callable[[], bool] = lambda: False  # it never waits
+        self._pixels, self._batches, self._pin_memory = pixels, batches, pin_memory
+        self._targets = torch.from_numpy(targets).to(pixels.device)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def set_position(self, epoch: int, step: int) -> None:
+        """See `Batches.set_position`."""
+        self._batches.set_position(epoch, step)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields batches, where the images are."""
+        device = self._pixels.device
+        for order in self._batches.share():
+            # from page-locked memory the copy waits for nothing
+            index, draw = (self._ready(ids).to(device, non_blocking=True) for ids in order)
+            images, targets = self._pixels.index_select(0, index), self._targets.index_select(0, index)
+            yield Batch(*map(self._ready, (images, targets, index, draw)))
+
+    def _ready(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self._pin_memory and tensor.device.type == "cpu" else tensor
+
+    def read_by(self, error: BaseException) -> str:  # noqa: ARG002
+        return ""
+
+    def close(self) -> None:
+        pass
+
+
+class DecodedSource:
+    """The files of another source, decoded. A `Source`.
+
+    Args:
+        source: it.
+        images: uint8 (C, H, W) each, of any size.
+    """
+
+    def __init__(self, source: Source, images: Sequence[Tensor]) -> None:
+        self.source, self.images = source, images
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        return self.source.targets
+
+    def read(self, index: int) -> Image.Image:
+        image: Image.Image = to_pil_image(self.images[index])
+        return image
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def select(self, indices: NDArray[np.int64]) -> DecodedSource:
+        return DecodedSource(self.source.select(indices), [self.images[i] for i in indices.tolist()])
+
+    def update(self, digest: hashlib._Hash) -> None:
+        self.source.update(digest)
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How a cache is filled.
+
+    Args:
+        num_workers: processes that read; 0 reads in this one.
+        worker_timeout_seconds: see `SampleLoader`.
+        should_stop: asked after each batch.
+        bad: a line about each image that could not be read.
+    """
+
+    num_workers: int
+    worker_timeout_seconds: float
+    should_stop: Callable[[], bool]
+    bad: list[str] = field(default_factory=list)
+
+    def finished(self, samples: Samples, device: torch.device, *, split: str) -> Tensor | None:
+        """Every sample as its transform leaves it.
+
+        Args:
+            samples: without randomness.
+            device: where they will be.
+            split: for the progress bar.
+
+        Returns:
+            uint8 (n, C, S, S), or None where it was stopped. Of what could not be read there are no pixels.
+
+        Raises:
+            WorkerLostError: a worker process died.
+        """
+        pixels = torch.empty(len(samples), *samples.shape, dtype=torch.uint8, device=device)
+
+        def take(good: list[Sample]) -> None:
+            images, _, index, _ = zip(*good)
+            pixels[torch.tensor(index, device=device)] = torch.stack(images).to(device)
+
+        return pixels if self._read(samples, take, split) else None
+
+    def decoded(self, samples: Untransformed, *, split: str) -> DecodedSource | None:
+        """Every file of a split; otherwise as `finished`."""
+        images: list[Tensor] = []
+
+        def take(good: list[Sample]) -> None:
+            images.extend(sample[0].clone() for sample in good)  # out of the workers' shared memory
+
+        return DecodedSource(samples.source, images) if self._read(samples, take, split) else None
+
+    def _read(self, samples: Samples, take: Callable[[list[Sample]], None], split: str) -> bool:
+        loader = SampleLoader(
+            samples,
+            EvalBatches(len(samples), batch_size=_FILL_BATCH, rank=0, world_size=1),
+            num_workers=self.num_workers,
+            pin_memory=False,
+            persistent=False,
+            collate=list,
+            worker_timeout_seconds=self.worker_timeout_seconds,
+        )
+        hidden = not sys.stderr.isatty()
+        with tqdm(
+            total=len(samples), desc=f"decoding {split}", unit="image", leave=False, delay=1, disable=hidden
+        ) as bar:
+            for read in cast("Iterator[list[Sample | Failure]]", iter(loader)):
+                good = [sample for sample in read if not isinstance(sample, Failure)]
+                self.bad.extend(sample.line for sample in read if isinstance(sample, Failure))
+                if good and not self.bad:
+                    take(good)
+                bar.update(len(read))
+                if self.should_stop():
+                    return False
+        return True
+
+
+class Untransformed(Samples):
+    """Samples as they are in their files, in the mode training converts them to, of any size."""
+
+    def _sample(self, epoch: int, index: int, draw: int) -> Sample:  # noqa: ARG002
+        return pil_to_tensor(self.picture(index)), int(self.source.targets[index]), index, draw
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; for the CPU those of the container, if it is in one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = []
+    with suppress(OSError, ValueError, IndexError):
+        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+        free.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    if not free and hasattr(os, "sysconf"):  # macOS says only what there is
+        free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    return max(min(free, default=_UNKNOWN_MEMORY), 0)

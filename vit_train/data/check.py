@@ -1,0 +1,453 @@
+"""What is wrong with a folder of images, found before training by decoding every one of them.
+
+What no decoder can see stays unseen: of 100 JPEGs with one flipped bit 98 decode without a complaint. Only a
+checksum made when the file was whole would tell.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from vit_train.data import layout
+from vit_train.data.bad_files import NOT_PLAIN, Progress, read, reason_in
+from vit_train.data.base import SPLITS, Split
+from vit_train.data.imagefolder import ImageFolder
+from vit_train.data.listing import images_below, is_image, is_visible
+from vit_train.data.pool import Crash, each_file
+from vit_train.errors import DataError, printable, suggest
+
+_DIGEST_BYTES = 16
+_SIDE_EDGES = (32, 64, 128, 224, 384, 768, 1536)  # shorter side in pixels
+
+_LEFT_BY = {
+    ".DS_Store": "macOS",
+    "__MACOSX": "macOS",
+    "Thumbs.db": "Windows",
+    "desktop.ini": "Windows",
+    ".ipynb_checkpoints": "Jupyter",
+}
+
+
+class _Seen(NamedTuple):
+    """One image that can be read."""
+
+    width: int  # as shown, after EXIF orientation
+    height: int
+    mode: str  # Pillow's, as stored
+    num_bytes: int
+    digest: bytes  # of the file, not of its pixels
+
+
+def _look(path: str) -> _Seen | str:
+    """What is in a file, or why it cannot be read."""
+    try:
+        shown = read(path)
+        with open(path, "rb") as file:  # noqa: PTH123 - a Path costs as much as the hash
+            digest = hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=_DIGEST_BYTES))
+            num_bytes = file.tell()
+            file.seek(0)
+            with Image.open(file) as stored:
+                mode = stored.mode
+    except DataError as error:
+        return reason_in(error, path)
+    except OSError as error:  # gone or changed meanwhile
+        return f"cannot be read ({error.strerror or error})"
+    return _Seen(*shown.size, mode, num_bytes, digest.digest())
+
+
+@dataclass(frozen=True)
+class Item:
+    """One case of a finding.
+
+    Args:
+        files: paths of files or folders below the root; several where they belong together.
+        detail: what is to be said of it.
+    """
+
+    files: tuple[str, ...]
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something the user should know.
+
+    Args:
+        kind: one word for programs, such as "unreadable".
+        text: one line for people.
+        items: every case, sorted.
+    """
+
+    kind: str
+    text: str
+    items: tuple[Item, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check_folder` found.
+
+    Attributes:
+        root: the folder.
+        num_images: those that training would list, readable or not.
+        num_bytes: of those that can be read; so are the figures below.
+        problems: what would break training.
+        warnings: what would not, but may spoil it.
+        notes: what training would say about this folder; empty if it would not start.
+        counts: split -> class -> images, readable or not; a class of any split is in all.
+        shorter_sides: range in pixels -> images; empty ranges at both ends are left out.
+        modes: Pillow's mode as stored -> images, the most frequent first.
+        smallest, largest: width and height of the image with the fewest and the most pixels.
+    """
+
+    root: str
+    num_images: int
+    num_bytes: int
+    problems: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    shorter_sides: dict[str, int] = field(default_factory=dict)
+    modes: dict[str, int] = field(default_factory=dict)
+    smallest: tuple[int, int] | None = None
+    largest: tuple[int, int] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain dicts and lists, everything in full."""
+        return asdict(self)
+
+
+@dataclass
+class _Survey:
+    """What lies in a folder, where its layout can be told.
+
+    Attributes:
+        root: the folder.
+        classes: split -> its class folders, with or without images, sorted.
+        below: split -> its folder below the root with a slash at the end, or nothing where it is the root.
+        names: images that training would list, as paths below the root.
+        splits, labels: (n,) split and class of each.
+        refused: folders that cannot be listed.
+        strays: what training passes over.
+    """
+
+    root: Path
+    classes: dict[Split, list[str]] = field(default_factory=dict)
+    below: dict[Split, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    refused: list[Item] = field(default_factory=list)
+    strays: list[Item] = field(default_factory=list)
+
+    def pairs(self) -> Counter[tuple[Split, str]]:
+        """Images by split and class."""
+        return Counter(zip(self.splits, self.labels))
+
+
+def _survey(root: Path) -> _Survey:
+    """Lists a folder as training does, but goes on where that stops."""
+    survey = _Survey(root)
+    with suppress(DataError, OSError):  # then training's own line about it is all there is to say
+        for split, folder in layout.split_folders(root, training=False, notes=[]).items():
+            below = "" if folder == root else f"{folder.name}/"
+            survey.classes[split], survey.below[split] = layout.inside(folder).folders, below
+    followed = {""}
+    for split, labels in survey.classes.items():
+        followed.add(survey.below[split].rstrip("/"))
+        for label in labels:
+            place = survey.below[split] + label
+            followed.add(place)
+            with suppress(OSError):  # the walk over everything names the folder
+                found = images_below(root / place)
+                survey.names += [f"{place}/{name}" for name in found]
+                survey.splits += [split] * len(found)
+                survey.labels += [label] * len(found)
+    _walk(survey, followed)
+    return survey
+
+
+def _walk(survey: _Survey, followed: set[str]) -> None:
+    """Everything below the root: what is not among the images, and what cannot be listed.
+
+    Args:
+        survey: with its images.
+        followed: folders below the root that training looks into even where they are links.
+    """
+    images, waiting = {*survey.names}, [""]
+    while waiting:
+        where = waiting.pop()
+        try:
+            with os.scandir(survey.root / where) as entries:
+                inside = [(entry.name, _is_folder(entry), entry.is_symlink()) for entry in entries]
+        except OSError as error:
+            survey.refused.append(Item((where or ".",), f"cannot be listed ({error.strerror})"))
+            continue
+        for name, is_folder, is_link in inside:
+            below = f"{where}/{name}" if where else name
+            if is_folder and is_visible(name) and (not is_link or below in followed):
+                waiting.append(below)
+            elif below not in images:
+                what = "linked folder, not followed" if is_folder and is_link else _stray_reason(name)
+                survey.strays.append(Item((f"{below}/" if is_folder else below,), what))
+    survey.strays.sort(key=lambda item: item.files)
+    survey.refused.sort(key=lambda item: item.files)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _stray_reason(name: str) -> str:
+    if name.startswith("._"):
+        return "left by macOS"
+    if name in _LEFT_BY:
+        return f"left by {_LEFT_BY[name]}"
+    if not is_visible(name):
+        return "hidden"
+    return "in no class folder" if is_image(name) else "no image by name"
+
+
+def check_folder(
+    root: str, *, num_workers: int, start: Callable[[int], Progress] = lambda _: lambda _: None
+) -> Report:
+    """Looks at everything in a folder of images: its layout as training reads it, and every image.
+
+    Args:
+        root: as data.root.
+        num_workers: processes, see `bad_files`.
+        start: called with the number of images; returns what is called with the number done.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    survey = _survey(layout.existing_folder(root))
+    images = _Images(len(survey.names))
+    progress = start(len(survey.names))
+    paths = [f"{survey.root}/{name}" for name in survey.names]
+    with closing(each_file(_look, paths, num_workers=num_workers)) as answers:
+        for position, seen in answers:
+            images.put(position, seen)
+            progress(1)
+    problems = [
+        _unknown_classes(survey),
+        _empty_classes(survey),
+        _refused_folders(survey),
+        _unreadable(survey, images),
+    ]
+    line, notes = _verdict(survey, images)
+    if line is not None:
+        problems.insert(0, _layout(survey, line, [finding for finding in problems if finding]))
+    warnings = [*_same_files(survey, images), _unmeasured(survey), _alike_classes(survey), _strays(survey)]
+    return Report(
+        root=str(survey.root),
+        num_images=len(survey.names),
+        num_bytes=int(images.num_bytes.sum()),
+        problems=[finding for finding in problems if finding],
+        warnings=[finding for finding in warnings if finding],
+        notes=notes,
+        counts=_counts(survey),
+        shorter_sides=images.shorter_sides(),
+        modes=dict(images.modes.most_common()),
+        smallest=images.extreme(np.argmin),
+        largest=images.extreme(np.argmax),
+    )
+
+
+class _Images:
+    """What is known of n images, in 40 bytes each."""
+
+    def __init__(self, count: int) -> None:
+        self.sizes: NDArray[np.int64] = np.zeros((count, 2), dtype=np.int64)  # 0 x 0 where unreadable
+        self.num_bytes: NDArray[np.int64] = np.zeros(count, dtype=np.int64)
+        self.digests: NDArray[np.uint8] = np.zeros((count, _DIGEST_BYTES), dtype=np.uint8)
+        self.modes: Counter[str] = Counter()
+        self.bad: dict[int, str] = {}
+
+    def put(self, position: int, seen: _Seen | str | Crash) -> None:
+        if not isinstance(seen, _Seen):
+            self.bad[position] = str(seen)
+            return
+        self.sizes[position] = seen.width, seen.height
+        self.num_bytes[position] = seen.num_bytes
+        self.digests[position] = np.frombuffer(seen.digest, dtype=np.uint8)
+        self.modes[seen.mode] += 1
+
+    def readable(self) -> NDArray[np.int64]:
+        """Positions."""
+        return np.flatnonzero(self.sizes[:, 0])
+
+    def same(self) -> list[list[int]]:
+        """Positions of files with equal content, in groups of two or more; all in ascending order."""
+        positions = self.readable()
+        _, group, counts = np.unique(self.digests[positions], axis=0, return_inverse=True, return_counts=True)
+        group = group.reshape(-1)
+        repeated = np.flatnonzero(counts[group] > 1)
+        groups: dict[int, list[int]] = {}
+        for each in repeated.tolist():
+            groups.setdefault(int(group[each]), []).append(int(positions[each]))
+        return list(groups.values())
+
+    def shorter_sides(self) -> dict[str, int]:
+        sides = self.sizes[self.readable()].min(axis=1)
+        counts = np.bincount(np.searchsorted(_SIDE_EDGES, sides, side="right"), minlength=1).tolist()
+        labels = [
+            f"below {_SIDE_EDGES[0]}",
+            *(f"{low} to {high - 1}" for low, high in itertools.pairwise(_SIDE_EDGES)),
+            f"{_SIDE_EDGES[-1]} and more",
+        ]
+        first = next((i for i, count in enumerate(counts) if count), len(counts))
+        return dict(zip(labels[first:], counts[first:]))
+
+    def extreme(self, choose: Callable[[NDArray[np.int64]], np.intp]) -> tuple[int, int] | None:
+        positions = self.readable()
+        if not len(positions):
+            return None
+        width, height = self.sizes[positions[choose(self.sizes[positions].prod(axis=1))]].tolist()
+        return width, height
+
+
+def _verdict(survey: _Survey, images: _Images) -> tuple[str | None, list[str]]:
+    """The line that training would end in, if there is one; else what it would say."""
+    # The headers of a few files decide the image size, and the header of a pipe would be waited for
+    img_size = 1 if NOT_PLAIN in images.bad.values() else None
+    data = ImageFolder(root=str(survey.root), img_size=img_size, num_workers=0, cache="none")
+    try:
+        data.setup(device=torch.device("cpu"), rank=0, world_size=1)
+    except DataError as error:
+        return str(error), []
+    return None, data.notes
+
+
+def _layout(survey: _Survey, line: str, found: list[Finding]) -> Finding | None:
+    """Training stops at the first thing it meets; the others have it among all of its kind."""
+    named = (f"{survey.root}/{file}" for each in found for item in each.items for file in item.files)
+    if any(printable(path) + end in f"{line} " for path in named for end in " ,:;"):
+        return None
+    return Finding("layout", line.replace("data.root=", ""))
+
+
+def _finding(kind: str, text: str, items: list[Item]) -> Finding | None:
+    return Finding(kind, text, tuple(items)) if items else None
+
+
+def _several(count: int, one: str, many: str) -> str:
+    return f"1 {one}" if count == 1 else f"{count:,} {many}"
+
+
+def _unreadable(survey: _Survey, images: _Images) -> Finding | None:
+    items = [Item((survey.names[position],), images.bad[position]) for position in sorted(images.bad)]
+    count = _several(len(items), "image cannot be read", "images cannot be read")
+    return _finding("unreadable", f"{count}: repair or remove", items)
+
+
+def _refused_folders(survey: _Survey) -> Finding | None:
+    count = _several(len(survey.refused), "folder cannot be listed", "folders cannot be listed")
+    return _finding("refused", f"{count}: ask for permission", survey.refused)
+
+
+def _empty_classes(survey: _Survey) -> Finding | None:
+    """Of train: nothing to learn a class from."""
+    counts, refused = survey.pairs(), {item.files[0] for item in survey.refused}
+    places = {label: survey.below["train"] + label for label in survey.classes.get("train", [])}
+    items = [
+        Item((place,), "no images")
+        for label, place in places.items()
+        if not counts["train", label] and place not in refused
+    ]
+    count = _several(len(items), "class has no training image", "classes have no training image")
+    return _finding("empty_class", f"{count}: fill the folder or remove it", items)
+
+
+def _unknown_classes(survey: _Survey) -> Finding | None:
+    """Of val and test: the model has no such output."""
+    if "train" not in survey.classes:
+        return None
+    known = survey.classes["train"]
+    in_capitals = {name.casefold(): name for name in known}
+    items = []
+    for split, labels in survey.classes.items():
+        for label in labels:
+            if label not in known:
+                alike = in_capitals.get(label.casefold())
+                detail = f"train has {alike!r}" if alike else f"not in train{suggest(label, known)}"
+                items.append(Item((survey.below[split] + label,), detail))
+    count = _several(len(items), "class folder is", "class folders are")
+    return _finding("unknown_class", f"{count} unknown to train: rename or remove", items)
+
+
+def _unmeasured(survey: _Survey) -> Finding | None:
+    """Classes of train that val or test say nothing about."""
+    counts, items = survey.pairs(), []
+    for split, labels in survey.classes.items():
+        for label in survey.classes.get("train", []):
+            if split != "train" and counts["train", label] and not counts[split, label]:
+                detail = "no images" if label in labels else "no such folder"
+                items.append(Item((survey.below[split] + label,), detail))
+    count = _several(len(items), "class is", "classes are")
+    return _finding("missing_class", f"{count} missing in val or test: nothing is measured there", items)
+
+
+def _alike_classes(survey: _Survey) -> Finding | None:
+    alike: dict[str, list[str]] = {}
+    for label in survey.classes.get("train", []):
+        alike.setdefault(label.casefold(), []).append(label)
+    items = [
+        Item(tuple(survey.below["train"] + label for label in labels))
+        for labels in alike.values()
+        if len(labels) > 1
+    ]
+    return _finding("alike", "classes that differ only in upper and lower case: are they one?", items)
+
+
+def _same_files(survey: _Survey, images: _Images) -> Iterator[Finding | None]:
+    """Equal content across splits, across classes, and the rest."""
+    leaks, contradictions, copies, surplus = [], [], [], 0
+    for group in images.same():
+        files = tuple(survey.names[position] for position in group)
+        splits = {survey.splits[position] for position in group}
+        labels = {survey.labels[position] for position in group}
+        if len(splits) > 1:
+            leaks.append(Item(files, " and ".join(split for split in SPLITS if split in splits)))
+        if len(labels) > 1:
+            contradictions.append(Item(files, " or ".join(sorted(labels))))
+        if len(splits) == len(labels) == 1:
+            copies.append(Item(files))
+            surplus += len(files) - 1
+    count = _several(len(leaks), "picture is", "pictures are")
+    yield _finding("leak", f"{count} in more than one split: results on them are too good", leaks)
+    count = _several(len(contradictions), "picture has", "pictures have")
+    yield _finding("contradiction", f"{count} more than one label: only one can be right", contradictions)
+    text = f"{_several(surplus, 'file is a copy', 'files are copies')} of another one of the same class"
+    if "val" not in survey.classes:
+        text += "; held-out validation images may be among them"
+    yield _finding("copy", text, copies)
+
+
+def _strays(survey: _Survey) -> Finding | None:
+    count = _several(len(survey.strays), "other file or folder is", "other files and folders are")
+    return _finding("stray", f"{count} not used", survey.strays)
+
+
+def _counts(survey: _Survey) -> dict[str, dict[str, int]]:
+    pairs = survey.pairs()
+    labels = sorted({label for labels in survey.classes.values() for label in labels})
+    return {split: {label: pairs[split, label] for label in labels} for split in survey.classes}
