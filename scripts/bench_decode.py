@@ -127,6 +127,7 @@ def ours(root: Path, arguments: argparse.Namespace) -> Callable[[], int]:
         num_workers=arguments.num_workers,
         img_size=IMG_SIZE,
         val_fraction=0.0,
+        cache="none",
         sample_transform=partial(resized_crop, scale=SCALE, ratio=RATIO),
     )
     data.setup(device=torch.device("cpu"), rank=0, world_size=1)
