@@ -27,7 +27,7 @@ def origins(
     for key in ("model", "augment", "schedule", "data.batch_size", "trainer.epochs", "optimizer.lr"):
         group = key.split(".")[0]
         choice = f"{group}={choices.get(group)}"
-        if key in typed:
+        if key in typed and key != group:
             result[key] = "command line"
         elif stored:
             result[key] = "as stored"
