@@ -5,7 +5,13 @@ import pytest
 from vit_train.composed import config_dir
 from vit_train.report.origins import origins
 
-CHOICES = {"model": "vit_cifar", "augment": "light", "schedule": "cosine", "data": "cifar10", "trainer": "cifar"}
+CHOICES = {
+    "model": "vit_cifar",
+    "augment": "light",
+    "schedule": "cosine",
+    "data": "cifar10",
+    "trainer": "cifar",
+}
 
 
 @pytest.mark.parametrize(
@@ -27,4 +33,8 @@ def test_a_value_names_what_it_comes_from(typed, key, says):
 
 def test_a_continuation_takes_what_was_not_typed_from_the_run():
     found = origins(["trainer.epochs=9"], CHOICES, [config_dir()], stored=True)
-    assert (found["trainer.epochs"], found["augment"], found["data"]) == ("command line", "as stored", "as stored")
+    assert (found["trainer.epochs"], found["augment"], found["data"]) == (
+        "command line",
+        "as stored",
+        "as stored",
+    )

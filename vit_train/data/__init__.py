@@ -1,6 +1,7 @@
 """Data: datasets, splits, loaders, and the transforms of samples (CPU) and batches (device)."""
 
-from vit_train.data.base import ArraySource, DataModule, Found, ImageData, Split
+from vit_train.data.arrays import ArraySource
+from vit_train.data.base import DataModule, Found, ImageData, Split
 from vit_train.data.batch import Batch
 from vit_train.data.batch_transforms import Augment, Normalize
 from vit_train.data.chosen import Chosen

@@ -16,13 +16,12 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
 
+from vit_train.data.arrays import ArraySource
 from vit_train.data.bad_files import unreadable
 from vit_train.data.batch import Batch, Failure, collate
-from vit_train.data.cache import Cache, CachedLoader, Filling, Untransformed, available_memory
+from vit_train.data.cache import Cache, CachedLoader, Filling, Untransformed, choose_place
 from vit_train.data.loaders import (
     Batches,
     EvalBatches,
@@ -41,8 +40,6 @@ from vit_train.errors import DataError, WorkerLostError
 Split: TypeAlias = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 S = TypeVar("S", bound=Samples)
-
-_CACHE_SHARE = 0.25  # of the memory that is free: the model, its gradients and other programs want some
 
 
 class DataModule(Protocol):
@@ -100,38 +97,6 @@ class DataModule(Protocol):
     def close(self) -> None:
         """Ends worker processes."""
         ...
-
-
-@dataclass
-class ArraySource:
-    """Images held in memory.
-
-    Args:
-        images: uint8 (n, C, H, W); a tensor, because torch shares it with spawned workers.
-        targets: (n,) class ids.
-        label: the dataset and its file, for messages.
-        ids: (n,) position of each image in that file.
-    """
-
-    images: Tensor
-    targets: NDArray[np.int64]
-    label: str
-    ids: NDArray[np.int64]
-
-    def read(self, index: int) -> Image.Image:
-        image: Image.Image = to_pil_image(self.images[index])
-        return image
-
-    def name(self, index: int) -> str:
-        return f"{self.label} image {self.ids[index]}"
-
-    def select(self, indices: NDArray[np.int64]) -> ArraySource:
-        images = self.images[torch.from_numpy(indices)]
-        return ArraySource(images, self.targets[indices], self.label, self.ids[indices])
-
-    def update(self, digest: hashlib._Hash) -> None:
-        digest.update(self.targets.tobytes())
-        digest.update(self.images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
 
 
 @dataclass
@@ -458,9 +423,12 @@ class ImageData(abc.ABC):
         Test is read once; where it is in memory and of the right size already, it is used as it is.
 
         Raises:
-            DataError: images cannot be read; the message names all of them.
+            DataError: images cannot be read, and the message names all of them; or the cache does not fit.
         """
-        place = self._place(device)
+        finished = self.sample_transform is None
+        size = sum(self._decoded_bytes(split, random=not finished) for split in ("train", "val"))
+        place, note = choose_place(self.cache, size, device, finished=finished)
+        self.notes.append(note)
         if place == "none":
             return
         filling = Filling(self.num_workers, self.worker_timeout_seconds, self._should_stop)
@@ -480,41 +448,6 @@ class ImageData(abc.ABC):
                     self._finished[split] = pixels
         if filling.bad:
             raise DataError(self.bad_images(filling.bad))
-
-    def _place(self, device: torch.device) -> Literal["none", "ram", "device"]:
-        """Where the cache will be: as typed, or what a quarter of is enough. Notes it.
-
-        Raises:
-            DataError: it does not fit where it was asked for.
-        """
-        random = self.sample_transform is not None
-        size = sum(self._decoded_bytes(split, random=random) for split in ("train", "val"))
-        needed = f"{size / 2**20:,.1f} MiB of decoded images"
-        cpu = torch.device("cpu")
-        if self.cache == "device" or (self.cache == "auto" and device.type != "cpu" and not random):
-            free = available_memory(device)
-            if self.cache == "device" and size > free:
-                raise DataError(
-                    f"data.cache=device: {needed} do not fit into the {free / 2**20:,.0f} MiB that are free "
-                    "there; type data.cache=auto"
-                )
-            if self.cache == "device" or size <= free * _CACHE_SHARE:
-                self.notes.append(f"data.cache=device: {needed}")
-                return "device"
-        free = available_memory(cpu)
-        if self.cache == "ram" and size > free:
-            raise DataError(
-                f"data.cache=ram: {needed} do not fit into the {free / 2**20:,.0f} MiB that are free; type "
-                "data.cache=auto"
-            )
-        if self.cache == "ram" or size <= free * _CACHE_SHARE:
-            self.notes.append(f"data.cache=ram: {needed}")
-            return "ram"
-        self.notes.append(
-            f"data.cache=none: {needed} are more than {_CACHE_SHARE:.0%} of the memory that is free "
-            "(data.cache=ram insists)"
-        )
-        return "none"
 
     def _decoded_bytes(self, split: Split, *, random: bool) -> int:
         if split not in self.sources:

@@ -30,10 +30,12 @@ from tqdm import tqdm
 
 from vit_train.data.batch import Batch, Failure, Sample
 from vit_train.data.loaders import Batches, EvalBatches, SampleLoader, Samples, Source
+from vit_train.errors import DataError
 
 Cache: TypeAlias = Literal["auto", "none", "ram", "device"]
 
 _FILL_BATCH = 64  # images on their way from a worker at a time
+_SHARE = 0.25  # of the memory that is free: the model, its gradients and other programs want some
 _UNKNOWN_MEMORY = 2 * 2**30  # where the system does not say
 
 
@@ -186,6 +188,44 @@ class Untransformed(Samples):
 
     def _sample(self, epoch: int, index: int, draw: int) -> Sample:  # noqa: ARG002
         return pil_to_tensor(self.picture(index)), int(self.source.targets[index]), index, draw
+
+
+def choose_place(
+    wanted: Cache, size: int, device: torch.device, *, finished: bool
+) -> tuple[Literal["none", "ram", "device"], str]:
+    """Where decoded images will be: as typed, or where they fit into a quarter of what is free.
+
+    Args:
+        wanted: as typed.
+        size: bytes of them.
+        device: where batches will go.
+        finished: whether they can be there, see above.
+
+    Returns:
+        The place, and what to tell the user.
+
+    Raises:
+        DataError: they do not fit where it was asked for.
+    """
+    needed = f"{size / 2**20:,.1f} MiB of decoded images"
+    places: list[tuple[Literal["ram", "device"], torch.device]] = [("ram", torch.device("cpu"))]
+    if device.type != "cpu" and finished:
+        places.insert(0, ("device", device))
+    for place, memory in places:
+        free = available_memory(memory)
+        if wanted == place and size > free:
+            raise DataError(
+                f"data.cache={place}: {needed} do not fit into the {free / 2**20:,.0f} MiB that are free "
+                "there; type data.cache=auto"
+            )
+        if wanted == place or (wanted == "auto" and size <= free * _SHARE):
+            return place, f"data.cache={place}: {needed}"
+    if wanted == "device":  # there is none but the CPU
+        return "ram", f"data.cache=ram, which is the device's memory here: {needed}"
+    return "none", (
+        f"data.cache=none: {needed} are more than {_SHARE:.0%} of the memory that is free "
+        "(data.cache=ram insists)"
+    )
 
 
 def available_memory(device: torch.device) -> int:

@@ -15,7 +15,8 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from vit_train.construct import PositiveFloat
-from vit_train.data.base import ArraySource, Found, ImageData, Split
+from vit_train.data.arrays import ArraySource
+from vit_train.data.base import Found, ImageData, Split
 from vit_train.data.cache import Cache
 from vit_train.data.order import Sampling
 from vit_train.errors import DataError

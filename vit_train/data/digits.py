@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from vit_train.construct import PositiveFloat
-from vit_train.data.base import ArraySource, Found, ImageData
+from vit_train.data.arrays import ArraySource
+from vit_train.data.base import Found, ImageData
 from vit_train.data.cache import Cache
 from vit_train.data.order import Sampling
 
