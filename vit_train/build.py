@@ -61,10 +61,16 @@ _WITH_DEFAULTS = ("data", "trainer", "optimizer", "tracker")
 # What decides how a run starts; runs of older versions do not have it
 _START = {"init_from": None, "init_strict": True}
 # What a stored configuration may name; the user's own command may name anything
-_STORED_CODE = {
+STORED_CODE = {
     "model": ("vit_train.models", "vit_train.layers"),
-    "data": ("vit_train.data",),
-    "augment": ("vit_train.data",),
+    # not all of vit_train.data, which also fetches URLs and starts processes
+    "data": (
+        "vit_train.data.cifar",
+        "vit_train.data.digits",
+        "vit_train.data.imagefolder",
+        "vit_train.data.sample_transforms",
+    ),
+    "augment": ("vit_train.data.sample_transforms", "vit_train.data.batch_transforms"),
     "objective": ("vit_train.objective",),
     "optimizer": ("vit_train.optim",),
     "schedule": ("vit_train.optim",),
@@ -118,6 +124,14 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
             raise ConfigError(f"{key}: the run has no such key{suggest(name, known)}")
         node[name] = override.value()
     return cfg
+
+
+def _completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with what runs of older versions do not have."""
+    augment = stored.get("augment")
+    if isinstance(augment, dict):
+        stored = {**stored, "augment": {"repeats": 1, **augment}}
+    return {**stored, **_START, **stored}
 
 
 def _adopt(cfg: DictConfig, stored: Mapping[str, Any], overrides: list[str]) -> None:
@@ -192,11 +206,9 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
     if cfg.resume is not None:
         run_dir, named = find_run(str(cfg.resume), None if cfg.run_dir is None else str(cfg.run_dir))
         stored, notes = read_config(run_dir)
-        stored = {**stored, **_START, **stored}
+        stored = _completed(stored)
         foreign = [
-            line
-            for key, node in stored.items()
-            for line in foreign_code(node, _STORED_CODE.get(key, ()), key)
+            line for key, node in stored.items() for line in foreign_code(node, STORED_CODE.get(key, ()), key)
         ]
         if foreign:
             raise ConfigError(
@@ -205,7 +217,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
             )
         stored |= {group: with_defaults(stored[group]) for group in _WITH_DEFAULTS}
         force = cfg.resume == "force"
-        cfg, allow = _with_overrides(stored, launch.overrides), _STORED_CODE
+        cfg, allow = _with_overrides(stored, launch.overrides), STORED_CODE
         refuse_secrets(cfg)
         check_config(cfg)
     else:
@@ -218,10 +230,11 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         run_dir = choose_run_dir(typed, str(cfg.name), launch.job_dir)
         if holds_run(run_dir):
             stored, notes = read_config(run_dir)
-            stored = {**stored, **_START, **stored}
+            stored = _completed(stored)
     from vit_train.weights.source import absolute_source  # here: torch, which --help can do without
 
     cfg.init_from = absolute_source(cfg.init_from)
+    cfg.augment = {"repeats": 1, **cfg.augment}  # which a config of the user's own may leave out
     check_free(run_dir)
     for group in _WITH_DEFAULTS:  # what a user's own config leaves out
         defaults = with_defaults(plain(cfg)[group])
@@ -290,6 +303,10 @@ def _build(
         )
     if data.num_classes < 2:
         raise DataError(f"there is only one class, {data.class_names[0]!r}: nothing to tell apart")
+    if cfg.data.get("sampler") == "balanced" and cfg.objective.get("class_weights") is not None:
+        notes.append(
+            "data.sampler=balanced and objective.class_weights correct the same twice: leave one of them out"
+        )
     if cfg.data.get("root") is not None:  # so that the run can be continued from any directory
         cfg.data.root = str(Path(str(cfg.data.root)).expanduser().absolute())
     for key in ("num_classes", "img_size", "in_channels"):

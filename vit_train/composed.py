@@ -86,6 +86,9 @@ def check_config(cfg: DictConfig) -> None:
         augment = tree.get("augment")
         extra = set(augment) - {*_AUGMENT} if isinstance(augment, dict) else set()
         errors += [f"augment.{key}: unknown; augment holds {', '.join(_AUGMENT)}" for key in sorted(extra)]
+        sample = augment.get("sample") if isinstance(augment, dict) else None
+        if sample is not None and not is_node(sample):
+            errors.append("augment.sample: needs a `_target_`; augment=medium and augment=deit have one")
         for group in GROUPS:
             if group != "augment" and not is_node(tree.get(group)):
                 errors.append(f"{group}: needs a `_target_`; choose one with {group}=...")

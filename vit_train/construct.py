@@ -82,7 +82,11 @@ def locate(path: Any, allow: tuple[str, ...] | None = None) -> Any:
 def _locate_inside(path: Any, allow: tuple[str, ...]) -> Any:
     # Before importing: importing a module already runs code.
     module_path, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
-    if not _inside(module_path, allow) or not all(part.isidentifier() for part in path.split(".")):
+    # a package may offer what one of its modules defines, which is looked at below
+    offers = any(prefix.startswith(f"{module_path}.") for prefix in allow)
+    if not (offers or _inside(module_path, allow)) or not all(
+        part.isidentifier() for part in path.split(".")
+    ):
         raise ConfigError(f"stored data may name only {', '.join(allow)}, not {path!r}")
     try:
         target = getattr(importlib.import_module(module_path), name, None)

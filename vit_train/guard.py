@@ -76,7 +76,9 @@ class Signals:
         self.signum = signum
         name = signal.Signals(signum).name
         with suppress(OSError):  # print is not safe inside a signal handler
-            os.write(2, f"\n{name}: saving at the end of this step; once more stops at once\n".encode())
+            os.write(
+                2, f"\n{name}: stopping as soon as everything is saved; once more stops at once\n".encode()
+            )
 
 
 class Guard:

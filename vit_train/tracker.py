@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from vit_train.data import Batch
 
+_UNEVEN = 0.1  # between top-1 and the mean of the classes
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -244,7 +246,11 @@ class Tracker(NullTracker):
             if f"{split}/top1" in metrics:
                 label = split.replace("_raw", " (raw weights)")
                 value = metrics.get(f"{split}/loss", math.nan)  # only what is finite is among them
-                parts.append(f"{label} loss {value:.4f} top-1 {metrics[f'{split}/top1']:.2%}")
+                top1, macro = metrics[f"{split}/top1"], metrics.get(f"{split}/macro_top1")
+                # beside it where it tells another story, as with classes of very different sizes
+                uneven = macro is not None and abs(top1 - macro) > _UNEVEN
+                beside = f" (mean of the classes {macro:.2%})" if uneven else ""
+                parts.append(f"{label} loss {value:.4f} top-1 {top1:.2%}{beside}")
         self.console.say(" | ".join([*parts, duration(elapsed)]))
         if self.attention_every_epochs is not None and (epoch + 1) % self.attention_every_epochs == 0:
             self.picture("attention", self.plan.draw_attention, step)

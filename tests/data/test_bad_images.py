@@ -1,14 +1,20 @@
 """Images that cannot be read: all of them named, or left out where that was asked for, never replaced."""
 
+import os
 import shutil
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, vit_train_here
+from conftest import TINY, Forked, vit_train_here
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from vit_train.data import ImageFolder
+from vit_train.data.imagefolder import FileSource
 from vit_train.errors import DataError
 
 SETTINGS = (
@@ -94,6 +100,85 @@ def test_evaluation_leaves_nothing_out(photos, split):
     (name,) = damage(photos / split / "cat/1.png")
     with pytest.raises(DataError, match=rf"^{name} cannot be read .*on_bad_image=skip is for train only"):
         set_up(photos, on_bad_image="skip")
+
+
+def held_out(root, **settings):
+    """Names of the images held out where there is no val/, as training or evaluation sets the data up."""
+    data = ImageFolder(root=str(root), img_size=8, num_workers=0, cache="none", **settings)
+    data.setup(
+        device=torch.device("cpu"), rank=0, world_size=1, training=settings.get("on_bad_image") == "skip"
+    )
+    return [data.source("val", i) for i in range(data.sizes["val"])]
+
+
+def test_what_is_held_out_does_not_depend_on_what_is_left_out(photos):
+    """Or evaluation, which leaves nothing out, would meet images that were trained on."""
+    shutil.rmtree(photos / "val")
+    whole = held_out(photos)
+    damage(next(path for path in (photos / "train/cat").iterdir() if str(path) not in whole))
+    assert held_out(photos, on_bad_image="skip") == held_out(photos) == whole
+
+
+def test_a_bad_image_among_those_held_out_is_an_error(photos):
+    shutil.rmtree(photos / "val")
+    name = next(name for name in held_out(photos) if not name.endswith("/0.png"))
+    damage(Path(name))
+    with pytest.raises(DataError, match=rf"^{name} cannot be read .*on_bad_image=skip is for train only"):
+        held_out(photos, on_bad_image="skip")
+
+
+def test_a_bad_test_image_is_found_before_step_1(photos, in_tmp):
+    damage(photos / "test/dog/9.png")
+    done = vit_train_here(*SETTINGS, "data.cache=ram", cwd=in_tmp)
+    assert (done.code, done.err.count("\n")) == (3, 1)
+    assert "photos/test/dog/9.png cannot be read" in done.err
+    assert not (in_tmp / "run").exists()
+
+
+@pytest.mark.parametrize("settings", [("data.on_bad_image=skip",), ("data.cache=ram",)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_everything_is_read(photos, in_tmp, warm, settings, number):
+    """One file is a pipe that a worker waits for: the command still ends, with the signal's exit code."""
+    run = Forked(*SETTINGS, *settings, "data.num_workers=2", "data._target_=test_bad_images.Slow", cwd=in_tmp)
+    while not (in_tmp / "reading").exists():
+        time.sleep(0.05)
+    os.kill(run.pid, number)
+    done = run.wait(check=False)
+    assert done.code == 128 + number, done
+    if settings == ("data.on_bad_image=skip",):
+        assert f"stopped by {signal.Signals(number).name} before the first step: nothing" in done.err
+        assert not (in_tmp / "run").exists()
+    else:  # the run is there, and can be continued
+        assert "data.cache: not filled: a signal arrived" in done.out
+        assert (in_tmp / "run/checkpoints/last").exists()
+
+
+class Slow(ImageFolder):
+    """Reads an image, and then another, for ever."""
+
+    def usable(self, sources):
+        Path("reading").touch()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vit_train.data.bad_files.decode", _wait)
+            return super().usable(sources)
+
+    def load(self):
+        found = super().load()
+        for split, source in found.sources.items():
+            found.sources[split] = SlowSource(**vars(source))
+        return found
+
+
+class SlowSource(FileSource):
+    def read(self, index):
+        if index == 20 and get_worker_info() is not None:
+            Path("reading").touch()
+            time.sleep(60)
+        return super().read(index)
+
+
+def _wait(path, **settings):
+    time.sleep(60)
 
 
 def test_nothing_bad_is_nothing_left_out(photos):

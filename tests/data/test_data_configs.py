@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from vit_train import construct
+from vit_train.build import STORED_CODE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
@@ -63,6 +64,15 @@ def test_a_data_config_brings_its_recipe(name):
 
 
 @pytest.mark.parametrize("name", AUGMENT)
+def test_every_argument_of_an_augmentation_is_a_key(name):
+    for node in augment_nodes(name).values():
+        if isinstance(node, dict):
+            parameters = inspect.signature(construct.locate(node["_target_"])).parameters.values()
+            keys = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+            assert set(node) - {"_target_", "_partial_"} == keys
+
+
+@pytest.mark.parametrize("name", AUGMENT)
 def test_an_augment_node_builds_and_trains_on_digits(name):
     nodes = augment_nodes(name)
     assert construct.check(nodes, key="augment") == []
@@ -72,3 +82,22 @@ def test_an_augment_node_builds_and_trains_on_digits(name):
     images, _ = transform(next(iter(data.loader("train"))), 0, 0)
     assert images.shape == (64, 1, 8, 8)
     assert abs(float(images.mean())) < 0.6
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "vit_train.data.download.download",
+        "vit_train.data.pool.each_file",
+        "vit_train.data.check.check_folder",
+    ],
+)
+def test_a_stored_run_cannot_fetch_urls_or_start_processes(target):
+    for group in ("data", "augment"):
+        assert construct.foreign_code({"_target_": target}, STORED_CODE[group], group) != []
+
+
+def test_a_stored_run_can_name_what_configs_do():
+    for group, names in (("data", DATA), ("augment", AUGMENT)):
+        for name in names:
+            assert construct.foreign_code(load(group, name), STORED_CODE[group], group) == []

@@ -105,7 +105,16 @@ class FaultyCrop:
         return self.crop(image)
 
 
-def faulty_crop(img_size: int, *, scale: tuple[float, float], ratio: tuple[float, float]):
+def faulty_crop(
+    img_size: int,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    policy: None,
+    num_ops: int,
+    magnitude: int,
+    jitter: float,
+):
     return FaultyCrop(img_size, scale=scale, ratio=ratio)
 
 

@@ -19,7 +19,11 @@ CHOICES = {
     [
         (["data=cifar10"], "augment", "augment=light, brought by data=cifar10"),
         (["data=cifar10", "augment=light"], "augment", "augment=light, command line"),
-        (["augment=light", "augment.batch.cutmix_alpha=1.0"], "augment", "augment=light, command line"),
+        (
+            ["augment=light", "augment.batch.cutmix_alpha=1.0"],
+            "augment",
+            "augment=light, command line, augment.batch.cutmix_alpha typed",
+        ),
         (["model=vit_cifar"], "model", "model=vit_cifar, command line"),
         (["data.batch_size=7"], "data.batch_size", "command line"),
         (["++trainer.epochs=7"], "trainer.epochs", "command line"),

@@ -324,24 +324,25 @@ def build_data(config: dict[str, Any]) -> tuple[Any, Any]:
     Raises:
         ConfigError, DataError: see the messages.
     """
+    from vit_train.build import STORED_CODE
     from vit_train.construct import check, foreign_code, make
     from vit_train.precision import Precision
 
     # before `check`, which imports what is named
-    foreign = foreign_code(config["data"], ("vit_train.data",), "data")
-    foreign += foreign_code(config["strategy"], ("vit_train.strategy",), "strategy")
-    if foreign:
-        raise CheckpointError(f"the checkpoint names code that is not vit-train's: {'; '.join(foreign)}")
     # the classes may be fewer or in another order; they are matched by name
     node = {**config["data"], "num_classes": None, "sample_transform": None}
+    foreign = foreign_code(node, STORED_CODE["data"], "data")
+    foreign += foreign_code(config["strategy"], STORED_CODE["strategy"], "strategy")
+    if foreign:
+        raise CheckpointError(f"the checkpoint names code that is not vit-train's: {'; '.join(foreign)}")
     errors = check(node, key="data") + check(config["strategy"], key="strategy")
     if errors:
         raise ConfigError("; ".join(errors))
     precisions = typing.get_args(Precision)
     if config["trainer"].get("precision") not in precisions:
         raise ConfigError(f"trainer.precision: expected one of {', '.join(precisions)}")
-    strategy = make(config["strategy"], key="strategy", allow=("vit_train.strategy",))
-    data = make(node, key="data", allow=("vit_train.data",))
+    strategy = make(config["strategy"], key="strategy", allow=STORED_CODE["strategy"])
+    data = make(node, key="data", allow=STORED_CODE["data"])
     try:
         strategy.start()
         data.setup(device=strategy.device, rank=0, world_size=1, training=False)

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import shlex
+import signal
 import sys
 import threading
 import traceback
@@ -115,6 +116,12 @@ def _describe(cfg: DictConfig) -> None:
 def _build(cfg: DictConfig, signals: Signals) -> Run | Path:
     try:
         return build_run(cfg, _launch(), signals)
+    except KeyboardInterrupt as error:
+        if not signals.arrived():
+            raise
+        message = f"stopped by {signal.Signals(signals.signum).name} before the first step: nothing to save"
+        print(message, file=sys.stderr)
+        raise Interrupted(message, signals.signum) from error
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it takes seconds
             raise

@@ -30,10 +30,13 @@ def bad_files(
     Args:
         paths: the files, a million of them if need be.
         num_workers: processes; with 0 the work is done here, where a crash is a crash.
-        progress: called with the number of files done since the last call; what it raises ends the work.
+        progress: called with the number of files done since the last call, every second at least; what it
+            raises ends the work.
     """
     bad = {}
-    with closing(each_file(reason_unreadable, paths, num_workers=num_workers)) as answers:
+    with closing(
+        each_file(reason_unreadable, paths, num_workers=num_workers, tick=lambda: progress(0))
+    ) as answers:
         for position, reason in answers:
             if reason is not None:
                 bad[position] = str(reason)

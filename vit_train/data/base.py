@@ -216,6 +216,7 @@ class ImageData(abc.ABC):
         self.sizes: dict[str, int] = {}
         self.notes: list[str] = []
         self.sources: dict[Split, Source] = {}
+        self._listed: dict[Split, Source] = {}  # before unusable images were left out of train
         self.holds_out = False  # whether val is a part of train that was held out
         self._loaders: dict[str, Loader] = {}
         self._finished: dict[Split, Tensor] = {}
@@ -274,7 +275,8 @@ class ImageData(abc.ABC):
                 "type that or leave it null"
             )
         self.img_size = found.img_size if self._wanted_img_size is None else self._wanted_img_size
-        self.sources = self._split(found.sources)
+        self._listed = self._split(found.sources)
+        self.sources = self.usable(self._listed) if training else self._listed
         self.sizes = {**dict.fromkeys(SPLITS, 0), **{k: len(v.targets) for k, v in self.sources.items()}}
         self.class_counts = self._count("train").tolist() if "train" in self.sources else []
         if training:
@@ -339,7 +341,7 @@ class ImageData(abc.ABC):
     def fingerprint(self) -> str:
         """SHA-256 over class names and, per split, the samples (names and file sizes, or pixels)."""
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
-        for split, source in self.sources.items():
+        for split, source in self._listed.items():
             digest.update(f"\0{split}\0".encode())
             source.update(digest)
         return digest.hexdigest()
@@ -390,7 +392,7 @@ class ImageData(abc.ABC):
             self.notes.append(f"data.limit={self.limit} keeps all training images: there are {num_train}")
         if self.train_fraction < 1:
             self.notes.append(f"data.train_fraction={self.train_fraction:g}: {num_train:,} training images")
-        if num_train < self.batch_size:
+        if num_train < self.batch_size and self.sampler == "uniform" and self.repeats == 1:
             self.notes.append(
                 f"{num_train} training images do not fill data.batch_size={self.batch_size}: "
                 "an epoch is one step with all of them"
@@ -404,6 +406,20 @@ class ImageData(abc.ABC):
                 self.notes.append(f"no validation image of {shown}: validation says nothing about it")
         if "test" not in self.sources:
             self.notes.append("no test split: there is no test figure at the end")
+
+    def usable(self, sources: dict[Split, Source]) -> dict[Split, Source]:
+        """The sources less the training images that cannot be used, where that was asked for.
+
+        After the splits are made, so that these do not depend on it.
+
+        Raises:
+            DataError: there are too many, or others.
+        """
+        return sources
+
+    def unreadable_in(self, source: Source) -> list[str]:  # noqa: ARG002
+        """A line about each image of a source that cannot be read."""
+        return []
 
     def bad_images(self, lines: list[str]) -> str:
         """What to say of images that cannot be read, of which `lines` are those that were met."""
@@ -420,7 +436,7 @@ class ImageData(abc.ABC):
     def _fill_cache(self, device: torch.device) -> None:
         """Decodes train and val, which are read again and again, if they fit; says what was decided.
 
-        Test is read once; where it is in memory and of the right size already, it is used as it is.
+        Test is read once, at the end: it is looked at, and used where it is in memory already.
 
         Raises:
             DataError: images cannot be read, and the message names all of them; or the cache does not fit.
@@ -428,8 +444,8 @@ class ImageData(abc.ABC):
         finished = self.sample_transform is None
         size = sum(self._decoded_bytes(split, random=not finished) for split in ("train", "val"))
         place, note = choose_place(self.cache, size, device, finished=finished)
-        self.notes.append(note)
         if place == "none":
+            self.notes.append(note)
             return
         filling = Filling(self.num_workers, self.worker_timeout_seconds, self._should_stop)
         where = device if place == "device" else torch.device("cpu")
@@ -437,23 +453,35 @@ class ImageData(abc.ABC):
             augmented = split == "train" and self.sample_transform is not None
             if type(source) is ArraySource and not augmented and self._is_finished(source):
                 self._finished[split] = source.images.to(where)
-            elif split == "test" or (augmented and isinstance(source, ArraySource)):
+            elif split == "test":  # or the run would end after all its epochs
+                filling.bad.extend(self.unreadable_in(source))
+            elif augmented and isinstance(source, ArraySource):
                 continue
             elif augmented:
                 samples = self._samples(Untransformed, split, augmented=True)
-                self._decoded = filling.decoded(samples, split=split)
+                self._decoded = filling.decoded(
+                    samples,
+                    split=split,
+                    bytes_each=self._decoded_bytes(split, random=True) // self.sizes[split],
+                )
             else:
                 pixels = filling.finished(self._samples(Samples, split), where, split=split)
                 if pixels is not None:
                     self._finished[split] = pixels
+            if self._should_stop():
+                break
         if filling.bad:
             raise DataError(self.bad_images(filling.bad))
+        stopped = "not filled: a signal arrived"
+        self.notes.append(f"data.cache: {stopped}" if self._should_stop() else note)
 
     def _decoded_bytes(self, split: Split, *, random: bool) -> int:
         if split not in self.sources:
             return 0
         pixels, source = self.img_size**2, self.sources[split]
-        if split == "train" and random and not isinstance(source, ArraySource):
+        if split == "train" and random and isinstance(source, ArraySource):
+            return 0  # in memory already
+        if split == "train" and random:
             pixels = self.decoded_pixels(self._samples(Samples, split, augmented=True).source)
         return self.sizes[split] * self.in_channels * pixels
 

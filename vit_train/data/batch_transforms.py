@@ -74,7 +74,7 @@ class Augment(Normalize):
         crop_ratio: smallest and largest width / height of that part.
         hflip_prob: probability of mirroring left to right.
         erase_prob: probability of painting over a rectangle in one random colour (Zhong et al. 2017,
-            arXiv 1708.04896), of the sizes DeiT uses.
+            arXiv 1708.04896), of the sizes DeiT uses, which paints noise.
         mixup_alpha: parameter of the Beta distribution of mixup (Zhang et al. 2017, arXiv 1710.09412); 0 for
             no mixup.
         cutmix_alpha: the same of CutMix (Yun et al. 2019, arXiv 1905.04899).
@@ -161,7 +161,7 @@ class Augment(Normalize):
         return images, one_hot.lerp(one_hot.flip(0), 1 - share)
 
 
-# DeiT's settings, which are timm's defaults
+# Of DeiT's recipe, which are timm's defaults
 _ERASED_SCALE = (0.02, 1 / 3)
 _ERASED_RATIO = (0.3, 1 / 0.3)
 

@@ -12,7 +12,9 @@ kind of cache and with none. Two kinds, by what follows:
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -34,7 +36,10 @@ from vit_train.errors import DataError
 
 Cache: TypeAlias = Literal["auto", "none", "ram", "device"]
 
-_FILL_BATCH = 64  # images on their way from a worker at a time
+# Images on their way from a worker at a time. They go through /dev/shm, of which a container may have 64 MiB,
+# and each worker has two batches there.
+_FILL_BATCH = 64
+_FILL_BYTES = 32 * 2**20
 _SHARE = 0.25  # of the memory that is free: the model, its gradients and other programs want some
 _UNKNOWN_MEMORY = 2 * 2**30  # where the system does not say
 
@@ -111,7 +116,7 @@ class DecodedSource:
         self.source.update(digest)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Filling:
     """How a cache is filled.
 
@@ -147,27 +152,32 @@ class Filling:
             images, _, index, _ = zip(*good)
             pixels[torch.tensor(index, device=device)] = torch.stack(images).to(device)
 
-        return pixels if self._read(samples, take, split) else None
+        return pixels if self._read(samples, take, split, math.prod(samples.shape)) else None
 
-    def decoded(self, samples: Untransformed, *, split: str) -> DecodedSource | None:
-        """Every file of a split; otherwise as `finished`."""
+    def decoded(self, samples: Untransformed, *, split: str, bytes_each: int) -> DecodedSource | None:
+        """Every file of a split, of about so many bytes once it is decoded; otherwise as `finished`."""
         images: list[Tensor] = []
 
         def take(good: list[Sample]) -> None:
             images.extend(sample[0].clone() for sample in good)  # out of the workers' shared memory
 
-        return DecodedSource(samples.source, images) if self._read(samples, take, split) else None
+        whole = self._read(samples, take, split, bytes_each)
+        return DecodedSource(samples.source, images) if whole else None
 
-    def _read(self, samples: Samples, take: Callable[[list[Sample]], None], split: str) -> bool:
+    def _read(
+        self, samples: Samples, take: Callable[[list[Sample]], None], split: str, bytes_each: int
+    ) -> bool:
+        fitting = _FILL_BYTES // (2 * max(self.num_workers, 1) * max(bytes_each, 1))
         loader = SampleLoader(
             samples,
-            EvalBatches(len(samples), batch_size=_FILL_BATCH, rank=0, world_size=1),
+            EvalBatches(len(samples), batch_size=max(1, min(_FILL_BATCH, fitting)), rank=0, world_size=1),
             num_workers=self.num_workers,
             pin_memory=False,
             persistent=False,
             collate=list,
             worker_timeout_seconds=self.worker_timeout_seconds,
         )
+        loader.should_stop = self.should_stop
         hidden = not sys.stderr.isatty()
         with tqdm(
             total=len(samples), desc=f"decoding {split}", unit="image", leave=False, delay=1, disable=hidden
@@ -180,7 +190,7 @@ class Filling:
                 bar.update(len(read))
                 if self.should_stop():
                     return False
-        return True
+        return not self.should_stop()  # which also ends a loader that waits
 
 
 class Untransformed(Samples):
@@ -238,7 +248,10 @@ def available_memory(device: torch.device) -> int:
         free.append(int(line.split()[1]) * 1024)
     with suppress(OSError, ValueError):  # "max" where there is no limit
         group = Path("/sys/fs/cgroup")
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        used = int((group / "memory.current").read_text())
+        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        given_back = int(cached[1]) if cached else 0  # files in the page cache make room when it is wanted
+        free.append(int((group / "memory.max").read_text()) - used + given_back)
     if not free and hasattr(os, "sysconf"):  # macOS says only what there is
         free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
     return max(min(free, default=_UNKNOWN_MEMORY), 0)

@@ -26,7 +26,7 @@ from vit_train.data import layout
 from vit_train.data.bad_files import NOT_PLAIN, Progress, read, reason_in
 from vit_train.data.base import SPLITS, Split
 from vit_train.data.imagefolder import ImageFolder
-from vit_train.data.listing import images_below, is_image, is_visible
+from vit_train.data.listing import images_below, is_folder, is_image, is_visible
 from vit_train.data.pool import Crash, each_file
 from vit_train.errors import DataError, printable, suggest
 
@@ -193,27 +193,19 @@ def _walk(survey: _Survey, followed: set[str]) -> None:
         where = waiting.pop()
         try:
             with os.scandir(survey.root / where) as entries:
-                inside = [(entry.name, _is_folder(entry), entry.is_symlink()) for entry in entries]
+                inside = [(entry.name, is_folder(entry), entry.is_symlink()) for entry in entries]
         except OSError as error:
             survey.refused.append(Item((where or ".",), f"cannot be listed ({error.strerror})"))
             continue
-        for name, is_folder, is_link in inside:
+        for name, folder, is_link in inside:
             below = f"{where}/{name}" if where else name
-            if is_folder and is_visible(name) and (not is_link or below in followed):
+            if folder and is_visible(name) and (not is_link or below in followed):
                 waiting.append(below)
             elif below not in images:
-                what = "linked folder, not followed" if is_folder and is_link else _stray_reason(name)
-                survey.strays.append(Item((f"{below}/" if is_folder else below,), what))
+                what = "linked folder, not followed" if folder and is_link else _stray_reason(name)
+                survey.strays.append(Item((f"{below}/" if folder else below,), what))
     survey.strays.sort(key=lambda item: item.files)
     survey.refused.sort(key=lambda item: item.files)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Or a link to one."""
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def _stray_reason(name: str) -> str:

@@ -188,9 +188,7 @@ class ImageFolder(ImageData):
                 str(root), listing.names.select(rows), targets, listing.sizes[rows], self.background
             )
             first += len(rows)
-        if self._training and self.on_bad_image == "skip":
-            self._leave_out_bad(sources)
-        elif self._training:
+        if self._training and self.on_bad_image == "error":
             _refuse_no_content(sources)
         img_size = self._wanted_img_size
         if img_size is None:
@@ -224,9 +222,13 @@ class ImageFolder(ImageData):
                 f"linked folders inside class folders are not followed: {layout.some(listing.links)}"
             )
 
-    def _leave_out_bad(self, sources: dict[Split, FileSource]) -> None:
-        """Reads everything; it is the same images on every rank and for every number of workers."""
+    def usable(self, sources: dict[Split, Source]) -> dict[Split, Source]:
+        """With on_bad_image=skip: what can be read, the same on every rank, for any number of workers."""
+        if self.on_bad_image == "error":
+            return sources
+        sources = dict(sources)
         for split, source in sources.items():
+            assert isinstance(source, FileSource), "this module makes no other"
             bad = self._bad_lines(source)
             if not bad:
                 continue
@@ -239,13 +241,17 @@ class ImageFolder(ImageData):
                 )
             good = np.setdiff1d(np.arange(len(source.targets)), [*bad])
             sources[split] = source.select(good)
-            lost = np.setdiff1d(source.targets, sources[split].targets)
-            if len(lost):
+            if len(np.setdiff1d(source.targets, sources[split].targets)):
                 raise DataError(f"{unreadable([*bad.values()])}: a class would be without images")
             self.notes.append(
                 f"data.on_bad_image=skip leaves out {layout.count(len(bad), 'image')} of "
                 f"{len(source.targets):,}: {layout.some([source.name(i) for i in bad])}"
             )
+        return sources
+
+    def unreadable_in(self, source: Source) -> list[str]:
+        assert isinstance(source, FileSource), "this module makes no other"
+        return [*self._bad_lines(source).values()]
 
     def _bad_lines(self, source: FileSource) -> dict[int, str]:
         """What is wrong with each image that cannot be read."""
@@ -257,7 +263,7 @@ class ImageFolder(ImageData):
             def progress(done: int) -> None:
                 bar.update(done)
                 if self._should_stop():
-                    raise KeyboardInterrupt  # nothing has begun yet
+                    raise KeyboardInterrupt  # the command knows which signal it was; nothing has begun yet
 
             paths = _Paths(source)
             bad = bad_files(paths, num_workers=self.num_workers, progress=progress)
@@ -268,18 +274,20 @@ class ImageFolder(ImageData):
 
         Not of more images than can be read while a user waits.
         """
-        sources = [source for source in self.sources.values() if isinstance(source, FileSource)]
-        if sum(len(source.targets) for source in sources) > _MOST_READ_AGAIN:
+        sources = {split: s for split, s in self.sources.items() if isinstance(s, FileSource)}
+        if sum(len(source.targets) for source in sources.values()) > _MOST_READ_AGAIN:
             return f"{unreadable(lines)} (vit-data check {self.root} names all)"
-        found = [(source.name(i), line) for source in sources for i, line in self._bad_lines(source).items()]
+        found = {split: self._bad_lines(source) for split, source in sources.items()}
+        known = [line for bad in found.values() for line in bad.values()]
         # a transform may have failed on others, which can be read
-        others = [line for line in lines if not any(line.startswith(path) for path, _ in found)]
-        if len(found) + len(others) == 1:
+        paths = [sources[split].name(i) for split, bad in found.items() for i in bad]
+        others = [line for line in lines if not any(line.startswith(path) for path in paths)]
+        if len(known) + len(others) == 1:
             return lines[0]
-        advice = "repair or remove them" + (
-            ", or type data.on_bad_image=skip, which leaves out those of train" if self._training else ""
-        )
-        return f"{unreadable([*(line for _, line in found), *others])}\n  {advice}"
+        advice = "repair or remove them"
+        if self._training and len(found["train"]) <= _MOST_SKIPPED * len(sources["train"].targets):
+            advice += ", or type data.on_bad_image=skip, which leaves out those of train"
+        return f"{unreadable([*known, *others])}\n  {advice}"
 
     def sized(self, source: Source, transform: SampleTransform | None) -> Source:
         """Large JPEGs need not be read whole where the transform makes them small."""
@@ -291,8 +299,8 @@ class ImageFolder(ImageData):
         """Of an average file, as far as `sized` lets it be read; from the headers of a few."""
         assert isinstance(source, FileSource), "this module makes no other"
         pixels = []
-        for width, height in _header_sizes(source):
-            reduced = 8
+        for width, height, kind in _headers(source):
+            reduced = 8 if kind in ("JPEG", "MPO") else 1
             while reduced > 1 and min(width, height) < reduced * (source.least_side or math.inf):
                 reduced //= 2
             pixels.append(width * height // reduced**2)
@@ -303,7 +311,7 @@ class ImageFolder(ImageData):
         return plain(self.img_size, resize=self.resize)
 
     def _size_of(self, source: FileSource) -> int:
-        sizes = {*_header_sizes(source)}
+        sizes = {(width, height) for width, height, _ in _headers(source)}
         if len(sizes) == 1:
             width, height = sizes.pop()
             if width == height <= _STANDARD_SIZE:
@@ -334,11 +342,11 @@ def _refuse_no_content(sources: Mapping[Split, FileSource]) -> None:
         )
 
 
-def _header_sizes(source: FileSource) -> list[tuple[int, int]]:
-    """Width and height of a few files that can be opened, the same at every call."""
+def _headers(source: FileSource) -> list[tuple[int, int, str]]:
+    """Width, height and format of a few files that can be opened, the same ones at every call."""
     chosen = np.random.RandomState(SPLIT_SEED).permutation(len(source.names))[:_NUM_HEADERS]
-    sizes = (_header_size(source.name(i)) for i in chosen.tolist())
-    return [size for size in sizes if size is not None]
+    headers = (_header(source.name(i)) for i in chosen.tolist())
+    return [header for header in headers if header is not None]
 
 
 class _Paths(Sequence[str]):
@@ -362,10 +370,10 @@ class _Paths(Sequence[str]):
         return self.source.name(index)
 
 
-def _header_size(path: str) -> tuple[int, int] | None:
-    """Width and height; None for a file that cannot be opened, which the loader will name."""
+def _header(path: str) -> tuple[int, int, str] | None:
+    """Width, height and format; None for a file that cannot be opened, which the loader will name."""
     try:
         with Image.open(path) as image:
-            return image.size
+            return *image.size, str(image.format)
     except Exception:  # as in decode
         return None

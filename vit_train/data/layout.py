@@ -73,7 +73,7 @@ def existing_folder(root: str | None) -> Path:
     Raises:
         DataError: it is not set, not there or no folder.
     """
-    if root is None:
+    if not root:  # also what an unset variable of the shell leaves
         raise DataError("data.root is not set: type data.root=/path/to/your/folder")
     path = Path(root).expanduser()
     if path.is_dir():
@@ -204,6 +204,9 @@ def refuse_too_few(train: Path, names: Sequence[str]) -> None:
     if not names:
         raise DataError(f"{train} holds no class folders: expected {train}/<class>/<image>")
     if len(names) == 1:
+        below = inside(train / names[0]).folders
+        if any(name.lower() in _SPLITS for name in below) or len(below) > 1:
+            raise DataError(f"{train} holds one folder only: did you mean data.root={train / names[0]}?")
         raise DataError(
             f"{train} holds one class only ({names[0]}): training needs two or more class folders"
         )

@@ -22,6 +22,7 @@ T = TypeVar("T")
 _CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 _CHUNK = 32  # files per message: few enough to end soon after the main process, many enough to cost nothing
+_TICK_SECONDS = 1
 _GRACE_SECONDS = 5  # for a worker whose connection is closed to be gone, so that its exit code tells why
 
 
@@ -48,7 +49,11 @@ class Crash:
 
 
 def each_file(
-    function: Callable[[str], T], paths: Sequence[str], *, num_workers: int
+    function: Callable[[str], T],
+    paths: Sequence[str],
+    *,
+    num_workers: int,
+    tick: Callable[[], None] = lambda: None,
 ) -> Generator[tuple[int, T | Crash]]:
     """Yields position and `function(path)` for every path, in the order in which they are done.
 
@@ -60,6 +65,7 @@ def each_file(
         function: of a module, or a partial of such a one; returns something small.
         paths: the files. `function` alone decides whether and how one is opened.
         num_workers: processes; with 0 the work is done here, where a crash is a crash.
+        tick: called every second while all workers are at it; what it raises ends the work.
     """
     if num_workers == 0:
         for position in range(len(paths)):
@@ -80,7 +86,9 @@ def each_file(
                 worker.give(chunk, paths)
             if not busy:
                 return
-            ready = wait([worker.connection for worker in busy])
+            ready = wait([worker.connection for worker in busy], timeout=_TICK_SECONDS)
+            if not ready:
+                tick()
             for worker in [worker for worker in busy if worker.connection in ready]:
                 chunk, results = worker.chunk, worker.answer()
                 busy.remove(worker)

@@ -40,6 +40,8 @@ def origins(
             result[key] = f"{choice}, brought by {source}"
         else:
             result[key] = choice
+    changes = sorted(name for name in typed if name.startswith("augment."))  # no other row shows them
+    result["augment"] += "".join(f", {name} typed" for name in changes)
     return result
 
 

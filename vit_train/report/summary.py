@@ -62,7 +62,8 @@ def summary(run: Run) -> Table:
             for split_name, size in data.sizes.items()
         )
         + f" images of {data.in_channels} x {side} x {side}  [{origin['data']}]",
-        "classes": f"{data.num_classes}: {class_table(data.class_names, data.class_counts)}",
+        "classes": f"{data.num_classes}: {class_table(data.class_names, data.class_counts)}"
+        + _balance(config),
         "augmentation": origin["augment"],
         "device": f"{trainer.strategy.describe()}, {trainer.precision}"
         + (", compiled" if settings["compile"] else ""),
@@ -80,6 +81,17 @@ def summary(run: Run) -> Table:
     for i, note in enumerate(run.notes):
         rows["note" if not i else f"note {i + 1}"] = note
     return key_value_table(rows)
+
+
+def _balance(config: Mapping[str, Any]) -> str:
+    """What is done about classes of different sizes, or nothing."""
+    chosen = []
+    if config["data"].get("sampler") == "balanced":
+        chosen.append("data.sampler=balanced")
+    weights = config["objective"].get("class_weights")
+    if weights is not None:
+        chosen.append(f"objective.class_weights={weights if weights == 'auto' else 'as typed'}")
+    return f"  [{', '.join(chosen)}]" if chosen else ""
 
 
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
