@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -63,6 +64,28 @@ def test_interrupted_equals_uninterrupted(forked, unbroken, tmp_path, stop, work
     forked("resume=run")
     assert checkpoint_hashes(tmp_path / "run") == checkpoint_hashes(unbroken)
     assert numbers(tmp_path / "run")[-1] == numbers(unbroken)[-1]
+
+
+# everything that draws, about samples on the CPU, samples on the device, batches and the order of an epoch
+HEAVY = (
+    *TINY,
+    "run_dir=run",
+    "augment=deit",
+    "augment.sample.jitter=0.3",
+    "augment.batch.mix_off_epoch=3",
+    "data.sampler=balanced",
+    "objective.class_weights={3: 2.0}",
+)
+
+
+def test_heavy_augmentation_continues_bit_for_bit_with_another_cache(forked, tmp_path) -> None:
+    forked(*HEAVY, "data.cache=none")
+    whole = checkpoint_hashes(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    forked(*HEAVY, "data.cache=none", "data.num_workers=2", "trainer.stop_at_step=7")
+    assert checkpoint_hashes(tmp_path / "run") != whole, "nothing was interrupted"
+    forked("resume=run", "data.cache=ram", "data.num_workers=0")
+    assert checkpoint_hashes(tmp_path / "run") == whole
 
 
 class SignalsInside(CrossEntropy):
