@@ -248,8 +248,8 @@ def in_a_step(cwd, name):
 
 
 def in_eval(cwd, name):
-    """Of 9 batches twice an epoch: the averaged weights, the raw ones in the second epoch, and the test."""
-    batch, step = {"SIGTERM": (3, 6), "SIGINT": (30, 12), "SIGUSR1": (60, 18)}[name]
+    """Of 6 batches twice an epoch: the averaged weights, the raw ones in the second epoch, and the test."""
+    batch, step = {"SIGTERM": (3, 6), "SIGINT": (21, 12), "SIGUSR1": (40, 18)}[name]
     (cwd / "send").write_text(f"eval {batch} {name}")
     assert stopped_step(vit_train_forked(*EIGHTEEN, SENDS, cwd=cwd, check=False), name, cwd / "run") == step
     return (*EIGHTEEN, SENDS)

@@ -264,7 +264,7 @@ def test_a_file_that_is_damaged_while_training_is_named(home, unbroken, damage, 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_file_that_was_damaged_before_is_named(home, unbroken, num_workers) -> None:
     good = (home / TRAINED_ON).read_bytes()
-    (home / TRAINED_ON).write_bytes(b"")
+    (home / TRAINED_ON).write_bytes(b"no image")
     settings = (*PHOTOS, f"data.num_workers={num_workers}")
     done = vit_train_forked(*settings, cwd=home, check=False)
     failed(done, 3, f"{TRAINED_ON} is not an image Pillow can read: repair or remove it")
