@@ -255,7 +255,10 @@ def _add_stats(commands: Any) -> None:
     )
     _add_common(stats_)
     stats_.add_argument(
-        "--img-size", type=_at_least(1), metavar="N", help="side in pixels; default: what training would take"
+        "--img-size",
+        type=command.at_least(1),
+        metavar="N",
+        help="side in pixels; default: what training would take",
     )
     stats_.add_argument(
         "--resize", choices=("crop", "squash"), default="crop", help="as data.resize; default: crop"
@@ -272,19 +275,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON; - prints it instead")
     parser.add_argument(
         "--num-workers",
-        type=_at_least(0),
+        type=command.at_least(0),
         metavar="N",
         help="processes that read images; default: one per core",
     )
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-        return int(text)
-
-    return number
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -126,15 +126,6 @@ def _output(out: str | None) -> Iterator[IO[str]]:
         aside.unlink(missing_ok=True)
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-        return int(text)
-
-    return number
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit-predict",
@@ -143,15 +134,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_run(parser)
     command.add_images(parser)
     parser.add_argument(
-        "--top-k", type=_at_least(1), default=5, metavar="K", help="classes per image; default: 5"
+        "--top-k", type=command.at_least(1), default=5, metavar="K", help="classes per image; default: 5"
     )
     command.add_device(parser)
     parser.add_argument(
-        "--batch-size", type=_at_least(1), default=64, metavar="N", help="images at a time; default: 64"
+        "--batch-size",
+        type=command.at_least(1),
+        default=64,
+        metavar="N",
+        help="images at a time; default: 64",
     )
     parser.add_argument(
         "--num-workers",
-        type=_at_least(0),
+        type=command.at_least(0),
         metavar="N",
         help="processes that read images; default: one per core, none for a few images",
     )

@@ -472,8 +472,7 @@ class ImageData(abc.ABC):
                 break
         if filling.bad:
             raise DataError(self.bad_images(filling.bad))
-        stopped = "not filled: a signal arrived"
-        self.notes.append(f"data.cache: {stopped}" if self._should_stop() else note)
+        self.notes.append("data.cache: not filled: a signal arrived" if self._should_stop() else note)
 
     def _decoded_bytes(self, split: Split, *, random: bool) -> int:
         if split not in self.sources:
