@@ -36,25 +36,16 @@ class Axis(NamedTuple):
         return self.size + self.padding
 
     @property
-    def parts(self) -> tuple[int, int, int, int]:
-        """Lengths of what follows each other on the padded axis once it is rolled.
-
-        Real tokens, padding, the real tokens that were rolled to the end, and the padding rolled with them
-        where the shift exceeds the map.
-        """
-        wrapped = min(self.shift, self.size)
-        return self.size - wrapped, self.padding - (self.shift - wrapped), wrapped, self.shift - wrapped
+    def parts(self) -> tuple[int, int, int]:
+        """Lengths on the padded, rolled axis: real tokens, padding, the real tokens rolled to the end."""
+        return self.size - self.shift, self.padding, self.shift
 
 
 def cut_axis(size: int, *, window: int, shifted: bool, mask_padding: bool) -> Axis:
     """The windows of one axis; see `WindowAttention` for the meaning of the arguments."""
-    shift = window // 2 if shifted else 0
-    if mask_padding:
-        if size <= window:
-            return Axis(size, size, 0, 0)
-    elif size == window:
-        shift = 0
-    return Axis(size, window, -size % window, shift)
+    if size <= window:  # one window covers the axis: there is nothing to shift
+        return Axis(size, size, 0, 0) if mask_padding else Axis(size, window, window - size, 0)
+    return Axis(size, window, -size % window, window // 2 if shifted else 0)
 
 
 def _axis_labels(axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -126,21 +117,20 @@ def _insert_padding(x: Tensor, dim: int, axis: Axis, fill: Tensor | None) -> Ten
     """Adds the padding of one axis, zeros or the token `fill`, to a map whose real tokens are rolled."""
     if axis.padding == 0:
         return x
-    real, padding, wrapped, last = axis.parts
+    real, padding, wrapped = axis.parts
     shape = list(x.shape)
-    shape[dim] = axis.padding
+    shape[dim] = padding
     pad = x.new_zeros(shape) if fill is None else fill.to(x.dtype).expand(shape)
     # split rather than slices: its backward is one concatenation, theirs a zero tensor each and a sum.
     x_real, x_wrapped = x.split([real, wrapped], dim)
-    pad_middle, pad_last = pad.split([padding, last], dim)
-    return torch.cat([x_real, pad_middle, x_wrapped, pad_last], dim)
+    return torch.cat([x_real, pad, x_wrapped], dim)
 
 
 def _remove_padding(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """Undoes `_insert_padding`."""
     if axis.padding == 0:
         return x
-    x_real, _, x_wrapped, _ = x.split(axis.parts, dim)
+    x_real, _, x_wrapped = x.split(axis.parts, dim)
     return torch.cat([x_real, x_wrapped], dim)
 
 
@@ -151,14 +141,13 @@ class WindowAttention(nn.Module):
         dim: channels C.
         num_heads: heads; must divide `dim`.
         window_size: tokens along one side of a window.
-        shifted: shift the windows by window_size // 2.
+        shifted: shift the windows by window_size // 2 along each axis that one window does not cover.
         qkv_bias: whether the query, key and value projections have a bias.
         attn_drop: dropout of the attention weights.
         proj_drop: dropout of the output.
-        mask_padding: True hides padding tokens from all others, does not shift along an axis that one window
-            covers, and shrinks a window larger than the map to the map, which equals padding the map to the
-            window and is much cheaper. False follows the published models: zero tokens take part in the
-            attention, and windows shift unless the map is exactly one window.
+        mask_padding: True hides padding tokens from all others, and shrinks a window larger than the map to
+            the map, which equals padding the map to the window and is much cheaper. False follows the
+            published models as torchvision has them: zero tokens take part in the attention.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or the window is empty.
@@ -215,7 +204,7 @@ class WindowAttention(nn.Module):
         B, h, w, C = x.shape
         H = self.num_heads
         rows, cols = self.cut(h, w)
-        shifts = (rows.parts[2], cols.parts[2])
+        shifts = (rows.shift, cols.shift)
         # Rolled here, where a token has C channels, rather than after the projection to 3 C.
         if any(shifts):
             x = x.roll((-shifts[0], -shifts[1]), (1, 2))
