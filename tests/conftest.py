@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # Two pytest workers on two cores: one thread each, so that they do not wait for one another.
@@ -53,6 +54,14 @@ TINY = (
 # The same for tests/faults: 3 epochs of 6 steps, each image read by itself. `pytest.param(..., marks=pytest.mark.faults)` there is a case
 # that only `make test-faults` runs.
 EIGHTEEN = (*TINY, "data.limit=96", "data.cache=none", "run_dir=run")
+
+
+def with_trained_head(model: Any) -> Any:
+    """The model with heads that are not zero, as they start: its answers would all be the same."""
+    for name, parameter in model.named_parameters():
+        if name.startswith("head"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def environment() -> dict[str, str]:

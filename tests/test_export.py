@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from conftest import with_trained_head
 from safetensors import safe_open
 from torch import nn
 
@@ -33,7 +34,7 @@ def patches(img_size, **settings):
 
 def swin(mask_padding, depths=(2,)):
     """A map of 9 x 9 tokens in windows of 4: padded, and shifted in the second block."""
-    return Swin(
+    model = Swin(
         patch_embed=patches(36, norm=True, any_size=True),
         embed_dim=32,
         depths=depths,
@@ -42,10 +43,13 @@ def swin(mask_padding, depths=(2,)):
         mask_padding=mask_padding,
         num_classes=3,
     )
+    return with_trained_head(model)
 
 
 def vit(patch_embed, kind=ViT, **settings):
-    return kind(patch_embed=patch_embed, embed_dim=32, depth=1, num_heads=2, num_classes=3, **settings)
+    return with_trained_head(
+        kind(patch_embed=patch_embed, embed_dim=32, depth=1, num_heads=2, num_classes=3, **settings)
+    )
 
 
 def hybrid():
@@ -193,6 +197,7 @@ def test_timm_loads_the_weights_strictly(tmp_path, family, file_format):
             mask_padding=False,
             num_classes=3,
         )
+        with_trained_head(ours)
         name = "swin_tiny_patch4_window7_224"
         sizes |= {"depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
     else:

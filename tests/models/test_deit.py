@@ -1,4 +1,5 @@
 import torch
+from conftest import with_trained_head
 
 from vit_train.layers import PatchEmbed
 from vit_train.models import DeiT
@@ -7,7 +8,7 @@ from vit_train.models import DeiT
 def small():
     torch.manual_seed(0)
     patch_embed = PatchEmbed(img_size=16, patch_size=4, in_channels=3, embed_dim=24)
-    return DeiT(patch_embed=patch_embed, embed_dim=24, depth=2, num_heads=4, num_classes=5)
+    return with_trained_head(DeiT(patch_embed=patch_embed, embed_dim=24, depth=2, num_heads=4, num_classes=5))
 
 
 def test_two_heads_in_training_and_their_mean_in_evaluation():

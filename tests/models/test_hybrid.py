@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from conftest import with_trained_head
 
 from vit_train.models import HybridEmbed, ViT
 
@@ -49,7 +50,7 @@ def test_trunk_is_torchvisions_up_to_the_cut():
 
 def test_hybrid_vit_trains_copies_and_reloads():
     def make():
-        return ViT(patch_embed=embed(), embed_dim=24, depth=2, num_heads=4, num_classes=5)
+        return with_trained_head(ViT(patch_embed=embed(), embed_dim=24, depth=2, num_heads=4, num_classes=5))
 
     model = make()
     images = torch.randn(4, 3, 32, 32)

@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from conftest import with_trained_head
 from torch import nn
 from torchvision.models import SwinTransformer
 
@@ -16,7 +17,9 @@ def small(*, img_size=32, window_size=4, embed_dim=16, **overrides):
         img_size=img_size, patch_size=2, in_channels=3, embed_dim=embed_dim, norm=True, any_size=True
     )
     sizes = {"depths": (2, 2), "num_heads": (2, 4), "mlp_ratio": 2.0, "num_classes": 5}
-    return Swin(patch_embed=patch_embed, embed_dim=embed_dim, window_size=window_size, **(sizes | overrides))
+    return with_trained_head(
+        Swin(patch_embed=patch_embed, embed_dim=embed_dim, window_size=window_size, **(sizes | overrides))
+    )
 
 
 @pytest.mark.parametrize("window_size", [4, 7])

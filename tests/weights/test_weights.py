@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import with_trained_head
 from safetensors.torch import save_file
 from timm.models.swin_transformer import SwinTransformer as TimmSwin
 from timm.models.swin_transformer import checkpoint_filter_fn
@@ -32,11 +33,11 @@ def patches(*, img_size=32, patch_size=8, embed_dim=32, in_channels=3, **setting
 def vit(*, img_size=32, num_classes=10, in_channels=3, kind=ViT, **settings):
     embed = patches(img_size=img_size, in_channels=in_channels)
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, **settings}
-    return kind(patch_embed=embed, num_classes=num_classes, **sizes).eval()
+    return with_trained_head(kind(patch_embed=embed, num_classes=num_classes, **sizes)).eval()
 
 
 def swin(*, img_size=64, window_size=4, mask_padding=False):
-    return Swin(
+    model = Swin(
         patch_embed=patches(img_size=img_size, patch_size=4, embed_dim=16, norm=True, any_size=True),
         embed_dim=16,
         depths=(2, 2),
@@ -44,7 +45,8 @@ def swin(*, img_size=64, window_size=4, mask_padding=False):
         window_size=window_size,
         mask_padding=mask_padding,
         num_classes=10,
-    ).eval()
+    )
+    return with_trained_head(model).eval()
 
 
 def torchvision_vit(image_size=32):

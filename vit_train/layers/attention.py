@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import require_heads
+from .init import init_linear
 
 PLAIN_MAX_TOKENS = 1024
 SHORT_ROW = 32
@@ -95,6 +96,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+        init_linear(self.qkv, matrices=3)
+        init_linear(self.proj)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The queries, keys and values of the tokens, (B, N, C) -> three of (B, H, N, d)."""

@@ -1,11 +1,18 @@
-"""Initial weights of the transformer parts.
+"""Initial weights of the transformer parts: those of the ViT paper's own code, with two differences.
 
-Linear layers are Xavier uniform with zero bias, as in the ViT paper's own code (google-research/
-vision_transformer). The fixed deviation of 0.02 that DeiT and timm use is Xavier's for a width of 2,500; at a
-width of 64 it is a sixth of it, and a narrow model trained from scratch hardly starts to learn. Patch
-projections are a linear map of a whole patch and follow JAX's default, LeCun normal: deviation
-1 / sqrt(fan_in), so that tokens start with the variance of the pixels. Positions start as the sines and
-cosines of the grid and are learned from there.
+google-research/vision_transformer (vit_jax/models_vit.py), value by value:
+
+    query, key, value    Xavier uniform, each a matrix of its own; ours stand in one weight
+    attn.proj, MLP       Xavier uniform; their MLP biases are normal with deviation 1e-6, ours are 0
+    patch projection     LeCun normal, JAX's default: tokens start with the variance of the pixels
+    head                 0, weight and bias: the first loss is ln K, also on top of pretrained weights
+    positions            differs: normal, deviation 0.02, there; here the sines and cosines of the grid, as in
+                         "Better plain ViT baselines for ImageNet-1k" (Beyer et al. 2022), learned from there
+    class token          differs: 0 there; here deviation 0.02, as in DeiT
+
+The fixed deviation of 0.02 that DeiT, Swin and timm use for every linear layer is Xavier's for a width of
+2,500; at a width of 64 it is a sixth of it, and a narrow model trained from scratch hardly starts to learn.
+Swin's linear layers are therefore Xavier uniform here too.
 """
 
 from __future__ import annotations
@@ -19,12 +26,23 @@ TOKEN_STD = 0.02  # of class tokens and relative position bias, truncated at +-2
 _WAVELENGTHS = 10_000.0
 
 
-def init_linear(module: nn.Module) -> None:
-    """For `Module.apply`: initialises nn.Linear, leaves everything else (norms start as 1 and 0)."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def init_linear(linear: nn.Linear, *, matrices: int = 1) -> None:
+    """Xavier uniform weight, zero bias.
+
+    Args:
+        linear: what to initialise.
+        matrices: how many matrices stand on top of each other in its weight; each is drawn as one of its own.
+    """
+    for matrix in linear.weight.detach().chunk(matrices):
+        nn.init.xavier_uniform_(matrix)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def init_head(linear: nn.Linear) -> None:
+    """Zero weight and bias."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
 
 
 def init_projection(conv: nn.Conv2d) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .init import init_linear
+
 
 class Mlp(nn.Module):
     """Linear, GELU, dropout, Linear, dropout on the last dimension.
@@ -23,6 +25,8 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
+        init_linear(self.fc1)
+        init_linear(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop(F.gelu(self.fc1(x)))

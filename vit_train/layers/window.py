@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .attention import attend
 from .checks import require_heads
-from .init import TOKEN_STD
+from .init import TOKEN_STD, init_linear
 
 
 class Axis(NamedTuple):
@@ -179,6 +179,8 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=TOKEN_STD)
+        init_linear(self.qkv, matrices=3)
+        init_linear(self.proj)
 
     def cut(self, h: int, w: int) -> tuple[Axis, Axis]:
         """How a map of h x w tokens is cut into windows, along rows and along columns."""

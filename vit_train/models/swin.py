@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit_train.layers import Block, WindowAttention, drop_path_schedule, init_linear
+from vit_train.layers import Block, WindowAttention, drop_path_schedule, init_head, init_linear
 
 
 class PatchMerging(nn.Module):
@@ -23,6 +23,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim, eps=1e-5)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        init_linear(self.reduction)
 
     def forward(self, x: Tensor) -> Tensor:
         B, h, w, C = x.shape
@@ -124,9 +125,7 @@ class Swin(nn.Module):
         self.layers = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.head = nn.Linear(dim, num_classes)
-        # Not patch_embed: it initialises itself.
-        self.layers.apply(init_linear)
-        self.head.apply(init_linear)
+        init_head(self.head)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay would harm and whose shape does not tell."""

@@ -1,0 +1,120 @@
+"""Initial weights against what init.py says they follow, and the first loss against ln K."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import compose, with_trained_head
+from torch import nn
+
+from vit_train.construct import make
+from vit_train.layers import Attention, ConvStem, Mlp, PatchEmbed, WindowAttention
+from vit_train.models import DeiT, HybridEmbed, Swin, ViT
+from vit_train.models.swin import PatchMerging
+from vit_train.objective import CrossEntropy
+from vit_train.weights import load_pretrained
+
+
+def patches(**settings):
+    return PatchEmbed(img_size=32, patch_size=4, in_channels=3, embed_dim=48, **settings)
+
+
+def hybrid_trunk():
+    return HybridEmbed(img_size=32, backbone="resnet18", layer="layer2", in_channels=3, embed_dim=48)
+
+
+SIZES = {"embed_dim": 48, "depth": 2, "num_heads": 4}
+FAMILIES = {
+    "vit": lambda k: ViT(patch_embed=patches(), num_classes=k, **SIZES),
+    "vit_mlp_head": lambda k: ViT(patch_embed=patches(), num_classes=k, head="mlp", **SIZES),
+    "vit_mean": lambda k: ViT(
+        patch_embed=ConvStem(img_size=32, patch_size=4, in_channels=3, embed_dim=48), num_classes=k,
+        pool="mean", norm_first=False, **SIZES,
+    ),
+    "deit": lambda k: DeiT(patch_embed=patches(), num_classes=k, **SIZES),
+    "hybrid": lambda k: ViT(patch_embed=hybrid_trunk(), num_classes=k, **SIZES),
+    "swin": lambda k: Swin(
+        patch_embed=patches(norm=True, any_size=True), embed_dim=48, depths=(2, 2), num_heads=(3, 6),
+        window_size=4, num_classes=k,
+    ),
+}  # fmt: skip
+
+
+def first_loss(model, num_classes):
+    names = [str(i) for i in range(num_classes)]
+    objective = CrossEntropy(names, [1] * num_classes, label_smoothing=0.1)
+    targets = torch.arange(7) * 31 % num_classes
+    return objective(model.train(), torch.randn(7, 3, 32, 32), targets)[0].item()
+
+
+@pytest.mark.parametrize("num_classes", [5, 1000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_loss_is_ln_k(family, num_classes):
+    torch.manual_seed(0)
+    assert first_loss(FAMILIES[family](num_classes), num_classes) == pytest.approx(
+        math.log(num_classes), rel=0.01
+    )
+
+
+@pytest.mark.parametrize("num_classes", [5, 1000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_loss_of_fine_tuning_is_ln_k(family, num_classes, tmp_path):
+    """Pretrained weights for 10 classes, far from their start, under a new head."""
+    torch.manual_seed(0)
+    torch.save(with_trained_head(FAMILIES[family](10)).state_dict(), tmp_path / "w.pth")
+    model = FAMILIES[family](num_classes)
+    load_pretrained(model, str(tmp_path / "w.pth"))
+    assert first_loss(model, num_classes) == pytest.approx(math.log(num_classes), rel=0.01)
+
+
+def test_the_first_loss_of_shipped_32_pixel_models_is_ln_k():
+    for name in ("vit_cifar", "deit_cifar", "swin_cifar", "swin_cifar_w4", "hybrid_cifar"):
+        config = compose(f"model={name}", "data=cifar10", "data.num_classes=10")
+        torch.manual_seed(0)
+        assert first_loss(make(config.model), 10) == pytest.approx(math.log(10), rel=0.01), name
+
+
+def xavier(fan_in, fan_out):
+    """Deviation of Glorot and Bengio 2010, equation 16: uniform within sqrt(6 / (fan_in + fan_out))."""
+    return math.sqrt(6 / (fan_in + fan_out)) / math.sqrt(3)
+
+
+@pytest.mark.parametrize("width", [48, 96, 192])
+def test_deviations_of_attention_and_mlp(width):
+    """Query, key and value are three matrices from `width` to `width`, as in flax's MultiHeadDotProductAttention."""
+    torch.manual_seed(width)
+    for module in (Attention(width, num_heads=3), WindowAttention(width, num_heads=3, window_size=4)):
+        for matrix in module.qkv.weight.chunk(3):
+            assert matrix.std().item() == pytest.approx(xavier(width, width), rel=0.03)
+            assert matrix.abs().max() <= math.sqrt(6 / (2 * width))
+        assert module.proj.weight.std().item() == pytest.approx(xavier(width, width), rel=0.03)
+    mlp = Mlp(width, hidden_dim=5 * width)
+    for linear in (mlp.fc1, mlp.fc2):
+        assert linear.weight.std().item() == pytest.approx(xavier(width, 5 * width), rel=0.03)
+    merging = PatchMerging(width)
+    assert merging.reduction.weight.std().item() == pytest.approx(xavier(4 * width, 2 * width), rel=0.03)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_a_family_starts_as_stated(family):
+    torch.manual_seed(0)
+    model = FAMILIES[family](37)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, parameter in model.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        if "backbone" in name:
+            continue  # torchvision's own
+        if kind == "bias" or owner in ("head", "head.2", "head_dist"):
+            assert not parameter.any(), name
+        elif owner in linears:
+            rows = parameter.shape[0] // 3 if owner.endswith("qkv") else parameter.shape[0]
+            assert parameter.std().item() == pytest.approx(xavier(parameter.shape[1], rows), rel=0.08), name
+        elif owner == "patch_embed.proj":  # LeCun normal, truncated at two deviations
+            fan_in = parameter[0].numel()
+            assert parameter.std().item() == pytest.approx(math.sqrt(1 / fan_in), rel=0.15), name
+        elif kind.endswith("_token") or kind == "relative_position_bias_table":
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.3), name
+        else:
+            assert kind == "pos_embed" or "stem" in name or ("norm" in owner and (parameter == 1).all()), name
