@@ -41,7 +41,7 @@ def drive(it, plan, steps, seconds=0.0):
     for step in range(plan.first_step + 1, plan.first_step + steps + 1):
         time.sleep(seconds)
         sums += torch.tensor([32.0, 4.0, 8.0, 16.0])
-        it.after_step(step, 16, optimizer, sums, torch.tensor(1.5))
+        it.after_step(step, optimizer, sums, torch.tensor(1.5))
     it.close()
 
 

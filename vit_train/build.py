@@ -393,7 +393,7 @@ def _build(
         except (AttributeError, ArithmeticError, RuntimeError, ValueError, TypeError, LookupError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error
-    elif cfg.trainer.auto_batch:
+    elif trainer.auto_batch:
         pieces = fit_micro_batch(trainer, cfg.data.batch_size // strategy.world_size)
         trainer.grad_accum_steps = config["trainer"]["grad_accum_steps"] = pieces
     return Run(

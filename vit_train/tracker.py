@@ -62,13 +62,13 @@ class NullTracker:
     def start(self, plan: Plan) -> None:
         """Before the first step, once it is known where the run continues."""
 
-    def first_batch(self, model: nn.Module, images: Tensor, targets: Tensor) -> None:
-        """The very first training batch, as the model gets it."""
+    def first_batch(self, model: nn.Module, images: Tensor) -> None:
+        """The images of the very first training batch, as the model gets them."""
 
     def begin_epoch(self, epoch: int, done: int, steps: int, sums: list[float]) -> None:
         """An epoch starts (or continues after `done` of its `steps`) with these running sums."""
 
-    def after_step(self, step: int, images: int, optimizer: Optimizer, sums: Tensor, norm: Tensor) -> None:
+    def after_step(self, step: int, optimizer: Optimizer, sums: Tensor, norm: Tensor) -> None:
         """One optimizer step is done. `sums`: loss, top-1 hits, top-5 hits, images of the open epoch."""
 
     def after_epoch(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -138,6 +138,7 @@ class Tracker(NullTracker):
         """Opens the files; on a continuation drops what was logged after the checkpoint."""
         self.plan = plan
         self.estimated = False
+        self.epoch_time = time.perf_counter()  # an epoch that was interrupted at its end is only closed
         metrics_file = self.run_dir / "metrics.jsonl"
         kept = [event for event in read_events(metrics_file) if self._stands(event)]
         durable.replace(metrics_file, "".join(json.dumps(event) + "\n" for event in kept))
@@ -163,9 +164,8 @@ class Tracker(NullTracker):
         again = kind == "test" or (kind == "epoch" and event["epoch"] > self.plan.closed_epochs)
         return step < self.plan.first_step or (step == self.plan.first_step and not again)
 
-    def first_batch(self, model: nn.Module, images: Tensor, targets: Tensor) -> None:
+    def first_batch(self, model: nn.Module, images: Tensor) -> None:
         """Logs the picture of an augmented batch and the model's graph."""
-        del targets
         if self.writer is None:
             return
         grid = pictures.batch_grid(images, self.plan.mean, self.plan.std)
@@ -190,9 +190,8 @@ class Tracker(NullTracker):
                 total=steps, initial=done, desc=f"epoch {epoch + 1}/{total}", unit="step", leave=False
             )
 
-    def after_step(self, step: int, images: int, optimizer: Optimizer, sums: Tensor, norm: Tensor) -> None:
+    def after_step(self, step: int, optimizer: Optimizer, sums: Tensor, norm: Tensor) -> None:
         """Reads and logs the running figures every `log_every_steps`."""
-        del images
         if self.bar is not None:
             self.bar.update(1)
         if step % self.log_every_steps and step != self.plan.first_step + 1:
@@ -236,7 +235,7 @@ class Tracker(NullTracker):
 
     def after_epoch(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Logs the epoch's metrics and says them in one line."""
-        elapsed = time.perf_counter() - getattr(self, "epoch_time", time.perf_counter())
+        elapsed = time.perf_counter() - self.epoch_time
         self._close_bar()
         self._write("epoch", step, {"epoch": epoch + 1, **metrics})
         self._scalars(step, {**metrics, "epoch": epoch + 1})

@@ -82,7 +82,7 @@ class Trainer:
         async_save: bool = True,
         on_nonfinite: OnNonFinite = "abort",
         deterministic: bool = False,
-        auto_batch: bool = False,  # noqa: ARG002 - build.py does it
+        auto_batch: bool = False,
     ) -> None:
         assert precision != "auto", "build.py resolves it"
         use_deterministic_operators(deterministic)
@@ -92,6 +92,7 @@ class Trainer:
         self.eval_every_epochs, self.early_stop_patience = eval_every_epochs, early_stop_patience
         self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
         self.stop_at_step, self.stop_after_minutes = stop_at_step, stop_after_minutes
+        self.auto_batch = auto_batch
         self.saver = Saver(parts.checkpointer, background=async_save, say=lambda text: self.tracker.say(text))
         self.train_loader = parts.data.loader("train")
         self.steps_per_epoch = len(self.train_loader)
@@ -118,6 +119,8 @@ class Trainer:
     def fit(self) -> Stop | dict[str, float]:
         """Trains to the end, or until it is asked to stop. Either way everything is saved on return.
 
+        After the end the model holds the weights a user would load: those of the best checkpoint.
+
         Returns:
             Why it stopped, or the test metrics (empty without a test split).
 
@@ -131,7 +134,11 @@ class Trainer:
         try:
             stop = self.train()
             self.saver.finish()
-            return stop or self.test()
+            if stop:
+                return stop
+            best = self.saver.best(fits_model(self.model, self.ema))
+            self.strategy.restore(best.tensors, self.model, self.ema, None)
+            return self.test()
         finally:
             self.saver.close()
 
@@ -155,7 +162,7 @@ class Trainer:
         self.tracker.begin_epoch(epoch, self.state.step - first, last - first, self.state.sums)
         for batch in self.train_loader:
             stop = self.train_step(batch, epoch)
-            self.tracker.after_step(self.state.step, len(batch.targets), self.optimizer, self.sums, self.norm)
+            self.tracker.after_step(self.state.step, self.optimizer, self.sums, self.norm)
             if self.state.step == last:
                 return None  # close_epoch asks again
             due = bool(self.save_every_steps) and self.state.step % (self.save_every_steps or 1) == 0
@@ -172,7 +179,7 @@ class Trainer:
         set_lr(self.optimizer, self.schedule(step))
         images, targets = self.parts.train_transform(strategy.to_device(batch), epoch, step)
         if step == 0:
-            self.tracker.first_batch(self.model, images, targets)
+            self.tracker.first_batch(self.model, images)
         sums = torch.zeros_like(self.sums)
         self.nonfinite.before_step()
         pieces = min(self.grad_accum_steps, len(images))  # a tiny set may be one batch smaller than that
@@ -237,11 +244,9 @@ class Trainer:
         return stop
 
     def test(self) -> Stop | dict[str, float]:
-        """Test metrics of the checkpoint a user would load: the best one. Leaves its weights in the model."""
+        """Test metrics of the weights at hand; empty without a test split."""
         if not self.parts.data.sizes["test"]:
             return {}
-        best = self.saver.best(fits_model(self.model, self.ema))
-        self.strategy.restore(best.tensors, self.model, self.ema, None)
         metrics = self.evaluate_split("test")
         # stopped by a signal: everything was saved before, the continuation tests again
         return self.guard.asked(self.state.step) or {} if metrics is None else metrics
