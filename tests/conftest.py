@@ -64,6 +64,14 @@ def with_trained_head(model: Any) -> Any:
     return model
 
 
+def load_trained(run: Path, *, device: torch.device, weights: str = "auto") -> Any:
+    """A trained model as every command loads it."""
+    from vit_train import checkpoint
+    from vit_train.trained import fits, from_checkpoint
+
+    return from_checkpoint(checkpoint.load_run(run, fits)[0], device=device, weights=weights)
+
+
 def environment() -> dict[str, str]:
     """The environment of a user's shell, with one thread."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC", "HYDRA_"))}

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, environment, everything_in, typed_here, vit_train_here, whole_state
+from conftest import TINY, environment, everything_in, load_trained, typed_here, vit_train_here, whole_state
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,7 +25,6 @@ from vit_train.cli import data as data_command
 from vit_train.cli import evaluate
 from vit_train.errors import ConfigError, DataError
 from vit_train.report.evaluation_files import FILES
-from vit_train.trained import load
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +431,7 @@ def test_mirrored_images_are_averaged_and_named(typed, folder_run):
     assert (plain["tta"], mirrored["tta"]) == (None, "hflip")
     assert "hflip" in out
     assert mirrored["loss"] != plain["loss"]
-    trained = load(folder_run, device=torch.device("cpu"))
+    trained = load_trained(folder_run, device=torch.device("cpu"))
     _, data = evaluate.build_data(trained.config)
     images, targets = trained.batch_transform()(data.examples("test", 360), 0, 0)
     with torch.no_grad():
@@ -528,7 +527,7 @@ def test_a_tilde_is_the_home_directory(typed, digits_run, in_tmp, monkeypatch):
 
 
 def test_precision_is_that_of_vit_predict_unless_it_is_typed(digits_run) -> None:
-    cpu, trained = torch.device("cpu"), load(digits_run, device=torch.device("cpu"))
+    cpu, trained = torch.device("cpu"), load_trained(digits_run, device=torch.device("cpu"))
     for stored in ("fp16", "bf16", "fp32", "auto"):
         trained.config["trainer"]["precision"] = stored
         assert evaluate.precision_of(trained, trained.config, cpu, []) == trained.precision()

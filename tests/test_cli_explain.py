@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, checkpoint_hashes, everything_in, typed_here, vit_train_here
+from conftest import TINY, checkpoint_hashes, everything_in, load_trained, typed_here, vit_train_here
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -202,9 +202,8 @@ def test_a_class_that_was_asked_for_is_in_the_headline(runs, home) -> None:
     import torch
 
     from vit_train.cli.explain import explain_image
-    from vit_train.trained import load
 
-    trained = load(runs("swin"), device=torch.device("cpu"))
+    trained = load_trained(runs("swin"), device=torch.device("cpu"))
     own = explain_image(trained, str(home / "grey.png"), method="gradcam", target=None, heads=False)
     other = explain_image(trained, str(home / "grey.png"), method="gradcam", target=3, heads=False)
     assert re.fullmatch(r"\d \d+\.\d%", own.title)
@@ -217,9 +216,8 @@ def test_a_map_of_nothing_says_so(runs, home) -> None:
     import torch
 
     from vit_train.cli.explain import explain_image
-    from vit_train.trained import load
 
-    trained = load(runs("swin"), device=torch.device("cpu"))
+    trained = load_trained(runs("swin"), device=torch.device("cpu"))
     torch.nn.init.zeros_(trained.model.head.weight)
     found = explain_image(trained, str(home / "grey.png"), method="gradcam", target=3, heads=False)
     assert found.note.startswith("nothing speaks for it here, ")

@@ -14,10 +14,9 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from conftest import TINY, command, environment, everything_in, typed_here, vit_train_here
+from conftest import TINY, command, environment, everything_in, load_trained, typed_here, vit_train_here
 
 from vit_train.cli import export
-from vit_train.trained import load
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,7 @@ def test_an_onnx_file_answers_as_the_model_does(typed, run):
     assert re.search(r"checked  1, 3, 17 images: largest difference of a logit \de-0\d ", done.out)
     assert "file     run/export/my_digits.onnx  (" in done.out
     about = json.loads((run / "export/my_digits.onnx.json").read_text())
-    trained = load(run, device=torch.device("cpu"))
+    trained = load_trained(run, device=torch.device("cpu"))
     assert about["class_names"] == [str(digit) for digit in range(10)]
     assert (about["weights"], about["step"], about["format"]) == ("ema", trained.step, "onnx")
     images = torch.randn(4, about["in_channels"], about["img_size"], about["img_size"])
@@ -89,8 +88,8 @@ def test_weights_and_names(typed, run):
     about = json.loads((run / "export/my_digits.pth.json").read_text())
     assert (about["weights"], about["names"]) == ("raw", "timm")
     exported = torch.load(run / "export/my_digits.pth", weights_only=True)["state_dict"]
-    raw = load(run, device=torch.device("cpu"), weights="raw").model.state_dict()
-    ema = load(run, device=torch.device("cpu"), weights="ema").model.state_dict()
+    raw = load_trained(run, device=torch.device("cpu"), weights="raw").model.state_dict()
+    ema = load_trained(run, device=torch.device("cpu"), weights="ema").model.state_dict()
     assert all(torch.equal(exported[name], raw[name]) for name in raw)
     assert any(not torch.equal(exported[name], ema[name]) for name in ema)
 
@@ -108,7 +107,7 @@ def test_a_checkpoint_is_exported_into_its_run(typed, run):
 
 
 def test_the_name_of_a_run_chooses_no_folder(trained_run):
-    trained = load(trained_run, device=torch.device("cpu"))
+    trained = load_trained(trained_run, device=torch.device("cpu"))
     for name, file in (
         ("../../x", "x"),
         ("a/b\x1b[2J", "a_b_2J"),

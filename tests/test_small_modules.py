@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, build
+from conftest import TINY, build, load_trained
 from torch import nn
 
 from vit_train import errors
@@ -24,7 +24,7 @@ from vit_train.checkpoint import load as load_checkpoint
 from vit_train.ema import Ema
 from vit_train.precision import autocast, grad_scaler, resolve_precision
 from vit_train.rng import mix, seed_cpu, seed_device
-from vit_train.trained import load, stored_config, without_download
+from vit_train.trained import stored_config, without_download
 
 CPU = torch.device("cpu")
 
@@ -235,7 +235,7 @@ def changed(trainer, tmp_path):
 
 @pytest.mark.parametrize("weights", ["auto", "ema", "raw"])
 def test_a_loaded_model_answers_as_the_trained_one(trainer, images, weights) -> None:
-    trained = load(run_of(trainer), device=CPU, weights=weights)
+    trained = load_trained(run_of(trainer), device=CPU, weights=weights)
     models = {"ema": trainer.ema.module.eval(), "raw": trainer.model.eval()}
     chosen = "raw" if weights == "raw" else "ema"
     assert trained.weights == chosen
@@ -247,7 +247,7 @@ def test_a_loaded_model_answers_as_the_trained_one(trainer, images, weights) -> 
 
 
 def test_a_loaded_model_knows_how_to_be_fed(trainer) -> None:
-    trained, data = load(run_of(trainer), device=CPU), trainer.parts.data
+    trained, data = load_trained(run_of(trainer), device=CPU), trainer.parts.data
     assert trained.class_names == data.class_names == [str(i) for i in range(10)]
     assert (trained.mean, trained.std) == (data.mean, data.std)
     assert (trained.img_size, trained.in_channels, trained.step) == (8, 1, 2)
@@ -261,9 +261,9 @@ def test_without_an_average_there_are_raw_weights_only(changed) -> None:
             del tensors[name]
 
     path = changed(drop_average)
-    assert load(path, device=CPU).weights == "raw"
+    assert load_trained(path, device=CPU).weights == "raw"
     with pytest.raises(errors.CheckpointError, match="holds no averaged weights; type --weights raw"):
-        load(path, device=CPU, weights="ema")
+        load_trained(path, device=CPU, weights="ema")
 
 
 @pytest.mark.parametrize("where", ["model", "model.patch_embed", "model.extra"])
@@ -284,7 +284,7 @@ def test_foreign_code_is_neither_run_nor_imported(changed, tmp_path, monkeypatch
 
     path = changed(name_foreign_code)
     with pytest.raises(errors.CheckpointError, match=r"stored data may name only .*canary_code"):
-        load(path, device=CPU)
+        load_trained(path, device=CPU)
     assert not canary.exists()
     assert not [name for name in sys.modules if name.startswith("canary_code")]
     __import__("canary_code")  # the control: the canary sings when it is imported
@@ -307,7 +307,7 @@ def test_borrowed_names_are_refused(changed, target, message) -> None:
         state["config"]["model"] = {"_target_": target}
 
     with pytest.raises(errors.CheckpointError, match=re.escape(message)):
-        load(changed(borrow), device=CPU)
+        load_trained(changed(borrow), device=CPU)
 
 
 def _without(*keys):
@@ -367,16 +367,16 @@ def _of_another_shape(tensors, state):
 def test_what_is_missing_or_nonsense_is_a_checkpoint_error(changed, change) -> None:
     path = changed(change)
     with pytest.raises(errors.CheckpointError) as caught:
-        load(path, device=CPU)
+        load_trained(path, device=CPU)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_or_missing_run_is_said(trainer, tmp_path) -> None:
     with pytest.raises(errors.CheckpointError, match="does not exist"):
-        load(tmp_path / "nowhere", device=CPU)
+        load_trained(tmp_path / "nowhere", device=CPU)
     with pytest.raises(errors.CheckpointError, match="holds no checkpoint"):
-        load(tmp_path, device=CPU)
+        load_trained(tmp_path, device=CPU)
 
 
 def test_a_checkpoint_without_a_configuration_is_said(changed) -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, build, checkpoint_hashes
+from conftest import TINY, build, checkpoint_hashes, load_trained
 from torch import nn
 
 from vit_train.checkpoint import load, resolve_link
@@ -16,7 +16,6 @@ from vit_train.guard import Guard, Signals, Stop
 from vit_train.objective import CrossEntropy
 from vit_train.report.record import open_run_dir
 from vit_train.tracker import NullTracker
-from vit_train.trained import load as load_trained
 
 # Nothing draws but the data's own augmentation, and the update is linear in the gradient
 PLAIN = (

@@ -75,21 +75,6 @@ class Trained:
         return Normalize(self.mean, self.std).to(next(self.model.parameters()).device)
 
 
-def load(run: Path, *, device: torch.device, weights: Weights = "auto") -> Trained:
-    """Loads RUN: a run directory (its best checkpoint, else its last) or one checkpoint directory.
-
-    Args:
-        run: the directory.
-        device: where the model goes.
-        weights: "ema", "raw", or "auto": the average where there is one.
-
-    Raises:
-        CheckpointError: none is there, it is damaged, or it names code that is not ours.
-    """
-    stored, _ = checkpoint.load_run(run, fits)
-    return from_checkpoint(stored, device=device, weights=weights)
-
-
 def fits(path: Path, state: Mapping[str, Any], shapes: checkpoint.Shapes) -> None:
     """That the tensors of a checkpoint are those of the model it describes; see `checkpoint.load`.
 

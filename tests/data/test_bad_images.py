@@ -188,14 +188,15 @@ def test_nothing_bad_is_nothing_left_out(photos):
 
 
 def test_the_background_is_under_what_is_transparent_in_training_and_prediction(photos, in_tmp):
+    from conftest import load_trained
+
     from vit_train.prediction import Pictures
-    from vit_train.trained import load
 
     clear = Image.new("LA", (8, 8), (200, 0))
     clear.save(photos / "train/cat/0.png")
     background = "data.background=[10,10,10]"
     assert vit_train_here(*SETTINGS, background, cwd=in_tmp).code == 0
-    trained = load(in_tmp / "run", device=torch.device("cpu"))
+    trained = load_trained(in_tmp / "run", device=torch.device("cpu"))
     assert trained.background == (10, 10, 10)
     read = Pictures(["photos/train/cat/0.png"], trained).read(0).convert("L")
     assert set(np.asarray(read).ravel().tolist()) == {10}
@@ -208,14 +209,15 @@ def test_the_background_is_under_what_is_transparent_in_training_and_prediction(
 
 def test_large_jpegs_are_read_alike_in_training_evaluation_and_prediction(photos, in_tmp):
     """Reduced while decoding; the same pixels wherever the model sees the file."""
+    from conftest import load_trained
+
     from vit_train.prediction import Pictures
-    from vit_train.trained import load
 
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 256, (20, 30), dtype=np.uint8))
     coarse.resize((600, 400)).save(photos / "test/cat/0.jpg", quality=90)
     assert vit_train_here(*SETTINGS, "data.img_size=8", cwd=in_tmp).code == 0
-    trained = load(in_tmp / "run", device=torch.device("cpu"))
+    trained = load_trained(in_tmp / "run", device=torch.device("cpu"))
     seen = trained.sample_transform()(Pictures(["photos/test/cat/0.jpg"], trained).read(0))
     assert Pictures(["photos/test/cat/0.jpg"], trained).read(0).size == (75, 50)
     data = set_up(photos, in_channels=1)

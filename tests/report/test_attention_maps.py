@@ -78,7 +78,7 @@ def model(request):
     made = with_trained_head(FAMILIES[request.param]())
     with torch.no_grad():  # weights as large as trained ones: the attention is then far from uniform
         for parameter in made.parameters():
-            parameter.mul_(2.5)
+            parameter.mul_(2)
     return made
 
 
@@ -123,7 +123,7 @@ def inputs_by_hand(model, image):
 @pytest.mark.parametrize("model", [name for name in FAMILIES if name != "swin"], indirect=True)
 @torch.no_grad()
 def test_rollout_and_attention_are_those_of_the_papers(model, images) -> None:
-    model, images = model.double().eval(), images.double()  # or scores this large show rounding
+    model.eval()
     weights = []
     each_attention(model, images, blocks=model.blocks, use=weights.append)
     flow = rollout(model, images)

@@ -126,7 +126,7 @@ def test_the_summary_says_what_is_about_to_happen(in_tmp, said) -> None:
     model, data = run.trainer.model, run.trainer.parts.data
     parameters = sum(p.numel() for p in model.parameters())
     assert rows["model"] == (
-        f"ViT, {parameters / 1e6:.2f}M parameters, {run.multiply_adds / 1e9:.3f} GFLOPs an image "
+        f"ViT, {parameters / 1e6:.2f}M parameters, {run.multiply_adds / 1e9:.3f} GMACs an image "
         "(multiply-adds)  [model=vit_digits]"
     )
     assert rows["data"] == "train 80, val 80, test 80 images of 1 x 8 x 8  [data=digits]"
