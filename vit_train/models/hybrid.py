@@ -43,7 +43,7 @@ def _trunk(
     A sequence rather than torchvision's `create_feature_extractor`: a deep copy of what that returns forgets
     whether it was in evaluation mode, and would update its batch norms unasked.
     """
-    # Here and not above: importing torchvision takes 1.5 s, which the other families need not wait for.
+    # Here and not above: `vit_train.models` does without torchvision, whose import takes 1.5 s.
     from torchvision import models
 
     known = models.list_models(module=models)
