@@ -1,7 +1,10 @@
 """What is minimised: a module that runs the model and returns (scalar loss, logits).
 
 The loss is a plain mean over the samples of per-sample values, so the mean over micro-batches, weighted by
-their size, is the mean over the batch: accumulation and device splits change nothing but rounding.
+their size, is the mean over the batch: accumulation and device splits change nothing but rounding. That is
+why the mean is not divided by the batch's sum of class weights, as torch's own mean over class ids is.
+
+Shapes: B batch, K classes.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ Forward = Callable[[Tensor], "Tensor | tuple[Tensor, Tensor]"]
 class CrossEntropy(nn.Module):
     """Softmax cross entropy with label smoothing and class weights.
 
-    Label smoothing as in Szegedy et al. 2016 (arXiv 1512.00567), equation 7.
+    The loss of a sample is the sum over the classes of weight * target * -log p: a class id is a target of 1,
+    a mixture has several classes, and label smoothing (Szegedy et al. 2016, arXiv 1512.00567, equation 7)
+    comes before the weights.
 
     Args:
         class_names: K names, the model's own order.
@@ -32,7 +37,7 @@ class CrossEntropy(nn.Module):
         ValueError: a weight names a class the data does not have, or a value is out of range.
     """
 
-    weight: Tensor
+    weight: Tensor | None
 
     def __init__(
         self,
@@ -47,8 +52,7 @@ class CrossEntropy(nn.Module):
             raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing}")
         self.label_smoothing = label_smoothing
         weights = _class_weights(class_names, class_counts, class_weights)
-        self.weighted = weights is not None
-        self.register_buffer("weight", torch.tensor(weights or [1.0] * len(class_names)), persistent=False)
+        self.register_buffer("weight", None if weights is None else torch.tensor(weights), persistent=False)
 
     def forward(self, model: Forward, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Runs the model and averages over its heads.
@@ -63,19 +67,14 @@ class CrossEntropy(nn.Module):
         """
         outputs = model(images)
         heads = outputs if isinstance(outputs, tuple) else (outputs,)
-        losses = [self._training_loss(head.float(), targets) for head in heads]
+        losses = [self._training_losses(head.float(), targets).mean() for head in heads]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         logits = heads[0].detach() if len(heads) == 1 else torch.stack([h.detach() for h in heads]).mean(0)
         return loss, logits.float()
 
-    def _training_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if not self.weighted:
-            return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        losses = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing, reduction="none")
-        # torch's own weighting divides by the sum of the weights of the batch at hand, which would make the
-        # loss depend on how the batch is cut
-        sample_weight = self.weight[targets] if targets.ndim == 1 else targets @ self.weight
-        return (losses * sample_weight).mean()
+    def _training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        weight, smoothing = self.weight, self.label_smoothing
+        return F.cross_entropy(logits, targets, weight, label_smoothing=smoothing, reduction="none")
 
     def per_sample(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Unsmoothed, unweighted cross entropy (B,): the validation loss."""
