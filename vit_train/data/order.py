@@ -34,8 +34,9 @@ def epoch_order(
     "uniform" takes every sample once. "balanced" takes every class equally often: of a large class a part,
     different in every epoch; of a small class every sample, again and again.
 
-    With repeated augmentation (Hoffer et al. 2020, arXiv 1901.09335; DeiT's `RASampler`) the first 1/repeats
-    of those come `repeats` times in a row, so that a batch holds several views of an image.
+    With repeated augmentation (Hoffer et al. 2020, arXiv 1901.09335; DeiT's `RASampler`) a sample comes
+    `repeats` times in a row, so that a batch holds several views of an image, and fewer samples come. The
+    last sample of an epoch, or of each class where they are balanced, may come less often.
 
     Args:
         targets: (n,) class ids.
@@ -46,31 +47,25 @@ def epoch_order(
     """
     num = len(targets)
     generator = torch.Generator().manual_seed(rng.mix(seed, "order", epoch))
-    if sampler == "balanced":
-        index, draw = _balanced(targets, generator)
-    else:
-        index, draw = torch.randperm(num, generator=generator), torch.zeros(num, dtype=torch.int64)
-    if repeats > 1:
-        distinct = -(-num // repeats)
-        index = index[:distinct].repeat_interleave(repeats)[:num]
-        copies = torch.arange(repeats).repeat(distinct)[:num]
-        draw = draw[:distinct].repeat_interleave(repeats)[:num] * repeats + copies
-    return Order(index, draw)
-
-
-def _balanced(targets: NDArray[np.int64], generator: torch.Generator) -> Order:
-    num = len(targets)
     order = torch.randperm(num, generator=generator)
+    if sampler == "uniform":
+        return _views(order, num, repeats)
     by_class = order[torch.from_numpy(targets)[order].argsort(stable=True)]
-    counts = [count for count in np.bincount(targets).tolist() if count]
-    # what does not divide goes to classes in turn, so that over epochs they come equally often
-    shares = torch.full((len(counts),), num // len(counts))
-    shares[torch.randperm(len(counts), generator=generator)[: num % len(counts)]] += 1
-    places, draws, first = [], [], 0
-    for count, share in zip(counts, shares.tolist()):
-        position = torch.arange(share)
-        places.append(by_class[first + position % count])
-        draws.append(position // count)
-        first += count
-    shuffled = torch.randperm(num, generator=generator)
-    return Order(torch.cat(places)[shuffled], torch.cat(draws)[shuffled])
+    classes = by_class.split([count for count in np.bincount(targets).tolist() if count])
+    # what does not divide goes to the classes in turn, so that over epochs they come equally often
+    share, left = divmod(num, len(classes))
+    views = [
+        _views(ids, share + ((i - epoch * left) % len(classes) < left), repeats)
+        for i, ids in enumerate(classes)
+    ]
+    index, draw = (torch.cat(parts) for parts in zip(*views))
+    row = (draw % repeats == 0).cumsum(0) - 1  # views in a row stay together
+    place = torch.randperm(int(row[-1]) + 1, generator=generator)[row].argsort(stable=True)
+    return Order(index[place], draw[place])
+
+
+def _views(ids: Tensor, num: int, repeats: int) -> Order:
+    """`num` views: each sample `repeats` times in a row, from the front again where there are too few."""
+    view = torch.arange(num)
+    row = view // repeats
+    return Order(ids[row % len(ids)], row // len(ids) * repeats + view % repeats)
