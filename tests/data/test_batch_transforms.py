@@ -8,7 +8,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as one
 
 from vit_train.data import Augment, Batch, Normalize
-from vit_train.data.batch_transforms import cutmix, erase, random_boxes, resized_crop, shift_flip
+from vit_train.data.batch_transforms import BOX_DRAWS, cutmix, erase, random_boxes, resized_crop, shift_flip
 from vit_train.rng import uniform
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -74,8 +74,8 @@ def test_shift_and_flip(most):
 def test_resized_crop(side):
     number = 60
     images, flip = pictures(number, side), torch.rand(number) < 0.5
-    draws = tuple(torch.rand(4, number))
-    boxes = random_boxes(draws, (side, side), (0.08, 1.0), (3 / 4, 4 / 3))
+    draws = torch.rand(number, BOX_DRAWS)
+    boxes = random_boxes(draws, (side, side), (0.08, 1.0), (3 / 4, 4 / 3), erased=False)
     out = resized_crop(images, boxes, flip)
     worst = 0.0
     for image, box, mirrored, result in zip(images, boxes.tolist(), flip.tolist(), out):
@@ -97,7 +97,7 @@ def test_the_whole_image_as_crop_is_the_image():
 
 def test_erase():
     images, colours = torch.randn(20, 3, 32, 32), torch.randn(20, 3)
-    boxes = random_boxes(tuple(torch.rand(4, 20)), (32, 32), (0.02, 1 / 3), (0.3, 1 / 0.3))
+    boxes = random_boxes(torch.rand(20, BOX_DRAWS), (32, 32), (0.02, 1 / 3), (0.3, 1 / 0.3), erased=True)
     boxes[::2] = 0
     out = erase(images, boxes, colours)
     for image, (top, left, height, width), colour, result in zip(images, boxes.tolist(), colours, out):
@@ -122,7 +122,7 @@ def test_cutmix_says_how_much_of_an_image_stays(share, y, x):
 
 # ---------------------------------------------------------------------------------------------------- the draws
 def test_boxes_lie_in_the_image_and_cover_what_they_should():
-    boxes = random_boxes(tuple(torch.rand(4, 20_000)), (24, 32), (0.2, 0.5), (1 / 2, 2))
+    boxes = random_boxes(torch.rand(20_000, BOX_DRAWS), (24, 32), (0.2, 0.5), (1 / 2, 2), erased=False)
     top, left, height, width = boxes.unbind(1)
     assert (top >= 0).all()
     assert (left >= 0).all()

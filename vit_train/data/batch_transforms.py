@@ -120,29 +120,33 @@ class Augment(Normalize):
 
     def forward(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Images uint8 (B, C, H, W) become float32 (B, C, H, W); targets are ids (B,) or, mixed, (B, K)."""
-        images, side = batch.images, batch.images.shape[-1]
-        num = 10 if self.erase_prob else 5 if self.crop_scale is not None else 3
-        draws = rng.uniform(batch.index, batch.draw, num, self.seed, "augment", epoch).unbind(1)
-        flip = draws[0] < self.hflip_prob
+        images, size = batch.images, batch.images.shape[-2:]
+        draws = self._draws(batch, "augment", epoch, num=3)
+        flip = draws[:, 0] < self.hflip_prob
         if self.crop_scale is not None:
-            boxes = random_boxes(draws[1:5], images.shape[-2:], self.crop_scale, self.crop_ratio)
+            draws = self._draws(batch, "crop", epoch, num=BOX_DRAWS)
+            boxes = random_boxes(draws, size, self.crop_scale, self.crop_ratio, erased=False)
             images = resized_crop(images, boxes, flip)
         elif self.max_shift or self.hflip_prob:
-            most = round(self.max_shift * side)
-            down, right = ((2 * most + 1) * torch.stack(draws[1:3])).long() - most
+            most = round(self.max_shift * size[1])
+            down, right = ((2 * most + 1) * draws[:, 1:].T).long() - most
             images = shift_flip(images, down, right, flip, most=most)
         floats = self.normalize(images)
         if self.erase_prob:
-            boxes = random_boxes(draws[5:9], floats.shape[-2:], _ERASED_SCALE, _ERASED_RATIO)
-            boxes = torch.where(draws[9][:, None] < self.erase_prob, boxes, 0)
+            draws = self._draws(batch, "erase", epoch, num=BOX_DRAWS + 1)
+            boxes = random_boxes(draws[:, 1:], size, _ERASED_SCALE, _ERASED_RATIO, erased=True)
+            boxes = torch.where(draws[:, :1] < self.erase_prob, boxes, 0)
             floats = erase(floats, boxes, self._colours(batch, epoch))
         if (self.mixup_alpha or self.cutmix_alpha) and epoch + 1 < self.mix_off_epoch:
             return self._mix(floats, batch.targets, step)
         return floats, batch.targets
 
+    def _draws(self, batch: Batch, purpose: str, epoch: int, *, num: int) -> Tensor:
+        return rng.uniform(batch.index, batch.draw, num, self.seed, purpose, epoch)
+
     def _colours(self, batch: Batch, epoch: int) -> Tensor:
         """(B, C): normally distributed, as normalised pixels nearly are."""
-        draws = rng.uniform(batch.index, batch.draw, batch.images.shape[1], self.seed, "colour", epoch)
+        draws = self._draws(batch, "colour", epoch, num=batch.images.shape[1])
         return math.sqrt(2) * torch.erfinv(2 * draws - 1 + 2.0**-24)  # symmetric, and never infinite
 
     def _mix(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -165,31 +169,46 @@ class Augment(Normalize):
 _ERASED_SCALE = (0.02, 1 / 3)
 _ERASED_RATIO = (0.3, 1 / 0.3)
 
+_TRIES = 10
+BOX_DRAWS = 2 * _TRIES + 2  # area and ratio of each try, then the place
+
 
 def random_boxes(
-    draws: Sequence[Tensor], size: Sequence[int], scale: tuple[float, float], ratio: tuple[float, float]
+    draws: Tensor,
+    size: Sequence[int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    *,
+    erased: bool,
 ) -> Tensor:
-    """Rectangles of random area, aspect ratio and place.
-
-    What is longer than the image is cut to it; torchvision draws again, up to ten times.
+    """Rectangles of random area, aspect ratio and place: as torchvision's, the first of ten tries that fits.
 
     Args:
-        draws: four (B,) in [0, 1): area, ratio, place down and place to the right.
+        draws: (B, BOX_DRAWS) in [0, 1).
         size: H, W of the image.
         scale: smallest and largest share of the image's area.
         ratio: smallest and largest width / height; evenly distributed in its logarithm.
+        erased: False as `RandomResizedCrop`: the middle, in the nearest ratio, where no try fits. True as
+            `RandomErasing`: shorter than the image both ways, and of height 0 where no try fits.
 
     Returns:
         (B, 4) int64: top, left, height, width.
     """
     height, width = size
-    area = (scale[0] + (scale[1] - scale[0]) * draws[0]) * (height * width)
+    areas, ratios, place = draws.split([_TRIES, _TRIES, 2], dim=1)
+    side = ((scale[0] + (scale[1] - scale[0]) * areas) * (height * width)).sqrt()
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    root = torch.exp((low + (high - low) * draws[1]) / 2)
-    h = (area.sqrt() / root).round().clamp(1, height)
-    w = (area.sqrt() * root).round().clamp(1, width)
-    top, left = (draws[2] * (height - h + 1)).floor(), (draws[3] * (width - w + 1)).floor()
-    return torch.stack([top, left, h, w], dim=1).long()
+    root = torch.exp((low + (high - low) * ratios) / 2)
+    h, w = (side / root).round(), (side * root).round()
+    fits = (h >= 1) & (h <= height - erased) & (w >= 1) & (w <= width - erased)
+    first = fits.int().argmax(1, keepdim=True)
+    h, w = h.gather(1, first), w.gather(1, first)
+    top, left = (place[:, :1] * (height - h + 1)).floor(), (place[:, 1:] * (width - w + 1)).floor()
+    most = (0, 0) if erased else (min(height, round(width / ratio[0])), min(width, round(height * ratio[1])))
+    fallback = ((height - most[0]) // 2, (width - most[1]) // 2, *most)
+    fits = fits.any(1, keepdim=True)
+    columns = [torch.where(fits, drawn, other) for drawn, other in zip((top, left, h, w), fallback)]
+    return torch.cat(columns, dim=1).long()
 
 
 def shift_flip(images: Tensor, down: Tensor, right: Tensor, flip: Tensor, *, most: int) -> Tensor:
