@@ -41,6 +41,11 @@ def attend(
 ) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v.
 
+    Plain products in bf16 round the scores too, which the fused kernel keeps in fp32. Against float64 the
+    error is 0.4 percent of the result where scores have a standard deviation of 1, and 0.8 to 0.9 where it is
+    4 (65 and 197 tokens); the fused kernel's is 0.2. Scores in fp32 are as good as that, but take 10 percent
+    of a training step of vit_cifar, 12 of deit_tiny at 224 pixels, 14 of swin_cifar (CPU time of one thread).
+
     Args:
         q, k, v: (B, H, N, d).
         bias: added to the scores, broadcastable to (B, H, N, N); -inf excludes a key.
@@ -57,7 +62,8 @@ def attend(
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     # softmax computes in fp32 inside whatever its dtype. Rows shorter than one bf16 vector are the exception
     # in speed: forward and backward take 4 ms in bf16 and 1 ms in fp32 at 16 tokens, 8 and 9 ms at 49.
-    softmax_dtype = torch.float32 if scores.shape[-1] < SHORT_ROW else scores.dtype
+    short = scores.shape[-1] < SHORT_ROW
+    softmax_dtype = torch.promote_types(scores.dtype, torch.float32) if short else scores.dtype
     if bias is not None:
         scores = scores + bias.to(softmax_dtype)
     weights = scores.softmax(dim=-1, dtype=softmax_dtype).to(v.dtype)
