@@ -104,6 +104,14 @@ def test_top1_and_confusion_agree_where_logits_tie() -> None:
     )
 
 
+@pytest.mark.parametrize("classes", [6, 10, 50, 1000])
+def test_of_equal_logits_the_first_five_are_the_top_five(classes) -> None:
+    """Those that argmax would take one after another: a head that starts at zero tells no class from another."""
+    found = figures(torch.zeros(12, classes), torch.arange(12) % 6)
+    assert (found.top1, found.top5) == (2 / 12, 10 / 12)
+    assert found.confusion.diagonal().tolist() == [2] + [0] * (classes - 1)
+
+
 def test_hits_of_mixed_targets_count_the_likeliest_class() -> None:
     logits, targets = random_logits(7)
     mixed = 0.7 * F.one_hot(targets, 7) + 0.3 / 7

@@ -186,9 +186,12 @@ def hits(logits: Tensor, targets: Tensor) -> Tensor:
     """
     if targets.ndim == 2:
         targets = targets.argmax(1)
-    top = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices == targets[:, None]
-    # argmax and topk may break a tie differently, and the confusion matrix counts argmax
-    return torch.stack(((logits.argmax(1) == targets).sum(), top.sum()))
+    # Equal logits rank as argmax has them, which the confusion matrix counts: the first class first. topk
+    # takes any of them, others on each device, and misses the top-1 hits of a head that starts at zero.
+    wanted = logits.gather(1, targets[:, None])
+    comes_first = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
+    above = torch.where(comes_first, ~(logits < wanted), ~(logits <= wanted))
+    return torch.stack(((logits.argmax(1) == targets).sum(), (above.sum(1) < TOP_K).sum()))
 
 
 @torch.no_grad()
