@@ -84,14 +84,16 @@ def plain(img_size: int, *, resize: Literal["crop", "squash"]) -> Steps:
     return Steps((_cut_ends, v2.PILToTensor(), whole, v2.CenterCrop(img_size)), _REDUCING_GAP * shorter)
 
 
-def _cut_ends(image: Image.Image) -> Image.Image:
-    """Of a picture of 1 x 60,000 pixels the middle: it would be scaled to gigabytes, to be cut afterwards."""
-    width, height = image.size
+def _middle(width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of what is scaled: of 1 x 60,000 pixels all would be gigabytes, to be cut."""
     most = _MOST_OBLONG * min(width, height)
-    if max(width, height) <= most:
-        return image
-    left, top = max(width - most, 0) // 2, max(height - most, 0) // 2
-    return image.crop((left, top, left + min(width, most), top + min(height, most)))
+    left, top = (max(side - most, 0) // 2 for side in (width, height))
+    return left, top, width - left, height - top  # as much from either end
+
+
+def _cut_ends(image: Image.Image) -> Image.Image:
+    box = _middle(*image.size)
+    return image if box == (0, 0, *image.size) else image.crop(box)
 
 
 def shorter_side(img_size: int) -> int:
@@ -114,13 +116,16 @@ def seen_box(
     """
     if resize == "squash":
         return 0.0, 0.0, float(width), float(height)
+    first_x, first_y, last_x, last_y = _middle(width, height)
+    width, height = last_x - first_x, last_y - first_y
     # the sizes and the rounding of v2.Resize and v2.CenterCrop
     shorter = shorter_side(img_size)
     longer = int(shorter * max(width, height) / min(width, height))
     resized_width, resized_height = (shorter, longer) if width <= height else (longer, shorter)
     left, top = (round((side - img_size) / 2) for side in (resized_width, resized_height))
     x, y = width / resized_width, height / resized_height
-    return left * x, top * y, (left + img_size) * x, (top + img_size) * y
+    right, bottom = left + img_size, top + img_size
+    return first_x + left * x, first_y + top * y, first_x + right * x, first_y + bottom * y
 
 
 def resized_crop(
