@@ -9,6 +9,7 @@ import yaml
 
 from vit_train import construct
 from vit_train.build import STORED_CODE
+from vit_train.data import Normalize
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
@@ -79,9 +80,20 @@ def test_an_augment_node_builds_and_trains_on_digits(name):
     data = construct.make(data_node("digits", name))
     data.setup(device=torch.device("cpu"), rank=0, world_size=1)
     transform = construct.make(nodes)["batch"](data.mean, data.std)
-    images, _ = transform(next(iter(data.loader("train"))), 0, 0)
-    assert images.shape == (64, 1, 8, 8)
-    assert abs(float(images.mean())) < 0.6
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    for step, batch in enumerate(data.loader("train")):
+        images, targets = transform(batch, 0, step)
+        assert images.shape == (64, 1, 8, 8)
+        assert abs(float(images.mean())) < 0.6
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+    examples = data.examples("test", 360)
+    images = Normalize(data.mean, data.std).normalize(examples.images)
+    recognised = (model(images).argmax(1) == examples.targets).float().mean()
+    assert recognised > 0.3, "an epoch taught a linear model nothing"
 
 
 @pytest.mark.parametrize(
