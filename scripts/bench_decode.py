@@ -21,8 +21,8 @@ over the rounds in images per second, and the median of the ratios of neighbouri
 parts: milliseconds of processor time for each step of one image, on one thread, the least of the rounds.
 
 quality: what the model sees of a photograph that was decoded at a reduced size, against one that was not, at
-the worst size: `gap` pixels for each that the model's image has, and not one more. As a yardstick, the same
-for a bilinear filter instead of the bicubic one.
+the worst size: `gap` pixels for each that the model's image has, and one more, so that no side divides. As a
+yardstick, the same for a bilinear filter instead of the bicubic one.
 """
 
 from __future__ import annotations
@@ -236,8 +236,8 @@ def bench_quality(photos: list[Path], _: argparse.Namespace) -> dict[str, object
                 scale = reduction * least_side / min(image.size)
                 if scale > 1:
                     continue  # enlarged, it would have nothing fine to lose
-                # a multiple of the reduction both ways, so that nothing moves
-                worst = [reduction * round(side * scale / reduction) for side in image.size]
+                # neither side divides: the reduced picture ends with a fraction of a pixel
+                worst = [reduction * round(side * scale / reduction) + 1 for side in image.size]
                 file = jpeg(image.resize(worst, Image.Resampling.LANCZOS))
                 differences[photo.name] = np.abs(seen(file, least_side) - seen(file, None))
             if differences:
@@ -246,7 +246,11 @@ def bench_quality(photos: list[Path], _: argparse.Namespace) -> dict[str, object
     tensors = {
         photo.name: F.pil_to_tensor(image) for photo, image in zip(photos, opened(photos), strict=True)
     }
-    bicubic = v2.Compose(transform.transforms[1:])
+    shorter = shorter_side(IMG_SIZE)
+    bilinear, bicubic = (
+        v2.Compose([v2.Resize(shorter, interpolation=kind, antialias=True), v2.CenterCrop(IMG_SIZE)])
+        for kind in (v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC)
+    )
     result["bilinear"] = compared(
         {
             name: np.abs(bilinear(tensor).double().numpy() - bicubic(tensor).double().numpy())

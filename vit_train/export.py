@@ -63,7 +63,8 @@ def describe(trained: Trained, file_format: Format, *, layout: Layout = "timm") 
     crop = trained.resize == "crop"
     colours = "RGB" if channels == 3 else "grey"
     resized = (
-        f"the shorter side resized to {shorter_side(side)} pixels and the centre {side} x {side} cut out"
+        f"the shorter side resized to {shorter_side(side)} pixels, the longer in proportion (rounded down), "
+        f"and the centre {side} x {side} cut out"
         if crop
         else f"resized to {side} x {side} pixels whatever the aspect ratio"
     )

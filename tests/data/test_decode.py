@@ -129,10 +129,12 @@ JPEGS = {
 @pytest.mark.parametrize("least_side", [20, 40, 75])
 @pytest.mark.parametrize("kind", JPEGS)
 def test_a_reduced_jpeg_is_the_same_picture(kind, least_side):
-    p = picture(2, height=150, width=225)
+    turned = kind.startswith("orientation") and not kind.endswith("1")
+    height, width = (152, 224) if turned else (150, 225)  # one that is turned must divide, or is read whole
+    p = picture(2, height=height, width=width)
     data = JPEGS[kind](p)
     reduced, whole = decode(data, least_side=least_side), decode(data)
-    assert min(reduced.size) == 150 // {20: 4, 40: 2, 75: 2}[least_side] + {20: 1}.get(least_side, 0)
+    assert min(reduced.size) == -(-height // {20: 4, 40: 2, 75: 2}[least_side])
     assert reduced.mode == whole.mode == ("L" if kind == "grey" else "RGB")
     small = np.asarray(whole.resize(reduced.size, Image.Resampling.BOX)).astype(int)
     difference = np.abs(np.asarray(reduced) - small)
@@ -179,15 +181,3 @@ def test_the_model_sees_a_reduced_photograph_as_a_whole_one(img_size, times):
     assert 10 * np.log10(255**2 / (kept**2).mean()) > 42
     # it is the factor of 2 in least_side that keeps it so
     assert np.abs(seen(shorter_side(img_size)) - seen(None)).mean() > 2 * kept.mean()
-
-
-@pytest.mark.parametrize("size", [(683, 521), (519, 690), (1021, 515)])
-def test_an_odd_size_moves_nothing_by_more_than_a_pixel(size):
-    """A reduced side is rounded up, so the picture is stretched by less than one of its pixels."""
-    width, height = size
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    transform = plain(32, resize="crop")
-    data = saved(np.stack([x, y, x], axis=2).astype(np.uint8), "JPEG", quality=98, subsampling=0)
-    whole, reduced = (transform(decode(data, least_side=n)).numpy().astype(int) for n in (None, 64))
-    step = np.abs(np.diff(whole, axis=2)).max()
-    assert np.abs(whole - reduced).max() <= step

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from vit_train.data.batch import Batch, Failure, Sample
+from vit_train.data.decode import EXTENT
 from vit_train.data.loaders import Batches, EvalBatches, SampleLoader, Samples, Source
 from vit_train.errors import DataError
 
@@ -92,10 +93,10 @@ class DecodedSource:
 
     Args:
         source: it.
-        images: uint8 (C, H, W) each, of any size.
+        images: uint8 (C, H, W) each, of any size; and the extent, see `decode`.
     """
 
-    def __init__(self, source: Source, images: Sequence[Tensor]) -> None:
+    def __init__(self, source: Source, images: Sequence[tuple[Tensor, Any]]) -> None:
         self.source, self.images = source, images
 
     @property
@@ -103,7 +104,9 @@ class DecodedSource:
         return self.source.targets
 
     def read(self, index: int) -> Image.Image:
-        image: Image.Image = to_pil_image(self.images[index])
+        pixels, extent = self.images[index]
+        image: Image.Image = to_pil_image(pixels)
+        image.info = {EXTENT: extent}
         return image
 
     def name(self, index: int) -> str:
@@ -156,10 +159,11 @@ class Filling:
 
     def decoded(self, samples: Untransformed, *, split: str, bytes_each: int) -> DecodedSource | None:
         """Every file of a split, of about so many bytes once it is decoded; otherwise as `finished`."""
-        images: list[Tensor] = []
+        images: list[tuple[Tensor, Any]] = []
 
         def take(good: list[Sample]) -> None:
-            images.extend(sample[0].clone() for sample in good)  # out of the workers' shared memory
+            # out of the workers' shared memory
+            images.extend((pixels.clone(), extent) for pixels, extent, _, _ in good)
 
         whole = self._read(samples, take, split, bytes_each)
         return DecodedSource(samples.source, images) if whole else None
@@ -194,10 +198,12 @@ class Filling:
 
 
 class Untransformed(Samples):
-    """Samples as they are in their files, in the mode training converts them to, of any size."""
+    """As they are in their files, in the mode training converts them to, of any size; extents for targets."""
 
     def _sample(self, epoch: int, index: int, draw: int) -> Sample:  # noqa: ARG002
-        return pil_to_tensor(self.picture(index)), int(self.source.targets[index]), index, draw
+        image = self.picture(index)
+        extent: Any = image.info.get(EXTENT, image.size)
+        return pil_to_tensor(image), extent, index, draw
 
 
 def choose_place(

@@ -32,6 +32,7 @@ from vit_train.errors import DataError
 
 RGB: TypeAlias = tuple[int, int, int]
 WHITE: RGB = (255, 255, 255)
+EXTENT = "vit_train: extent"  # the key of what `decode` writes into Image.info
 
 # By content, whatever the suffix says. Pillow knows more; but a .jpg that is EPS would start Ghostscript.
 Image.init()
@@ -74,7 +75,9 @@ def decode(
     With `least_side` a JPEG comes at 1/2, 1/4 or 1/8 of its size, the smallest of these whose shorter side
     still has that many pixels. The size of the file and `least_side` alone decide which, so training and
     prediction see the same pixels. JPEG's own transform does it (Pillow calls it draft mode), in a third to a
-    half less time and with a fraction of the memory. A side that does not divide is rounded up.
+    half less time and with a fraction of the memory. A side that does not divide is rounded up, and its last
+    pixel is partly padding: `info[EXTENT]` is the width and height of the picture itself, in these pixels. A
+    picture that would be turned so that padding comes first is read whole.
 
     Args:
         file: a path, or what is in the file.
@@ -91,8 +94,9 @@ def decode(
             _check_size(image)
             if "transparency" in image.info and image.format == "PNG":
                 _scale_colour_key(image)
-            if least_side is not None:
-                image.draft(None, (least_side, least_side))  # does nothing but to a JPEG
+            # nothing but a JPEG can do it
+            drafted = None if least_side is None else image.draft(None, (least_side, least_side))
+            extent = image.size if drafted is None else drafted[1][2:]
             image.load()  # open reads the header only: a cut-off file fails here
             orientation = 1 if image.info.keys().isdisjoint(_ORIENTED) else _orientation(image)
             shown = _eight_bits(image) if image.mode[0] in "IF" else image
@@ -100,7 +104,13 @@ def decode(
                 shown = _on_background(shown, background)
             elif shown.mode not in ("L", "RGB"):
                 shown = _convert(shown)
-            return shown.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else shown
+            if orientation in _UPRIGHT:
+                if extent != image.size:
+                    return decode(file, name=name, background=background)
+                shown = shown.transpose(_UPRIGHT[orientation])
+                extent = shown.size
+            shown.info = {EXTENT: extent}
+            return shown
     except UnidentifiedImageError:
         raise DataError(f"{name} is not an image Pillow can read: repair or remove it") from None
     except FileNotFoundError:

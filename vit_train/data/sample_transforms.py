@@ -16,12 +16,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+
+from vit_train.data.decode import EXTENT
 
 SampleTransform: TypeAlias = Callable[[Image.Image], Image.Image | Tensor]
 
@@ -77,23 +81,45 @@ def plain(img_size: int, *, resize: Literal["crop", "squash"]) -> Steps:
             keeps the centre; "squash" scales both sides to img_size, changing the aspect ratio.
     """
     if resize == "squash":
-        squash = v2.Resize((img_size, img_size), interpolation=_BICUBIC, antialias=True)
-        return Steps((v2.PILToTensor(), squash), _REDUCING_GAP * img_size)
+        return Steps((partial(_resize, size=[img_size, img_size]),), _REDUCING_GAP * img_size)
     shorter = shorter_side(img_size)
-    whole = v2.Resize(shorter, interpolation=_BICUBIC, antialias=True)
-    return Steps((_cut_ends, v2.PILToTensor(), whole, v2.CenterCrop(img_size)), _REDUCING_GAP * shorter)
+    resize_whole = partial(_resize, size=[shorter])
+    return Steps((_cut_ends, resize_whole, v2.CenterCrop(img_size)), _REDUCING_GAP * shorter)
 
 
-def _middle(width: int, height: int) -> tuple[int, int, int, int]:
+def _resize(image: Image.Image, *, size: list[int]) -> Tensor:
+    """v2.Resize, but of the picture alone where the image ends in padding (see `decode`)."""
+    pixels, (width, height) = F.pil_to_tensor(image), image.info.get(EXTENT, image.size)
+    if (width, height) == image.size:
+        return F.resize(pixels, size, interpolation=_BICUBIC, antialias=True)
+    to_width, to_height = size if len(size) == 2 else _whole(width, height, size[0])
+    scales = to_height / height, to_width / width  # the same kernel, which would scale all that it is given
+    part: Tensor = torch.ops.aten._upsample_bicubic2d_aa(pixels[None], (to_height, to_width), False, *scales)[
+        0
+    ]
+    return part
+
+
+def _middle(width: float, height: float) -> tuple[int, int, float, float]:
     """Left, top, right, bottom of what is scaled: of 1 x 60,000 pixels all would be gigabytes, to be cut."""
     most = _MOST_OBLONG * min(width, height)
-    left, top = (max(side - most, 0) // 2 for side in (width, height))
+    left, top = (int(max(side - most, 0) // 2) for side in (width, height))
     return left, top, width - left, height - top  # as much from either end
 
 
 def _cut_ends(image: Image.Image) -> Image.Image:
-    box = _middle(*image.size)
-    return image if box == (0, 0, *image.size) else image.crop(box)
+    left, top, right, bottom = _middle(*image.info.get(EXTENT, image.size))
+    if not (left or top):
+        return image
+    part = image.crop((left, top, math.ceil(right), math.ceil(bottom)))
+    part.info = {EXTENT: (right - left, bottom - top)}
+    return part
+
+
+def _whole(width: float, height: float, shorter: int) -> tuple[int, int]:
+    """Width and height of a picture whose shorter side is resized, with the rounding of v2.Resize."""
+    longer = int(shorter * max(width, height) / min(width, height))
+    return (shorter, longer) if width <= height else (longer, shorter)
 
 
 def shorter_side(img_size: int) -> int:
@@ -117,13 +143,11 @@ def seen_box(
     if resize == "squash":
         return 0.0, 0.0, float(width), float(height)
     first_x, first_y, last_x, last_y = _middle(width, height)
-    width, height = last_x - first_x, last_y - first_y
-    # the sizes and the rounding of v2.Resize and v2.CenterCrop
-    shorter = shorter_side(img_size)
-    longer = int(shorter * max(width, height) / min(width, height))
-    resized_width, resized_height = (shorter, longer) if width <= height else (longer, shorter)
+    seen_width, seen_height = last_x - first_x, last_y - first_y
+    resized_width, resized_height = _whole(seen_width, seen_height, shorter_side(img_size))
+    # and the rounding of v2.CenterCrop
     left, top = (round((side - img_size) / 2) for side in (resized_width, resized_height))
-    x, y = width / resized_width, height / resized_height
+    x, y = seen_width / resized_width, seen_height / resized_height
     right, bottom = left + img_size, top + img_size
     return first_x + left * x, first_y + top * y, first_x + right * x, first_y + bottom * y
 
@@ -181,7 +205,15 @@ def resized_crop(
 
 
 class _CropToTensor(v2.RandomResizedCrop):
-    """Cuts the part out of the PIL image, so that nothing else is copied into a tensor, and scales that."""
+    """Cuts the part out of the PIL image, so that nothing else is copied into a tensor, and scales that.
+
+    A pixel that is partly padding is in no part.
+    """
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        width, height = map(int, flat_inputs[0].info.get(EXTENT, flat_inputs[0].size))
+        params: dict[str, Any] = super().make_params([torch.empty(height, width, device="meta")])
+        return params
 
     def transform(self, inpt: Image.Image, params: dict[str, Any]) -> Tensor:
         part = F.pil_to_tensor(F.crop(inpt, **params))
