@@ -89,6 +89,7 @@ def as_trained(model, node, img_size=36):
         in_channels=3,
         resize="crop",
         background=(255, 255, 255),
+        value_range=None,
         config={"model": node},
         path=Path("step_00000007"),
         weights="ema",

@@ -54,6 +54,7 @@ _RESOLVED_KEYS = (
     "data.in_channels",
     "data.mean",
     "data.std",
+    "data.value_range",
     "trainer.precision",
 )
 # Where a constructor's own defaults fill in what a config, or an older version, leaves out
@@ -312,6 +313,8 @@ def _build(
     for key in ("num_classes", "img_size", "in_channels"):
         OmegaConf.update(cfg, f"data.{key}", getattr(data, key), force_add=True)
     cfg.data.mean, cfg.data.std = list(data.mean), list(data.std)
+    if cfg.data.get("value_range", 0) is None and data.value_range is not None:
+        cfg.data.value_range = list(data.value_range)
     with as_config_error("trainer.precision"):
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
     config = plain(cfg)

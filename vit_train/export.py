@@ -68,16 +68,22 @@ def describe(trained: Trained, file_format: Format, *, layout: Layout = "timm") 
         if crop
         else f"resized to {side} x {side} pixels whatever the aspect ratio"
     )
+    deep = ""
+    if trained.value_range is not None:
+        black, white = trained.value_range
+        deep = f"more than 8 bits scaled from {black:g} to {white:g} to 0 to 255, "
     return {
         "format": file_format,
-        "input": f"images: float32 (B, {channels}, {side}, {side}); {colours}, transparency on white, "
-        f"{resized} (bicubic, antialiased), then (value / 255 - mean) / std for each channel",
+        "input": f"images: float32 (B, {channels}, {side}, {side}); {colours}, "
+        f"transparency on the colour {list(trained.background)}, {deep}{resized} (bicubic, antialiased), "
+        "then (value / 255 - mean) / std for each channel",
         "output": f"logits: float32 (B, {len(trained.class_names)}), before softmax, in the order of "
         "class_names",
         "img_size": side,
         "in_channels": channels,
         "resize": trained.resize,
         "resize_shorter_side": shorter_side(side) if crop else None,
+        "value_range": trained.value_range,
         "mean": list(trained.mean),
         "std": list(trained.std),
         "class_names": trained.class_names,

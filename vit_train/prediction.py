@@ -12,11 +12,9 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vit_train.data.batch import Batch, Failure, Sample, collate
-from vit_train.data.decode import decode
 from vit_train.data.download import download, is_url
 from vit_train.data.imagefolder import FileSource
 from vit_train.data.loaders import EvalBatches, SampleLoader, Samples
@@ -50,14 +48,14 @@ class Pictures(FileSource):
 
     def __init__(self, names: list[str], trained: Trained) -> None:
         nothing, least_side = np.zeros(len(names), dtype=np.int64), trained.sample_transform().least_side
-        super().__init__("", Names.of(names), nothing, nothing, trained.background, least_side)
+        shown = trained.background, least_side, trained.value_range
+        super().__init__("", Names.of(names), nothing, nothing, *shown)
 
     def name(self, index: int) -> str:
         return self.names[index]
 
-    def read(self, index: int) -> Image.Image:
-        name = self.names[index]
-        return decode(fetched(name), name=name, background=self.background, least_side=self.least_side)
+    def content(self, index: int) -> str | bytes:
+        return fetched(self.names[index])
 
 
 def fetched(name: str) -> str | bytes:

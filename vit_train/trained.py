@@ -18,7 +18,7 @@ from torch import nn
 from vit_train import checkpoint
 from vit_train.construct import is_node, make
 from vit_train.data import Normalize
-from vit_train.data.decode import RGB, WHITE
+from vit_train.data.decode import RGB, WHITE, ValueRange
 from vit_train.data.sample_transforms import Steps, plain
 from vit_train.errors import CheckpointError, ConfigError
 from vit_train.precision import Precision, inference_precision
@@ -42,6 +42,7 @@ class Trained:
         in_channels: 1 or 3.
         resize: how evaluation made an image square: "crop" or "squash"; see `sample_transforms.plain`.
         background: the colour under what is transparent.
+        value_range: what is black and white in pictures deeper than 8 bits; see `decode`.
         config: the run's whole resolved configuration, as plain data.
         path: the checkpoint directory.
         weights: which weights were loaded: "ema" or "raw".
@@ -56,6 +57,7 @@ class Trained:
     in_channels: int
     resize: Literal["crop", "squash"]
     background: RGB
+    value_range: ValueRange | None
     config: dict[str, Any]
     path: Path
     weights: Literal["ema", "raw"]
@@ -178,6 +180,7 @@ def from_checkpoint(
             # only a folder of images chooses; a data module of arrays squashes
             resize="crop" if config["data"].get("resize") == "crop" else "squash",
             background=_colour(config["data"].get("background")),
+            value_range=_range(config["data"].get("value_range")),
             config=config,
             path=path,
             weights=chosen,
@@ -195,6 +198,16 @@ def _colour(stored: object) -> RGB:
             return red, green, blue
         case _:
             return WHITE
+
+
+def _range(stored: object) -> ValueRange | None:
+    """A stored value range, where there is one."""
+    match stored:
+        case [int() | float() as black, int() | float() as white] if -math.inf < black < white < math.inf:
+            return black, white
+        case None:
+            return None
+    raise ValueError(f"data.value_range is {stored!r}")
 
 
 def stored_config(stored: checkpoint.Checkpoint) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from vit_train.data.decode import decode
+from vit_train.data.decode import decode, find_range
 from vit_train.data.sample_transforms import plain, resized_crop, shorter_side
 
 BILINEAR, BICUBIC = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC
@@ -130,3 +132,116 @@ def test_a_reduced_strip_shows_the_same_middle(size):
     whole, reduced = decode(file), decode(file, least_side=transform.least_side)
     assert min(reduced.size) == 65
     assert psnr(transform(reduced), transform(whole)) >= 40
+
+
+# -------------------------------------------------------------------------------------------- deeper than 8 bits
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png16(values, key=None):
+    """A PNG of 16 bits, written out: (H, W) grey or (H, W, 2, 3, 4) grey with alpha, colour, colour with alpha."""
+    height, width = values.shape[:2]
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[values.size // (height * width)]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    transparent = b"" if key is None else chunk(b"tRNS", np.array(key, dtype=">u2").tobytes())
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + transparent
+    return start + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff(values):
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "TIFF")
+    return file.getvalue()
+
+
+def levels(values, black, white):
+    return np.clip(np.floor((values.astype(np.float64) - black) * 255 / (white - black) + 0.5), 0, 255)
+
+
+def assert_levels(read, expected):
+    """Within float32: where a value is half a level, either."""
+    difference = np.abs(np.asarray(read).astype(float) - expected)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
+WRITERS = {
+    "png": lambda v: png16(v),
+    "png colour": lambda v: png16(np.stack([v, v, v], axis=2)),
+    "tiff 16": lambda v: tiff(v.astype(np.uint16)),
+    "tiff 32": lambda v: tiff(v.astype(np.int32)),
+    "tiff float": lambda v: tiff(v.astype(np.float32)),
+}
+RANGES = st.sampled_from([(0, 255), (0, 1023), (0, 4095), (100, 3000), (0, 16383), (0, 65535)])
+
+
+@given(st.sampled_from(sorted(WRITERS)), RANGES, st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
+def test_deep_values_are_scaled_linearly_in_every_container(writer, value_range, width, height, seed):
+    values = np.random.RandomState(seed).randint(0, value_range[1] + 1, (height, width))
+    read = decode(WRITERS[writer](values), value_range=value_range)
+    assert_levels(read.convert("L"), levels(values, *value_range))
+
+
+@given(st.sampled_from([-3.0, 0.0, 0.25]), st.sampled_from([1.0, 0.5, 900.0]), st.integers(0, 99))
+def test_floats_have_the_white_of_the_data_set(black, extent, seed):
+    """Not their own: a dark picture stays dark, and what leaves the range is clipped."""
+    white = black + extent
+    values = black + extent * np.random.RandomState(seed).uniform(-0.2, 0.4, (9, 7)).astype(np.float32)
+    assert_levels(decode(tiff(values), value_range=(black, white)), levels(values, black, white))
+
+
+@given(st.integers(1, 4), st.integers(0, 65535), st.integers(0, 99))
+def test_a_colour_key_is_compared_at_its_depth(channels, key, seed):
+    """A pixel that shares the high bytes stays opaque; transparent is what equals the key, or has no alpha."""
+    random_state = np.random.RandomState(seed)
+    values = random_state.randint(0, 65536, (8, 6, channels))
+    colours = channels if channels % 2 else channels - 1
+    values[:4, :, :colours] = key
+    values[:2, :, 0] = key ^ 1  # the same high byte
+    if channels % 2:
+        data, opaque = png16(values.squeeze(), [key] * channels), (values != key).any(2)
+    else:
+        values[..., -1] = random_state.choice([0, 65535], (8, 6))
+        data, opaque = png16(values), values[..., -1] > 0
+    read = np.asarray(decode(data, background=(10, 20, 30)))
+    seen = levels(np.broadcast_to(values[..., :colours], (8, 6, 3)), 0, 65535)
+    assert_levels(read, np.where(opaque[..., None], seen, (10, 20, 30)))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "RGBA"])
+def test_eight_bits_have_no_range(mode):
+    file = io.BytesIO()
+    photograph(40, 30, 0).convert(mode).save(file, "PNG")
+    assert np.array_equal(decode(file.getvalue()), decode(file.getvalue(), value_range=(50, 90)))
+
+
+@given(
+    st.sampled_from([(0.9, 1), (1, 1), (2, 255), (255, 255), (256, 65535), (65535, 65535), (70000, 70000)]),
+    st.booleans(),
+)
+def test_floats_of_a_folder_have_one_range(tmp_path_factory, case, negative):
+    largest, white = case
+    folder = tmp_path_factory.mktemp("floats")
+    for i, share in enumerate((0.1, 1.0, 0.5)):
+        values = np.linspace(-1 if negative else 0, largest * share, 12, dtype=np.float32).reshape(3, 4)
+        (folder / f"{i}.tif").write_bytes(tiff(values))
+    found, _ = find_range(sorted(map(str, folder.iterdir())))
+    assert found == pytest.approx((-1, largest) if negative else (0, white))
+
+
+@given(st.sampled_from([3, 255, 256, 1023, 1024, 4000, 4096, 16384, 65535]), st.booleans())
+def test_integers_of_a_folder_have_the_white_of_their_bits(tmp_path_factory, largest, is_png):
+    folder = tmp_path_factory.mktemp("integers")
+    for i, most in enumerate((largest // 2, largest)):
+        values = np.arange(6).reshape(2, 3) * most // 5
+        (folder / f"{i}.x").write_bytes(png16(values) if is_png else tiff(values.astype(np.uint16)))
+    photograph(9, 9, 0).save(folder / "eight bits.png")
+    (folder / "broken.png").write_bytes(b"nothing")
+    found, note = find_range(sorted(map(str, folder.iterdir())))
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
+    assert found == (0, 2**bits - 1)
+    assert note == (
+        f"data.value_range=[0, {2**bits - 1}]: deeper than 8 bits; the largest value of 2 files is {largest}"
+    )

@@ -66,7 +66,8 @@ def stats(arguments: argparse.Namespace) -> None:
     import torch
 
     from vit_train.data import ImageFolder
-    from vit_train.data.stats import ChannelStats, channel_stats
+    from vit_train.data.layout import count, some
+    from vit_train.data.stats import ChannelStats, channel_stats, unusual
     from vit_train.report.console import Console
     from vit_train.report.dataset import stats_tables
 
@@ -92,19 +93,25 @@ def stats(arguments: argparse.Namespace) -> None:
         raise DataError(
             f"{arguments.root}: all {arguments.split} images are of one colour: nothing to learn from"
         )
+    notes = [note for note in data.notes if note.startswith("data.value_range")]
+    for text, which in unusual(found.levels):
+        names = some([data.source(arguments.split, i) for i in which])
+        notes.append(f"{count(len(which), 'image')} {text}: {names}")
     overrides = [f"data.{name}={json.dumps(values).replace(' ', '')}" for name, values in rounded.items()]
     if out is not None:
         about = {"split": arguments.split, "img_size": data.img_size, "resize": data.resize}
         figures = {"num_images": found.num_images, "mean": found.mean, "std": found.std}
-        _write_json(out, {"root": arguments.root, **about, **figures, "overrides": overrides})
+        _write_json(out, {"root": arguments.root, **about, **figures, "overrides": overrides, "notes": notes})
     if arguments.json != _STDOUT:
         console = Console()
         console.say(
             f"{arguments.root} at {data.img_size} x {data.img_size} pixels, on the scale from 0 to 1\n"
         )
-        defaults = ChannelStats(0, data.mean, data.std)
+        defaults = ChannelStats(0, data.mean, data.std, found.levels[:0])
         for table in stats_tables(found, split=arguments.split, defaults=defaults):
             console.say(table)
+        for note in notes:
+            console.say(f"note: {note}")
         console.say(f"\nto train with them, add: {shlex.join(overrides)}")
 
 

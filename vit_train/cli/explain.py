@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,9 +112,11 @@ def explain_image(
 
     device = next(trained.model.parameters()).device
     content, transform = fetched(file), trained.sample_transform()
-    image = decode(content, name=file, background=trained.background)
+    read_as = partial(
+        decode, content, name=file, background=trained.background, value_range=trained.value_range
+    )
     # the model may be given less of a large file, as in vit-predict
-    read = decode(content, name=file, background=trained.background, least_side=transform.least_side)
+    image, read = read_as(), read_as(least_side=transform.least_side)
     seen = transform(read.convert("L" if trained.in_channels == 1 else "RGB"))
     pixels = seen[None].to(device)
     none = torch.zeros(1, dtype=torch.int64, device=device)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from PIL import Image
 
-from vit_train.data.decode import decode
+from vit_train.data.decode import ValueRange, decode
 from vit_train.data.pool import each_file
 from vit_train.errors import DataError
 
@@ -53,7 +53,7 @@ def reason_unreadable(path: str) -> str | None:
     return None
 
 
-def read(path: str) -> Image.Image:
+def read(path: str, value_range: ValueRange | None = None) -> Image.Image:
     """`decode`, which would wait for a pipe or a device without end.
 
     Raises:
@@ -62,7 +62,7 @@ def read(path: str) -> Image.Image:
     with suppress(OSError, ValueError):  # decode says that better
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - half the time a Path takes
             raise DataError(f"{path} {NOT_PLAIN}: remove it")
-    return decode(path)
+    return decode(path, value_range=value_range)
 
 
 NOT_PLAIN = "is no plain file, training would wait for it"

@@ -25,12 +25,15 @@ from PIL import Image
 from vit_train.data import layout
 from vit_train.data.bad_files import NOT_PLAIN, Progress, read, reason_in
 from vit_train.data.base import SPLITS, Split
-from vit_train.data.imagefolder import ImageFolder
+from vit_train.data.decode import ValueRange, find_range
+from vit_train.data.imagefolder import ImageFolder, sample_of
 from vit_train.data.listing import images_below, is_folder, is_image, is_visible
 from vit_train.data.pool import Crash, each_file
+from vit_train.data.stats import unusual
 from vit_train.errors import DataError, printable, suggest
 
 _DIGEST_BYTES = 16
+_DARK = 3  # levels
 _SIDE_EDGES = (32, 64, 128, 224, 384, 768, 1536)  # shorter side in pixels
 
 _LEFT_BY = {
@@ -50,12 +53,13 @@ class _Seen(NamedTuple):
     mode: str  # Pillow's, as stored
     num_bytes: int
     digest: bytes  # of the file, not of its pixels
+    levels: tuple[float, float, float]  # the least, the largest and the mean
 
 
-def _look(path: str) -> _Seen | str:
+def _look(path: str, *, value_range: ValueRange | None) -> _Seen | str:
     """What is in a file, or why it cannot be read."""
     try:
-        shown = read(path)
+        shown = read(path, value_range)
         with open(path, "rb") as file:  # noqa: PTH123 - a Path costs as much as the hash
             digest = hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=_DIGEST_BYTES))
             num_bytes = file.tell()
@@ -66,7 +70,17 @@ def _look(path: str) -> _Seen | str:
         return reason_in(error, path)
     except OSError as error:  # gone or changed meanwhile
         return f"cannot be read ({error.strerror or error})"
-    return _Seen(*shown.size, mode, num_bytes, digest.digest())
+    return _Seen(*shown.size, mode, num_bytes, digest.digest(), _levels(shown))
+
+
+def _levels(shown: Image.Image) -> tuple[float, float, float]:
+    """See `stats.unusual`. A few pixels tell it, unless they are alike, or so dark that rounding counts."""
+    few: Any = shown.resize((16, 16), Image.Resampling.NEAREST).convert("L")
+    (low, high), mean = few.getextrema(), few.reduce(16).getpixel((0, 0))
+    if mean >= _DARK and high - low >= _DARK:
+        return low, high, mean
+    pixels = np.asarray(shown)
+    return float(pixels.min()), float(pixels.max()), float(pixels.mean())
 
 
 @dataclass(frozen=True)
@@ -235,7 +249,9 @@ def check_folder(
     images = _Images(len(survey.names))
     progress = start(len(survey.names))
     paths = [f"{survey.root}/{name}" for name in survey.names]
-    with closing(each_file(_look, paths, num_workers=num_workers)) as answers:
+    train = [path for path, split in zip(paths, survey.splits) if split == "train" and Path(path).is_file()]
+    look = functools.partial(_look, value_range=find_range(sample_of(train))[0])
+    with closing(each_file(look, paths, num_workers=num_workers)) as answers:
         for position, seen in answers:
             images.put(position, seen)
             progress(1)
@@ -249,6 +265,7 @@ def check_folder(
     if line is not None:
         problems.insert(0, _layout(survey, line, [finding for finding in problems if finding]))
     warnings = [*_same_files(survey, images), _unmeasured(survey), _alike_classes(survey), _strays(survey)]
+    warnings += _brightness(survey, images)
     return Report(
         root=str(survey.root),
         num_images=len(survey.names),
@@ -265,12 +282,13 @@ def check_folder(
 
 
 class _Images:
-    """What is known of n images, in 40 bytes each."""
+    """What is known of n images, in 52 bytes each."""
 
     def __init__(self, count: int) -> None:
         self.sizes: NDArray[np.int64] = np.zeros((count, 2), dtype=np.int64)  # 0 x 0 where unreadable
         self.num_bytes: NDArray[np.int64] = np.zeros(count, dtype=np.int64)
         self.digests: NDArray[np.uint8] = np.zeros((count, _DIGEST_BYTES), dtype=np.uint8)
+        self.levels: NDArray[np.float32] = np.full((count, 3), np.nan, dtype=np.float32)
         self.modes: Counter[str] = Counter()
         self.bad: dict[int, str] = {}
 
@@ -281,6 +299,7 @@ class _Images:
         self.sizes[position] = seen.width, seen.height
         self.num_bytes[position] = seen.num_bytes
         self.digests[position] = np.frombuffer(seen.digest, dtype=np.uint8)
+        self.levels[position] = seen.levels
         self.modes[seen.mode] += 1
 
     def readable(self) -> NDArray[np.int64]:
@@ -432,6 +451,12 @@ def _same_files(survey: _Survey, images: _Images) -> Iterator[Finding | None]:
     if "val" not in survey.classes:
         text += "; held-out validation images may be among them"
     yield _finding("copy", text, copies)
+
+
+def _brightness(survey: _Survey, images: _Images) -> Iterator[Finding]:
+    for text, which in unusual(images.levels):
+        items = tuple(Item((survey.names[i],)) for i in which)
+        yield Finding("brightness", f"{_several(len(items), 'picture', 'pictures')} {text}", items)
 
 
 def _strays(survey: _Survey) -> Finding | None:

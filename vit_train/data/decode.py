@@ -5,9 +5,10 @@ depth within black and white, and so does `decode`:
 
     EXIF (or XMP) orientation      applied
     transparency of any kind       on `background`
-    16-bit grey                    the high byte, as Pillow itself does for 16-bit colour
-    32-bit integers, floats        white is the least of 1, 255, 65535 that no pixel exceeds; a picture that
-                                   leaves that range is stretched from its least to its greatest pixel
+    more than 8 bits               black and white are the data set's (`value_range`). Without: 0 and 65535 of
+                                   16 bits; of 32 and of floats 0 and the least of 1, 255, 65535 that no pixel
+                                   exceeds, or a picture's own extremes where it leaves that range
+    16-bit colour                  as grey in a PNG; of a TIFF or PPM Pillow gives the high byte
     several pictures               the first: animations, pages, the pictures of an MPO
     CMYK, LAB, YCbCr, palettes     converted to RGB
     ICC profiles                   ignored, as in torchvision's and timm's training
@@ -21,16 +22,22 @@ from __future__ import annotations
 import functools
 import io
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.ExifTags import Base
+from torchvision.io import ImageReadMode, decode_image
 
 from vit_train.errors import DataError
 
 RGB: TypeAlias = tuple[int, int, int]
+ValueRange: TypeAlias = tuple[float, float]  # black, white
 WHITE: RGB = (255, 255, 255)
 EXTENT = "vit_train: extent"  # the key of what `decode` writes into Image.info
 
@@ -58,7 +65,10 @@ _UPRIGHT = {
 }
 
 # A PNG names its transparent colour at the file's depth, Pillow expands the pixels to 8 bits and not the name
-_COLOUR_KEY_SCALES = {"L;2": 255 / 3, "L;4": 255 / 15, "I;16B": 1 / 256, "RGB;16B": 1 / 256}
+_COLOUR_KEY_SCALES = {"L;2": 255 / 3, "L;4": 255 / 15}
+# What white may be
+_INTEGER_WHITES: tuple[int, ...] = (255, 1023, 4095, 16383, 65535)
+_FLOAT_WHITES = (1, 255, 65535)
 
 
 def decode(
@@ -67,6 +77,7 @@ def decode(
     name: str | None = None,
     background: RGB = WHITE,
     least_side: int | None = None,
+    value_range: ValueRange | None = None,
 ) -> Image.Image:
     """The picture a person sees, as mode L where it is grey without transparency, else RGB.
 
@@ -84,6 +95,7 @@ def decode(
         name: for messages; the path where there is one.
         background: what is under transparency, 0 to 255.
         least_side: pixels the shorter side must keep; None keeps all.
+        value_range: what is black and what is white in pictures deeper than 8 bits.
 
     Raises:
         DataError: it is missing, damaged, cut off, no image, or too large to be an honest one.
@@ -94,12 +106,13 @@ def decode(
             _check_size(image)
             if "transparency" in image.info and image.format == "PNG":
                 _scale_colour_key(image)
+            is_deep = _is_deep(image)
             # nothing but a JPEG can do it
             drafted = None if least_side is None else image.draft(None, (least_side, least_side))
             extent = image.size if drafted is None else drafted[1][2:]
             image.load()  # open reads the header only: a cut-off file fails here
             orientation = 1 if image.info.keys().isdisjoint(_ORIENTED) else _orientation(image)
-            shown = _eight_bits(image) if image.mode[0] in "IF" else image
+            shown = _eight_bits(image, _deep_pixels(image, file), value_range) if is_deep else image
             if shown.has_transparency_data:
                 shown = _on_background(shown, background)
             elif shown.mode not in ("L", "RGB"):
@@ -143,27 +156,68 @@ def _orientation(image: Image.Image) -> object:
         return 1
 
 
-def _eight_bits(image: Any) -> Image.Image:
-    """Mode I;16, I or F as L."""
-    pixels = np.asarray(image)
-    if image.mode != "F" and (
-        image.mode != "I" or image.format in ("PNG", "PPM")
-    ):  # 16 bits, as the file says
-        grey = (pixels >> 8).astype(np.uint8)
-        if image.format == "TIFF" and image.tag_v2.get(Base.PhotometricInterpretation) == 0:
-            grey = 255 - grey  # "white is zero", which Pillow heeds up to 8 bits
-    else:
-        pixels = np.nan_to_num(pixels.astype(np.float32), nan=0, posinf=0, neginf=0)
-        black, white = 0.0, float(pixels.max())
-        if pixels.min() < 0 or white > 65535:
-            black = float(pixels.min())
-        else:
-            white = next(most for most in (1, 255, 65535) if white <= most)
-        grey = ((pixels - black) * (255 / ((white - black) or 1)) + 0.5).astype(np.uint8)
-    result = Image.fromarray(grey)
-    if "transparency" in image.info:
-        result.info["transparency"] = image.info["transparency"]
-    return result
+def _is_deep(image: Any) -> bool:
+    """Of an image that is not loaded: whether it has more than 8 bits that can be had."""
+    return image.mode[0] in "IF" or (image.format == "PNG" and ";16B" in str(image.tile))
+
+
+def _deep_pixels(image: Image.Image, file: str | Path | bytes) -> NDArray[Any]:
+    """(H, W); (H, W, C) of a PNG with 16 bits of colour or alpha, where Pillow has the high bytes only."""
+    if image.mode[0] in "IF":
+        return np.asarray(image)
+    content = bytearray(file if isinstance(file, bytes) else Path(file).read_bytes())
+    pixels = decode_image(torch.frombuffer(content, dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    return pixels.permute(1, 2, 0).numpy()
+
+
+def _eight_bits(image: Any, pixels: NDArray[Any], value_range: ValueRange | None) -> Image.Image:
+    """As mode L, LA, RGB or RGBA."""
+    key, alpha = image.info.get("transparency"), None
+    if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
+        pixels, alpha = pixels[..., :-1], pixels[..., -1] // 257
+    elif key is not None:  # at full depth: a pixel that shares the high byte is opaque
+        alpha = np.where((pixels.reshape(*pixels.shape[:2], -1) == key).all(2), 0, 255)
+    values = np.nan_to_num(pixels.astype(np.float32), nan=0, posinf=0, neginf=0)
+    sixteen = pixels.dtype.itemsize == 2 or image.format in ("PNG", "PPM")
+    own = (0.0, 65535.0) if sixteen else _range(float(values.min()), float(values.max()), _FLOAT_WHITES)
+    black, white = value_range or own
+    levels = ((values - black) * (255 / ((white - black) or 1)) + 0.5).clip(0, 255).astype(np.uint8)
+    if sixteen and image.format == "TIFF" and image.tag_v2.get(Base.PhotometricInterpretation) == 0:
+        levels = 255 - levels  # "white is zero", which Pillow heeds up to 8 bits
+    return Image.fromarray(levels if alpha is None else np.dstack([levels, alpha.astype(np.uint8)]))
+
+
+def _range(least: float, largest: float, whites: tuple[int, ...]) -> ValueRange:
+    if least < 0 or largest > whites[-1]:
+        return least, largest
+    return 0.0, float(next(white for white in whites if largest <= white))
+
+
+def find_range(files: Sequence[str]) -> tuple[ValueRange | None, str]:
+    """What is black and white in those of these files that are deeper than 8 bits; and a note about it.
+
+    White is that of the fewest bits (8, 10, 12, 14, 16) that a TIFF states and that hold every value; of
+    floats the least of 1, 255 and 65535. Beyond that, or where a value is negative, it is the largest value
+    and black the least. The sBIT of a PNG says nothing: its pixels are scaled to 16 bits. Files that cannot
+    be read are left out.
+    """
+    ends: list[float] = []
+    bits, whites = 0, _INTEGER_WHITES
+    for file in files:
+        with suppress(Exception), Image.open(file, formats=_FORMATS) as image:
+            if _is_deep(image):
+                _check_size(image)
+                pixels = _deep_pixels(image, file)
+                pixels = pixels[np.isfinite(pixels)]
+                ends += [float(pixels.min()), float(pixels.max())]
+                bits = max(bits, *getattr(image, "tag_v2", {}).get(Base.BitsPerSample, (0,)))
+                whites = _FLOAT_WHITES if image.mode == "F" else whites
+    stated = 2**bits - 1 if bits < 16 and whites is _INTEGER_WHITES else 0
+    black, white = _range(min(ends), max(*ends, stated), whites) if ends else (0, 0)
+    if black == white:
+        return None, ""
+    note = f"deeper than 8 bits; the largest value of {len(ends) // 2} files is {max(ends):g}"
+    return (black, white), f"data.value_range=[{black:g}, {white:g}]: {note}"
 
 
 def _on_background(image: Image.Image, background: RGB) -> Image.Image:

@@ -23,7 +23,7 @@ from vit_train.data import layout
 from vit_train.data.bad_files import bad_files, unreadable
 from vit_train.data.base import Found, ImageData, Split
 from vit_train.data.cache import Cache
-from vit_train.data.decode import RGB, WHITE, decode
+from vit_train.data.decode import RGB, WHITE, ValueRange, decode, find_range
 from vit_train.data.listing import SUFFIXES, Listing
 from vit_train.data.listing_index import listed
 from vit_train.data.loaders import Source
@@ -52,6 +52,7 @@ class FileSource:
         sizes: (n,) bytes of each file when it was listed.
         background: under what is transparent, 0 to 255 each.
         least_side: what is enough of a large JPEG, see `decode`; None reads every pixel.
+        value_range: black and white of what is deeper than 8 bits, see `decode`.
     """
 
     root: str
@@ -60,9 +61,19 @@ class FileSource:
     sizes: NDArray[np.int64]
     background: RGB = WHITE
     least_side: int | None = None
+    value_range: ValueRange | None = None
 
     def read(self, index: int) -> Image.Image:
-        return decode(self.name(index), background=self.background, least_side=self.least_side)
+        return decode(
+            self.content(index),
+            name=self.name(index),
+            background=self.background,
+            least_side=self.least_side,
+            value_range=self.value_range,
+        )
+
+    def content(self, index: int) -> str | bytes:
+        return self.name(index)
 
     def name(self, index: int) -> str:
         return f"{self.root}/{self.names[index]}"
@@ -87,6 +98,8 @@ class ImageFolder(ImageData):
         resize: how evaluation (and training without augmentation) makes an image square: "crop" keeps the
             centre, "squash" keeps everything and changes the aspect ratio.
         background: the colour under what is transparent, red, green and blue of 0 to 255.
+        value_range: what is black and what is white in pictures deeper than 8 bits; None finds it in a few
+            files of train, see `find_range`.
         on_bad_image: "error" ends the run at an image that cannot be read, and names all of them; "skip"
             reads every image before training and leaves those of train out that cannot be, if they are at
             most 1 percent. Evaluation leaves none out.
@@ -107,6 +120,7 @@ class ImageFolder(ImageData):
         in_channels: Literal[1, 3] = 3,
         resize: Literal["crop", "squash"] = "crop",
         background: RGB = WHITE,
+        value_range: ValueRange | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
         val_fraction: float = 0.1,
         train_fraction: float = 1.0,
@@ -143,6 +157,9 @@ class ImageFolder(ImageData):
         if not all(0 <= value <= 255 for value in background):
             raise ValueError(f"background must be three values of 0 to 255, got {background}")
         self.background = background
+        if value_range is not None and not -math.inf < value_range[0] < value_range[1] < math.inf:
+            raise ValueError(f"value_range must be black and a larger white, got {value_range}")
+        self.value_range = value_range
         self.on_bad_image = on_bad_image
 
     def load(self) -> Found:
@@ -190,6 +207,10 @@ class ImageFolder(ImageData):
             first += len(rows)
         if self._training and self.on_bad_image == "error":
             _refuse_no_content(sources)
+        if self._training and self.value_range is None:
+            self.value_range, note = find_range(sample_of(_Paths(sources["train"])))
+            self.notes += [note] if note else []
+        sources = {split: replace(s, value_range=self.value_range) for split, s in sources.items()}
         img_size = self._wanted_img_size
         if img_size is None:
             img_size = self._size_of(next(iter(sources.values())))
@@ -344,9 +365,13 @@ def _refuse_no_content(sources: Mapping[Split, FileSource]) -> None:
 
 def _headers(source: FileSource) -> list[tuple[int, int, str]]:
     """Width, height and format of a few files that can be opened, the same ones at every call."""
-    chosen = np.random.RandomState(SPLIT_SEED).permutation(len(source.names))[:_NUM_HEADERS]
-    headers = (_header(source.name(i)) for i in chosen.tolist())
+    headers = map(_header, sample_of(_Paths(source)))
     return [header for header in headers if header is not None]
+
+
+def sample_of(paths: Sequence[str]) -> list[str]:
+    chosen = np.random.RandomState(SPLIT_SEED).permutation(len(paths))[:_NUM_HEADERS]
+    return [paths[i] for i in chosen.tolist()]
 
 
 class _Paths(Sequence[str]):
