@@ -242,7 +242,6 @@ def bench_quality(photos: list[Path], _: argparse.Namespace) -> dict[str, object
                 differences[photo.name] = np.abs(seen(file, least_side) - seen(file, None))
             if differences:
                 result[f"gap {gap}, 1/{reduction}"] = compared(differences)
-    bilinear = v2.Compose([v2.Resize(shorter_side(IMG_SIZE), antialias=True), v2.CenterCrop(IMG_SIZE)])
     tensors = {
         photo.name: F.pil_to_tensor(image) for photo, image in zip(photos, opened(photos), strict=True)
     }

@@ -41,8 +41,8 @@ _CROP_FROM_SIZE = 64
 
 # Pixels a side that an image is to keep, at least, for each of the result. A JPEG decoded at half its size is
 # not one that the bicubic filter halved, but what passes both looks the same: at 224 pixels, against reading
-# every pixel, the median PSNR over 16 photographs (and the least, of a painter's canvas) is 47 dB (38) with
-# 1, 51 (42) with 1.5, 54 (45) with 2; bilinear instead of bicubic makes 47 (40) (scripts/bench_decode.py
+# every pixel, the median PSNR over 16 photographs (and the least, of a painter's canvas) is 45 dB (35) with
+# 1, 51 (41) with 1.5, 54 (44) with 2; bilinear instead of bicubic makes 47 (39) (scripts/bench_decode.py
 # quality). Pillow's thumbnails keep 2 as well.
 _REDUCING_GAP = 2
 
