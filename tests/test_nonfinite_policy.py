@@ -61,7 +61,7 @@ class Setup:
         )
         self.state = TrainState(step=1, anchor=1)
         self.step()
-        self.saver.save(Snapshot(self.tensors(), {"train": {}}, 1, False, 2, 1))
+        self.saver.save(Snapshot(self.tensors(), {"train": {}}, 1, False, 2, [1]))
 
     def step(self):
         self.model(torch.randn(8, 3)).pow(2).sum().backward()

@@ -44,7 +44,7 @@ class Broken(Checkpointer):
 
 
 def snapshot(step, *, best=False, value=0.0):
-    return Snapshot({"model/w": torch.full((3,), value)}, {"train": {"step": step}}, step, best, 2, None)
+    return Snapshot({"model/w": torch.full((3,), value)}, {"train": {"step": step}}, step, best, 2, ())
 
 
 def saver(checkpointer, *, background=True):

@@ -391,7 +391,7 @@ def _build(
         try:
             trainer.resume(found)
             trainer.state.check_position(trainer.steps_per_epoch, trainer.total_steps)
-            if _grown(found.state["config"], cfg):  # since that checkpoint was written
+            if trainer.state.stopped_early and _grown(found.state["config"], cfg):  # since it was written
                 trainer.state.stopped_early, trainer.state.evaluations_since_best = False, 0
         except (AttributeError, ArithmeticError, RuntimeError, ValueError, TypeError, LookupError) as error:
             reason = " ".join(str(error).split())

@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -75,7 +75,7 @@ class Checkpointer:
         step: int,
         best: bool,
         keep: int,
-        anchor: int | None = None,
+        kept: Collection[int] = (),
     ) -> Path:
         """Makes step_<step> durable, then moves the links, then removes what is no longer kept.
 
@@ -85,7 +85,7 @@ class Checkpointer:
             step: optimizer steps done.
             best: whether `best` now means this checkpoint.
             keep: how many of the newest checkpoints stay on disk beside the best one; at least 1.
-            anchor: the step of one more checkpoint that stays.
+            kept: steps of further checkpoints that stay.
 
         Raises:
             SaveError: the operating system refused; earlier checkpoints are untouched.
@@ -108,7 +108,7 @@ class Checkpointer:
             if best:
                 self._point("best", target.name)
             faults.point("save.best")
-            self._retain(keep, newest=target.name, anchor=anchor)
+            self._retain(keep, newest=target.name, kept=kept)
             faults.point("save.end")
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -118,12 +118,12 @@ class Checkpointer:
             ) from error
         return target
 
-    def finish_interrupted(self, *, step: int, keep: int, anchor: int | None) -> None:
+    def finish_interrupted(self, *, step: int, keep: int, kept: Collection[int]) -> None:
         """Moves the links and removes what is no longer kept, where a crash came between that and the save.
 
         Args:
             step: of the checkpoint the run continues from; without one nothing happens.
-            keep, anchor: as in `save`.
+            keep, kept: as in `save`.
 
         Raises:
             OSError: the operating system refused.
@@ -138,7 +138,13 @@ class Checkpointer:
             known = any(path.name == target for path in checkpoint_directories(self.root))
             if known and (linked is None or linked.name != target):
                 self._point(link, str(target))
-        self._retain(keep, newest=newest.name, anchor=anchor)
+        self._retain(keep, newest=newest.name, kept=kept)
+
+    def put_best_back(self, step: float | None) -> None:
+        """`best` is again the checkpoint of an earlier step; where there is none, there is no `best`."""
+        (self.root / "best").unlink(missing_ok=True)
+        if step is not None and (self.root / directory_name(int(step))).is_dir():
+            self._point("best", directory_name(int(step)))
 
     def remove_partial(self) -> None:
         """Deletes what an interrupted save left behind."""
@@ -201,13 +207,13 @@ class Checkpointer:
         aside.replace(self.root / link)
         durable.sync_directory(self.root)
 
-    def _retain(self, keep: int, *, newest: str, anchor: int | None) -> None:
+    def _retain(self, keep: int, *, newest: str, kept: Collection[int]) -> None:
         """Later steps than the one just saved do not count: the run went back, because they are damaged."""
         best = self.best_path()
-        kept = {best.name if best is not None else "", "" if anchor is None else directory_name(anchor)}
+        names = {best.name if best is not None else "", *map(directory_name, kept)}
         saved = [path for path in checkpoint_directories(self.root) if path.name <= newest]
         for path in saved[keep:]:
-            if path.name not in kept:  # names, because the link is resolved and the run directory may not be
+            if path.name not in names:  # names, because the link is resolved and the run directory may not be
                 removed = self.root / f"{_PARTIAL}removed_{path.name}_{os.getpid()}"
                 path.rename(removed)  # a removal that is interrupted leaves no half of a checkpoint
                 faults.point("save.removing")

@@ -6,7 +6,7 @@ at the next interval. Three failures in a row end the run, and so does a failure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any
@@ -29,7 +29,7 @@ class Snapshot:
     step: int
     best: bool
     keep: int
-    anchor: int | None
+    kept: Collection[int]
 
 
 class Saver:
@@ -142,7 +142,7 @@ class Saver:
             for one in waiting:
                 self._unsaved_best = one if one.best else None
                 self.checkpointer.save(
-                    one.tensors, one.state, step=one.step, best=one.best, keep=one.keep, anchor=one.anchor
+                    one.tensors, one.state, step=one.step, best=one.best, keep=one.keep, kept=one.kept
                 )
                 self._unsaved_best = None
             self._failures.clear()

@@ -54,7 +54,8 @@ class TrainState:
     step: int = 0  # optimizer steps done
     steps_per_epoch: int = 0  # what an epoch of this data has
     closed_epochs: int = 0  # epochs evaluated, observed and saved
-    sums: list[float] = field(default_factory=lambda: [0.0] * 4)  # of the open epoch: loss, hits, images
+    # of the open epoch: loss, top-1 hits, top-5 hits, images
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     best: dict[str, float] | None = None  # metrics of the best epoch, and which it was
     evaluations_since_best: int = 0
     stopped_early: bool = False
@@ -68,6 +69,8 @@ class TrainState:
     last: dict[str, float] = field(default_factory=dict)  # metrics of the newest closed epoch
     schedule: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+    # Where the budget ended inside an epoch: all of this as it was before that epoch was closed
+    before_cut: dict[str, Any] | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -89,7 +92,15 @@ class TrainState:
             raise ValueError("a figure is missing or no number")
         if not isinstance(state.anchor, int | None):
             raise ValueError(f"anchor is {state.anchor!r}")
+        if state.before_cut is not None:
+            cls.from_json(state.before_cut)
         return state
+
+    def kept_steps(self) -> set[int]:
+        """Steps of the checkpoints that stay: best and anchor, also those of before the cut."""
+        states = (vars(self), self.before_cut or {})
+        steps = [s for of in states for s in (of.get("anchor"), (of.get("best") or {}).get("step"))]
+        return {int(step) for step in steps if step is not None}
 
     def check_position(self, steps_per_epoch: int, total_steps: int) -> None:
         """That its step lies in the epoch which is open, or at the end of the run.

@@ -114,6 +114,7 @@ class Trainer:
         )
         self.state = TrainState()
         self.sums = wide(self.strategy.device, self.state.sums)
+        self.reopened = False  # whether a smaller budget had cut the open epoch short
 
     # ------------------------------------------------------------------------------------------- the run
     def fit(self) -> Stop | dict[str, float]:
@@ -131,6 +132,8 @@ class Trainer:
         self.guard = Guard(self.strategy, self.parts.signals, self.stop_at_step, self.stop_after_minutes)
         self.train_loader.should_stop = self.guard.stop_waiting
         self.started = time.monotonic() - self.state.seconds
+        if self.reopened:
+            self.parts.checkpointer.put_best_back((self.state.best or {}).get("step"))
         try:
             stop = self.train()
             self.saver.finish()
@@ -222,6 +225,9 @@ class Trainer:
         state, last_epoch = self.state, epoch + 1 == self.total_epochs
         self.nonfinite.check(self.state)
         metrics = means("train", self.strategy.sum(self.sums), self.parts.data.num_classes)
+        if state.step % self.steps_per_epoch:  # the budget ends here; a larger one opens the epoch again
+            self.update_state()
+            state.before_cut = dataclasses.asdict(dataclasses.replace(state, before_cut=None))
         is_best = False
         if (last_epoch or (epoch + 1) % self.eval_every_epochs == 0) and self.parts.data.sizes["val"]:
             measured = self.evaluate_split("val")
@@ -281,13 +287,20 @@ class Trainer:
         """Hands a snapshot of this very moment to the saver; `due` unless an interruption asked for it."""
         self.nonfinite.check(self.state)
         state = self.state
-        state.anchor, state.steps_per_epoch = state.step if due else state.anchor, self.steps_per_epoch
-        state.sums, state.seconds = self.sums.tolist(), time.monotonic() - self.started
-        state.schedule, state.scaler = self.schedule.state_dict(), self.scaler.state_dict()
+        state.anchor = state.step if due else state.anchor
+        self.update_state()
         self.tracker.flush()  # what is logged up to here is on disk before the step counts as done
         tensors = self.strategy.snapshot(self.model, self.ema, self.optimizer)
         about = {**self.parts.about, "train": dataclasses.asdict(state)}
-        self.saver.save(Snapshot(tensors, about, state.step, best, self.keep_checkpoints, state.anchor))
+        kept = state.kept_steps()
+        self.saver.save(Snapshot(tensors, about, state.step, best, self.keep_checkpoints, kept))
+
+    def update_state(self) -> None:
+        """Brings into the state what others keep."""
+        state = self.state
+        state.steps_per_epoch, state.seconds = self.steps_per_epoch, time.monotonic() - self.started
+        state.sums, state.scaler = self.sums.tolist(), self.scaler.state_dict()
+        state.schedule = self.schedule.state_dict()
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint instead of from the start.
@@ -297,8 +310,10 @@ class Trainer:
         """
         self.strategy.restore(checkpoint.tensors, self.model, self.ema, self.optimizer)
         self.state = TrainState.from_json(checkpoint.state["train"])
-        # an epoch that trainer.max_steps cut short was closed; with a larger budget it is open again
         if self.state.step < self.total_steps:
+            if self.state.before_cut is not None:
+                self.state, self.reopened = TrainState.from_json(self.state.before_cut), True
+            # all that can be taken back in a checkpoint of an older version
             self.state.closed_epochs = min(self.state.closed_epochs, self.state.step // self.steps_per_epoch)
         self.sums = wide(self.strategy.device, self.state.sums)
         self.schedule.load_state_dict(self.state.schedule)

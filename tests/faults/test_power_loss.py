@@ -304,7 +304,7 @@ def check_saves(entries, folder):
         checkpointer = Checkpointer(run)
         checkpointer.remove_partial()
         step = 0 if number is None else SAVES[number][0]
-        checkpointer.finish_interrupted(step=step, keep=2, anchor=None)
+        checkpointer.finish_interrupted(step=step, keep=2, kept=())
         assert stale_files(run / "checkpoints") == []
         if number is not None:
             assert resolve_link(run / "checkpoints/last") == found.path.resolve()

@@ -178,7 +178,7 @@ def execute(run: Run) -> dict[str, Any] | None:
     try:
         trainer.parts.checkpointer.remove_partial()
         trainer.parts.checkpointer.finish_interrupted(
-            step=trainer.state.step, keep=trainer.keep_checkpoints, anchor=trainer.state.anchor
+            step=trainer.state.step, keep=trainer.keep_checkpoints, kept=trainer.state.kept_steps()
         )
         trainer.saver.check_space(trainer.model, trainer.ema)
         open_run_dir(run_dir, run.config)
