@@ -231,3 +231,46 @@ def test_what_cannot_have_been_before_a_cut_is_refused(before) -> None:
     with pytest.raises((ValueError, TypeError)):
         TrainState.from_json({"step": 8, "before_cut": before})
     assert TrainState.from_json({"step": 8, "before_cut": {"step": 8}}).before_cut == {"step": 8}
+
+
+# ---------------------------------------------------------------------------------------- the jump of the rate
+def notes(*settings, folder):
+    settings = (*settings, f"run_dir={folder}")
+    return build_run(compose(*settings), Launch(overrides=list(settings), choices={})).notes
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of 15 steps at 0.002, with half a cosine down to a hundredth and no warmup."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    go(*COSINE, folder=folder)
+    return folder
+
+
+COSINE = (*TINY, "schedule.warmup_epochs=0", "optimizer.lr=0.002")
+SPANS = "the schedule now spans the new budget"
+
+
+def test_the_note_of_a_longer_run_says_by_how_much_the_rate_jumps(finished) -> None:
+    """At step 14 (from 0) of 15 the multiplier is 0.01, of 30 half a cosine after 14 / 29 of the way."""
+    new = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * 14 / 29))
+    line = f"trainer.epochs: 3 -> 6: {SPANS}; the rate goes from 2.0e-05 to {0.002 * new:.1e} ({100 * new:.3g} x)"
+    assert line in notes(*COSINE, "trainer.epochs=6", folder=finished)
+    line = line.replace("trainer.epochs: 3 -> 6", "trainer.max_steps: None -> 30")
+    assert line in notes(*COSINE, "trainer.max_steps=30", folder=finished)
+    assert (f"{0.002 * new:.1e}", f"{100 * new:.3g}") == ("1.1e-03", "53.2")
+
+
+def test_a_rate_that_was_zero_has_no_factor(tmp_path) -> None:
+    settings = (*COSINE, "schedule.final_factor=0", "trainer.epochs=1")
+    go(*settings, folder=tmp_path / "run")
+    found = notes(*settings, "trainer.epochs=2", folder=tmp_path / "run")
+    new = 0.5 * (1 + math.cos(math.pi * 4 / 9))
+    assert f"trainer.epochs: 1 -> 2: {SPANS}; the rate goes from 0.0e+00 to {0.002 * new:.1e}" in found
+
+
+def test_a_rate_that_does_not_jump_is_not_said(tmp_path) -> None:
+    go(*PLATEAU, "trainer.max_steps=12", folder=tmp_path / "run")
+    assert standing(tmp_path / "run")["last/state"]["schedule"]["multiplier"] < 1
+    found = notes(*PLATEAU, "trainer.max_steps=20", folder=tmp_path / "run")
+    assert f"trainer.max_steps: 12 -> 20: {SPANS}" in found

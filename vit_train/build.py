@@ -33,11 +33,13 @@ from vit_train.construct import foreign_code, make, with_defaults
 from vit_train.errors import CheckpointError, ConfigError, DataError, suggest
 from vit_train.report.origins import origins
 from vit_train.resume import (
+    SPANS,
     check_budget,
     check_continuation,
     check_data,
     check_machine,
     checkpoint_to_continue,
+    rate_jump,
     read_config,
 )
 from vit_train.run_dir import check_free, choose_run_dir, default_name, find_run, holds_run
@@ -385,14 +387,15 @@ def _build(
         )
         trainer = make_part(cfg, "trainer", allow)(parts)
     _check_kinds(trainer, config)
-    if stored:
-        check_budget(stored["trainer"], trainer)
+    before = check_budget(stored["trainer"], trainer) if stored else 0
     if found is not None:
         try:
             trainer.resume(found)
             trainer.state.check_position(trainer.steps_per_epoch, trainer.total_steps)
             if trainer.state.stopped_early and _grown(found.state["config"], cfg):  # since it was written
                 trainer.state.stopped_early, trainer.state.evaluations_since_best = False, 0
+            jump = rate_jump(before, trainer)
+            notes = [note + jump if note.endswith(SPANS) else note for note in notes]
         except (AttributeError, ArithmeticError, RuntimeError, ValueError, TypeError, LookupError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error

@@ -8,6 +8,7 @@ trained.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ _FREE = (
 _GROWABLE = ("trainer.epochs", "trainer.max_steps")
 _HARDWARE = ("strategy",)
 _CADENCE = ("trainer.eval_every_epochs",)
+SPANS = "the schedule now spans the new budget"
 
 
 @dataclass(frozen=True)
@@ -218,21 +220,33 @@ def check_continuation(stored: Mapping[str, Any], config: Mapping[str, Any], run
             f"{run_dir} holds a run with another configuration ({'; '.join(differences.identity)}); "
             "choose another run_dir, or type the values it has"
         )
-    notes = [f"{line}: the schedule now spans the new budget" for line in differences.grown]
+    notes = [f"{line}: {SPANS}" for line in differences.grown]
     if differences.hardware:
         notes.append(f"{'; '.join(differences.hardware)}: results may differ in the last bits from here on")
     return notes
 
 
-def check_budget(stored: Mapping[str, Any], trainer: Any) -> None:
-    """A run can grow but not shrink: its schedule has been spanning the old budget."""
-    before = stored.get("max_steps") or (stored.get("epochs") or 0) * trainer.steps_per_epoch
+def check_budget(stored: Mapping[str, Any], trainer: Any) -> int:
+    """A run can grow but not shrink: its schedule has been spanning the old budget, which is returned."""
+    before: int = stored.get("max_steps") or (stored.get("epochs") or 0) * trainer.steps_per_epoch
     if trainer.total_steps < before:
         epochs = -(-before // trainer.steps_per_epoch)
         raise ConfigError(
             f"{trainer.total_steps} steps are fewer than the {before} the run was started with; "
             f"type trainer.epochs={epochs} or more (trainer.max_steps=null), or start a new run"
         )
+    return before
+
+
+def rate_jump(before: int, trainer: Any) -> str:
+    """What a larger budget than `before` (steps) makes of the rate at the last step done, in words."""
+    step, make, budgets = trainer.state.step - 1, trainer.parts.make_schedule, (before, trainer.total_steps)
+    with suppress(ValueError):  # a warmup longer than the old budget, which older versions cut
+        old, new = (make(trainer.steps_per_epoch, budget)(step) for budget in budgets)
+        if step >= 0 and old != new:
+            lr, factor = trainer.optimizer.param_groups[0]["lr"], f" ({new / old:.3g} x)" if old else ""
+            return f"; the rate goes from {lr * old:.1e} to {lr * new:.1e}{factor}"
+    return ""
 
 
 def check_machine(run_dir: Path, device: str) -> list[str]:
