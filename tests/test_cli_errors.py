@@ -94,6 +94,10 @@ CONFIG_MISTAKES = {
         "data.batch_size=10 is not divisible by trainer.grad_accum_steps=3",
         "type data.batch_size=12",
     ],
+    "schedule.warmup_epochs=50 data.limit=64": [
+        "schedule.warmup_epochs=50 (50 steps) is longer than the run of 40 steps",
+        "type fewer epochs, or null",
+    ],
     "data.val_fraction=2": ["data: val_fraction must be ", "got 2.0"],
     "strategy.device=cuda:99": ["strategy: device 'cuda:99' is not there", "type strategy.device="],
 }

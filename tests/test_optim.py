@@ -68,12 +68,24 @@ def test_cosine_warms_up_peaks_and_ends_at_its_final_factor() -> None:
     assert all(a >= b for a, b in itertools.pairwise(values[10:]))
 
 
-def test_warmup_takes_at_most_a_fifth_of_a_short_run() -> None:
-    assert Cosine(10, 20, warmup_epochs=5).warmup_steps == 4
+@pytest.mark.parametrize("kind", [Cosine, MultiStep])
+def test_warmup_is_as_long_as_typed(kind) -> None:
+    assert kind(10, 20, warmup_epochs=1.5).warmup_steps == 15
+    assert kind(10, 20, warmup_epochs=2).warmup_steps == 20
+    assert kind(10, 20, warmup_epochs=0).warmup_steps == 0
+    words = r"warmup_epochs=2\.1 \(21 steps\) is longer than the run of 20 steps; type fewer epochs, or null"
+    with pytest.raises(ValueError, match=words):
+        kind(10, 20, warmup_epochs=2.1)
+
+
+@pytest.mark.parametrize("kind", [Cosine, MultiStep])
+@pytest.mark.parametrize(("total", "steps"), [(3, 0), (5, 1), (49, 9), (100, 20), (300, 20)])
+def test_warmup_that_is_not_typed_is_two_epochs_and_at_most_a_fifth(kind, total, steps) -> None:
+    assert kind(10, total).warmup_steps == steps
 
 
 def test_multistep_falls_at_its_fractions() -> None:
-    schedule = MultiStep(10, 100, milestones=(0.5, 0.8), factor=0.1)
+    schedule = MultiStep(10, 100, milestones=(0.5, 0.8), factor=0.1, warmup_epochs=0)
     values = [schedule(s) for s in (0, 49, 50, 79, 80, 99)]
     assert values == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
 

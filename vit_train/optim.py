@@ -240,10 +240,16 @@ class Constant(Schedule):
     """The base learning rate throughout."""
 
 
-def _warmup_steps(steps_per_epoch: int, total_steps: int, warmup_epochs: float) -> int:
-    # A quick look (`trainer.epochs=2`) with a recipe's five warmup epochs would otherwise never reach its
-    # learning rate: warmup takes at most a fifth of the run.
-    return min(round(warmup_epochs * steps_per_epoch), total_steps // 5)
+def _warmup_steps(steps_per_epoch: int, total_steps: int, warmup_epochs: float | None) -> int:
+    if warmup_epochs is None:  # a quick look (`trainer.epochs=2`) must reach its learning rate as well
+        return min(2 * steps_per_epoch, total_steps // 5)
+    steps = round(warmup_epochs * steps_per_epoch)
+    if steps > total_steps:
+        raise ValueError(
+            f"schedule.warmup_epochs={warmup_epochs:g} ({steps} steps) is longer than the run of "
+            f"{total_steps} steps; type fewer epochs, or null (2 epochs, at most a fifth of the run)"
+        )
+    return steps
 
 
 class Cosine(Schedule):
@@ -252,7 +258,7 @@ class Cosine(Schedule):
     Args:
         steps_per_epoch: optimizer steps in one epoch.
         total_steps: the budget the schedule spans.
-        warmup_epochs: length of the warmup; at most a fifth of the run is used.
+        warmup_epochs: length of the warmup; null is 2, at most a fifth of the run.
         final_factor: multiplier at the end (0.01 ends at a hundredth of the base rate).
     """
 
@@ -261,7 +267,7 @@ class Cosine(Schedule):
         steps_per_epoch: int,
         total_steps: int,
         *,
-        warmup_epochs: NotNegativeFloat = 0.0,
+        warmup_epochs: NotNegativeFloat | None = None,
         final_factor: float = 0.01,
     ) -> None:
         super().__init__(steps_per_epoch, total_steps)
@@ -288,7 +294,7 @@ class MultiStep(Schedule):
         milestones: fractions of the whole run, ascending (0.5 is half of it), so that the schedule spans
             whatever budget it is given.
         factor: what the rate is multiplied by at each milestone.
-        warmup_epochs: length of the warmup; at most a fifth of the run is used.
+        warmup_epochs: length of the warmup; null is 2, at most a fifth of the run.
     """
 
     def __init__(
@@ -298,7 +304,7 @@ class MultiStep(Schedule):
         *,
         milestones: tuple[float, ...] = (0.6, 0.85),
         factor: float = 0.1,
-        warmup_epochs: NotNegativeFloat = 0.0,
+        warmup_epochs: NotNegativeFloat | None = None,
     ) -> None:
         super().__init__(steps_per_epoch, total_steps)
         if list(milestones) != sorted(milestones) or any(not 0 < m < 1 for m in milestones):
