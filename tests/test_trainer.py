@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from vit_train.evaluation import evaluate
 from vit_train.guard import Guard, Signals, Stop
 from vit_train.objective import CrossEntropy
 from vit_train.report.record import open_run_dir
+from vit_train.state import TrainState
 from vit_train.tracker import NullTracker
 
 # Nothing draws but the data's own augmentation, and the update is linear in the gradient
@@ -197,10 +199,18 @@ def test_early_stopping_waits_while_it_gets_better(in_tmp) -> None:
         *TINY, "trainer.early_stop_patience=1", "run_dir=run", "trainer.epochs=4", "optimizer.lr=0.001"
     )
     trainer.fit()
-    losses = [epoch["val/loss"] for epoch in trainer.tracker.epochs]
     tops = [epoch["val/top1"] for epoch in trainer.tracker.epochs]
-    better = [(t1, -l1) > (t0, -l0) for t0, t1, l0, l1 in zip(tops, tops[1:], losses, losses[1:])]
-    assert len(losses) == (better.index(False) + 2 if False in better else 4)
+    better = [after > before for before, after in itertools.pairwise(tops)]
+    assert len(tops) == (better.index(False) + 2 if False in better else 4)
+
+
+def test_a_tie_with_a_lower_loss_is_the_best_but_no_improvement() -> None:
+    state = TrainState()
+    for top1, loss in ((0.5, 1.0), (0.5, 0.9), (0.5, 0.8), (0.4, 0.1)):
+        state.judge({"val/top1": top1, "val/loss": loss}, epoch=0)
+    assert (state.best["val/loss"], state.evaluations_since_best) == (0.8, 3)
+    assert state.judge({"val/top1": 0.51, "val/loss": 2.0}, epoch=4)
+    assert state.evaluations_since_best == 0
 
 
 @pytest.mark.parametrize(("every", "evaluated"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])

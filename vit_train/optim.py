@@ -322,7 +322,7 @@ class MultiStep(Schedule):
 
 
 class ReduceOnPlateau(Schedule):
-    """Times `factor` when the monitored metric has not improved for more than `patience` epochs.
+    """Times `factor` when the monitored metric has not improved for more than `patience` evaluations of it.
 
     The rule of torch.optim.lr_scheduler.ReduceLROnPlateau (relative threshold 1e-4), as a multiplier.
 
@@ -332,7 +332,7 @@ class ReduceOnPlateau(Schedule):
         monitor: a metric of the epoch, such as train/loss, val/loss or val/top1.
         mode: whether a smaller ("min") or larger ("max") value is better.
         factor: what the rate is multiplied by.
-        patience: epochs without improvement that are tolerated.
+        patience: evaluations of `monitor` in a row without a better value that are tolerated.
         min_factor: the multiplier never falls below it.
     """
 
@@ -357,12 +357,12 @@ class ReduceOnPlateau(Schedule):
         self.bad_epochs = 0
 
     def __call__(self, step: int) -> float:
-        """The multiplier the epochs observed so far have led to."""
+        """The multiplier the evaluations observed so far have led to."""
         del step
         return self.multiplier
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Counts the epoch as good or bad. The monitored metric must be among those given."""
+        """Counts the evaluation as good or bad. The monitored metric must be among those given."""
         assert self.monitor is not None
         value = metrics[self.monitor]
         if self.best is None or self._better(value, self.best):

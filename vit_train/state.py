@@ -57,7 +57,7 @@ class TrainState:
     # of the open epoch: loss, top-1 hits, top-5 hits, images
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     best: dict[str, float] | None = None  # metrics of the best epoch, and which it was
-    evaluations_since_best: int = 0
+    evaluations_since_best: int = 0  # that brought no better top-1: what early stopping counts
     stopped_early: bool = False
     scaled_in_a_row: int = 0  # updates that loss scaling left out
     nonfinite_in_a_row: int = 0  # steps left out by trainer.on_nonfinite=skip
@@ -115,13 +115,13 @@ class TrainState:
     def judge(self, metrics: dict[str, float], epoch: int) -> bool:
         """Whether these validation metrics are the best so far, and remembers them if so.
 
-        By top-1, then by the lower loss: on a small split many epochs tie.
+        By top-1, then by the lower loss: on a small split many epochs tie. Patience counts top-1 alone.
         """
+        improved = self.best is None or metrics["val/top1"] > self.best["val/top1"]
+        self.evaluations_since_best = 0 if improved else self.evaluations_since_best + 1
         rank = (metrics["val/top1"], -metrics.get("val/loss", math.inf))
         if self.best is not None and rank <= (self.best["val/top1"], -self.best.get("val/loss", math.inf)):
-            self.evaluations_since_best += 1
             return False
-        self.evaluations_since_best = 0
         self.best = {**metrics, "epoch": epoch + 1, "step": self.step}
         return True
 

@@ -46,7 +46,7 @@ class Trainer:
         freeze: modules or parameters that keep their weights, such as [patch_embed, blocks.0-5].
         compile: torch.compile the model (costs a minute at the start; gains on a GPU).
         eval_every_epochs: how often the validation split is evaluated; the last epoch always is.
-        early_stop_patience: stop when this many evaluations in a row brought no better validation top-1.
+        early_stop_patience: stop after this many evaluations in a row without a better validation top-1.
         save_every_epochs: how often a checkpoint is written at the end of an epoch; the last always is.
         save_every_steps: how often one is written inside an epoch.
         keep_checkpoints: how many of the newest stay on disk beside the best.
