@@ -128,7 +128,8 @@ def test_constant_is_constant() -> None:
 def test_the_multiplier_is_of_the_base_rate_however_often_it_is_set() -> None:
     optimizer = adamw(Small(), lr=0.5)
     for multiplier in (0.1, 1.0, 0.2):
-        assert set_lr(optimizer, multiplier) == pytest.approx(0.5 * multiplier)
+        set_lr(optimizer, multiplier)
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.5 * multiplier] * 2)
 
 
 @pytest.mark.parametrize("factory", [adamw, adam, sgd])

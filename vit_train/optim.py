@@ -387,12 +387,11 @@ class ReduceOnPlateau(Schedule):
         self.multiplier, self.best, self.bad_epochs = state["multiplier"], state["best"], state["bad_epochs"]
 
 
-def set_lr(optimizer: Optimizer, multiplier: float) -> float:
-    """Sets every group's rate to its own base rate times the multiplier; returns the first group's."""
+def set_lr(optimizer: Optimizer, multiplier: float) -> None:
+    """Sets every group's rate to its own base rate times the multiplier."""
     for group in optimizer.param_groups:
         group.setdefault("base_lr", group["lr"])
         group["lr"] = group["base_lr"] * multiplier
-    return float(optimizer.param_groups[0]["lr"])
 
 
 def named_state(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
