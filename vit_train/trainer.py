@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -226,8 +226,7 @@ class Trainer:
         self.nonfinite.check(self.state)
         metrics = means("train", self.strategy.sum(self.sums), self.parts.data.num_classes)
         if state.step % self.steps_per_epoch:  # the budget ends here; a larger one opens the epoch again
-            self.update_state()
-            state.before_cut = dataclasses.asdict(dataclasses.replace(state, before_cut=None))
+            state.before_cut = {**self.stored_state(), "before_cut": None}
         is_best = False
         if (last_epoch or (epoch + 1) % self.eval_every_epochs == 0) and self.parts.data.sizes["val"]:
             measured = self.evaluate_split("val")
@@ -288,19 +287,19 @@ class Trainer:
         self.nonfinite.check(self.state)
         state = self.state
         state.anchor = state.step if due else state.anchor
-        self.update_state()
         self.tracker.flush()  # what is logged up to here is on disk before the step counts as done
         tensors = self.strategy.snapshot(self.model, self.ema, self.optimizer)
-        about = {**self.parts.about, "train": dataclasses.asdict(state)}
-        kept = state.kept_steps()
-        self.saver.save(Snapshot(tensors, about, state.step, best, self.keep_checkpoints, kept))
+        about = {**self.parts.about, "train": self.stored_state()}
+        keep, kept = self.keep_checkpoints, state.kept_steps()
+        self.saver.save(Snapshot(tensors, about, state.step, best, keep, kept))
 
-    def update_state(self) -> None:
-        """Brings into the state what others keep."""
+    def stored_state(self) -> dict[str, Any]:
+        """The state as plain data, brought up to date."""
         state = self.state
         state.steps_per_epoch, state.seconds = self.steps_per_epoch, time.monotonic() - self.started
         state.sums, state.scaler = self.sums.tolist(), self.scaler.state_dict()
         state.schedule = self.schedule.state_dict()
+        return dataclasses.asdict(state)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint instead of from the start.
