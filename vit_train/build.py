@@ -33,7 +33,6 @@ from vit_train.construct import foreign_code, make, with_defaults
 from vit_train.errors import CheckpointError, ConfigError, DataError, suggest
 from vit_train.report.origins import origins
 from vit_train.resume import (
-    SPANS,
     check_budget,
     check_continuation,
     check_data,
@@ -394,8 +393,7 @@ def _build(
             trainer.state.check_position(trainer.steps_per_epoch, trainer.total_steps)
             if trainer.state.stopped_early and _grown(found.state["config"], cfg):  # since it was written
                 trainer.state.stopped_early, trainer.state.evaluations_since_best = False, 0
-            jump = rate_jump(before, trainer)
-            notes = [note + jump if note.endswith(SPANS) else note for note in notes]
+            notes += rate_jump(before, trainer)
         except (AttributeError, ArithmeticError, RuntimeError, ValueError, TypeError, LookupError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error

@@ -158,7 +158,6 @@ _FREE = (
 _GROWABLE = ("trainer.epochs", "trainer.max_steps")
 _HARDWARE = ("strategy",)
 _CADENCE = ("trainer.eval_every_epochs",)
-SPANS = "the schedule now spans the new budget"
 
 
 @dataclass(frozen=True)
@@ -220,7 +219,7 @@ def check_continuation(stored: Mapping[str, Any], config: Mapping[str, Any], run
             f"{run_dir} holds a run with another configuration ({'; '.join(differences.identity)}); "
             "choose another run_dir, or type the values it has"
         )
-    notes = [f"{line}: {SPANS}" for line in differences.grown]
+    notes = [f"{line}: the schedule now spans the new budget" for line in differences.grown]
     if differences.hardware:
         notes.append(f"{'; '.join(differences.hardware)}: results may differ in the last bits from here on")
     return notes
@@ -238,15 +237,15 @@ def check_budget(stored: Mapping[str, Any], trainer: Any) -> int:
     return before
 
 
-def rate_jump(before: int, trainer: Any) -> str:
-    """What a larger budget than `before` (steps) makes of the rate at the last step done, in words."""
+def rate_jump(before: int, trainer: Any) -> list[str]:
+    """A note where a larger budget than `before` (steps) changes the rate at the last step done."""
     step, make, budgets = trainer.state.step - 1, trainer.parts.make_schedule, (before, trainer.total_steps)
     with suppress(ValueError):  # a warmup longer than the old budget, which older versions cut
         old, new = (make(trainer.steps_per_epoch, budget)(step) for budget in budgets)
         if step >= 0 and old != new:
             lr, factor = trainer.optimizer.param_groups[0]["lr"], f" ({new / old:.3g} x)" if old else ""
-            return f"; the rate goes from {lr * old:.1e} to {lr * new:.1e}{factor}"
-    return ""
+            return [f"with the larger budget the rate goes from {lr * old:.1e} to {lr * new:.1e}{factor}"]
+    return []
 
 
 def check_machine(run_dir: Path, device: str) -> list[str]:
