@@ -6,7 +6,7 @@ Makes the folder first (100 classes; hard links to a few small JPEGs, so that it
 FOLDER where it is there already and keeps it. Then, each in new processes:
 
     start     a Python process that imports vit_train, sets the data module up and takes the first training
-              batch with two workers: without the index of the folder, and with it
+              batch with two workers, three times
     memory    of the main process and its workers after they have read 64,000 images, with `--workers` workers
               and with one; a page that several of them share counts once, and programs and libraries on disk,
               which other processes share as well, do not count. As a control the same with the names in a
@@ -67,7 +67,7 @@ def start(root: Path) -> None:
     """What is measured from outside: a new process takes its first batch."""
     data = set_up(root, num_workers=2)
     next(iter(data.loader("train")))
-    print(json.dumps([note for note in data.notes if "listed before" in note]), flush=True)
+    print(json.dumps(data.sizes), flush=True)
     data.close()
 
 
@@ -101,7 +101,7 @@ def mib(pid: int, kind: str) -> float:
     raise ValueError(f"/proc/{pid}/smaps_rollup says nothing of {kind}")
 
 
-def asked(*arguments: object, cache: str) -> tuple[float, object]:
+def asked(*arguments: object) -> tuple[float, object]:
     """Seconds until a new process of this script answers, and its answer."""
     command = [sys.executable, __file__, *map(str, arguments)]
     began = time.perf_counter()
@@ -109,7 +109,7 @@ def asked(*arguments: object, cache: str) -> tuple[float, object]:
         command,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "XDG_CACHE_HOME": cache, "PYTHONWARNINGS": "ignore"},  # more workers than cores
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},  # more workers than cores
     ) as process:
         answer = process.stdout.readline()
         seconds = time.perf_counter() - began
@@ -120,22 +120,13 @@ def asked(*arguments: object, cache: str) -> tuple[float, object]:
 
 def measure(root: Path, workers: int) -> dict[str, object]:
     """All figures of one folder."""
-    with tempfile.TemporaryDirectory() as cache:
-        fresh, notes = asked("--root", root, "--do", "start", cache=cache)
-        assert notes == [], "nothing was listed before"
-        before = []
-        for _ in range(3):
-            seconds, notes = asked("--root", root, "--do", "start", cache=cache)
-            assert notes, "the index was not used"
-            before.append(seconds)
-        used = {}
-        for how in ("names", "list"):
-            for number in (1, workers):
-                do = ("--root", root, "--do", how, "--workers", number)
-                used[how, number] = asked(*do, cache=cache)[1]
-    result: dict[str, object] = {
-        "start_seconds": {"fresh": round(fresh, 2), "listed_before": [round(s, 2) for s in before]}
+    started = [asked("--root", root, "--do", "start")[0] for _ in range(3)]
+    used = {
+        (how, number): asked("--root", root, "--do", how, "--workers", number)[1]
+        for how in ("names", "list")
+        for number in (1, workers)
     }
+    result: dict[str, object] = {"start_seconds": [round(seconds, 2) for seconds in started]}
     for how in ("names", "list"):
         one, many = used[how, 1], used[how, workers]
         result[f"memory_mib_{how}"] = {
@@ -148,7 +139,7 @@ def measure(root: Path, workers: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", type=int, default=1_000_000, help="20,000 or more")
+    parser.add_argument("--files", type=int, default=1_000_000, help="how many")
     parser.add_argument("--root", type=Path, help="kept; made if it is not there")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--do", choices=("start", "names", "list"), help=argparse.SUPPRESS)
@@ -161,7 +152,6 @@ def main() -> None:
         root = arguments.root or Path(folder) / "images"
         if not root.exists():
             make_folder(root, arguments.files)
-            time.sleep(3)  # a folder that changed just now is not indexed
         print(json.dumps({"files": arguments.files, **measure(root, arguments.workers)}, indent=1))
     return None
 

@@ -24,8 +24,7 @@ from vit_train.data.bad_files import bad_files, unreadable
 from vit_train.data.base import Found, ImageData, Split
 from vit_train.data.cache import Cache
 from vit_train.data.decode import RGB, WHITE, ValueRange, decode, find_range
-from vit_train.data.listing import SUFFIXES, Listing
-from vit_train.data.listing_index import listed
+from vit_train.data.listing import SUFFIXES, Listing, list_images
 from vit_train.data.loaders import Source
 from vit_train.data.names import Names
 from vit_train.data.order import Sampling
@@ -191,8 +190,8 @@ class ImageFolder(ImageData):
             for split, names in classes.items()
             for name in names
         ]
-        listing, index = listed(root, below)
-        self._add_listing_notes(listing, index)
+        listing = list_images(root, below)
+        self._add_listing_notes(listing)
         sources: dict[Split, FileSource] = {}
         ids = {name: i for i, name in enumerate(class_names)}
         counts, first = listing.counts, 0  # those of the splits to come, and where their images begin
@@ -233,9 +232,7 @@ class ImageFolder(ImageData):
                 + (others and f"; {others}")
             )
 
-    def _add_listing_notes(self, listing: Listing, index: Path | None) -> None:
-        if index is not None:
-            self.notes.append(f"{layout.count(len(listing.names), 'file')}, listed before (index: {index})")
+    def _add_listing_notes(self, listing: Listing) -> None:
         if listing.others:
             self.notes.append(f"{_others(listing)}: ignored")
         if listing.links:

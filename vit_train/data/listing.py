@@ -43,8 +43,6 @@ class Listing:
         counts: (folders,) images below each of the folders that were asked for.
         others: suffix (or "") -> how many visible files are no images by their names.
         links: linked folders below, relative to the root; what is in them is not listed.
-        walked: every folder that was listed, relative to the root.
-        stamps: (walked, 3) what each of them was just before, see `stamp`.
     """
 
     names: Names
@@ -52,8 +50,6 @@ class Listing:
     counts: NDArray[np.int64]
     others: dict[str, int]
     links: list[str]
-    walked: list[str]
-    stamps: NDArray[np.int64]
 
 
 def list_images(root: Path, folders: Sequence[str]) -> Listing:
@@ -80,8 +76,6 @@ def list_images(root: Path, folders: Sequence[str]) -> Listing:
         counts=np.asarray(counts, dtype=np.int64),
         others=dict(sorted(walk.others.items())),
         links=sorted(walk.links),
-        walked=walk.walked,
-        stamps=np.asarray(walk.stamps, dtype=np.int64).reshape(-1, 3),
     )
 
 
@@ -93,19 +87,6 @@ def images_below(folder: Path) -> list[str]:
     """
     with _progress() as progress:
         return sorted(name for name, _ in _Walk(str(folder), progress).images(""))
-
-
-def stamp(folder: str) -> tuple[int, int, int]:
-    """What differs once a file was added to a folder, removed or renamed: changes (ns) and the folder itself.
-
-    The second time, of its attributes, tells where the first was set back, as unpacking and copying do; the
-    inode tells where a link leads elsewhere now.
-
-    Raises:
-        OSError: it is not there.
-    """
-    about = os.stat(folder)  # noqa: PTH116 - a Path for each of a million folders is slow
-    return about.st_mtime_ns, about.st_ctime_ns, about.st_ino & (2**63 - 1)
 
 
 def is_visible(name: str) -> bool:
@@ -125,8 +106,6 @@ class _Walk:
         self.root = root
         self.others: Counter[str] = Counter()
         self.links: list[str] = []
-        self.walked: list[str] = []
-        self.stamps: list[tuple[int, int, int]] = []
         self.progress = progress
 
     def images(self, folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -135,8 +114,6 @@ class _Walk:
         while waiting:
             below = waiting.pop()
             path = f"{self.root}/{below}" if below else self.root
-            self.walked.append(below)
-            self.stamps.append(stamp(path))  # before it is read, not after
             with os.scandir(path) as entries:
                 for entry in entries:
                     if not is_visible(entry.name):
