@@ -19,7 +19,7 @@ def test_the_folder_reads_back_as_the_same_dataset(tmp_path, capsys):
     root = tmp_path / "new" / "digits"
     assert main(["digits", str(root)]) == 0
     out = capsys.readouterr().out
-    assert f"wrote 1293 train, 144 val, 360 test images to {root}" in out
+    assert f"wrote 1292 train, 145 val, 360 test images to {root}" in out
     assert f"vit-train data=imagefolder data.root={root}" in out
 
     digits, folder = Digits(), ImageFolder(root=str(root), in_channels=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,9 @@ class ArraySource:
 
     def name(self, index: int) -> str:
         return f"{self.label} image {self.ids[index]}"
+
+    def keys(self) -> Iterator[str]:
+        return map(str, self.ids.tolist())
 
     def select(self, indices: NDArray[np.int64]) -> ArraySource:
         images = self.images[torch.from_numpy(indices)]

@@ -34,7 +34,7 @@ from vit_train.data.loaders import (
 )
 from vit_train.data.order import Sampling
 from vit_train.data.sample_transforms import SampleTransform, plain
-from vit_train.data.splits import hold_out, keep
+from vit_train.data.splits import SPLIT_RULE, hold_out, keep, keep_share
 from vit_train.errors import DataError, WorkerLostError
 
 Split: TypeAlias = Literal["train", "val", "test"]
@@ -51,6 +51,8 @@ class DataModule(Protocol):
         img_size, in_channels: shape of the images.
         mean, std: normalisation per channel, on the 0 to 1 scale.
         sizes: images per split, 0 where a split is absent.
+        holds_out: whether val is a part of train that was held out.
+        split_rule: what chose which images are held out or left out, None where none are.
         notes: things to tell the user.
     """
 
@@ -62,6 +64,8 @@ class DataModule(Protocol):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     sizes: dict[str, int]
+    holds_out: bool
+    split_rule: str | None
     notes: list[str]
 
     def setup(
@@ -217,7 +221,8 @@ class ImageData(abc.ABC):
         self.notes: list[str] = []
         self.sources: dict[Split, Source] = {}
         self._listed: dict[Split, Source] = {}  # before unusable images were left out of train
-        self.holds_out = False  # whether val is a part of train that was held out
+        self.holds_out = False
+        self.split_rule: str | None = None
         self._loaders: dict[str, Loader] = {}
         self._finished: dict[Split, Tensor] = {}
         self._decoded: Source | None = None
@@ -276,6 +281,8 @@ class ImageData(abc.ABC):
             )
         self.img_size = found.img_size if self._wanted_img_size is None else self._wanted_img_size
         self._listed = self._split(found.sources)
+        whole = all(self._listed[split] is source for split, source in found.sources.items())
+        self.split_rule = None if whole else SPLIT_RULE
         self.sources = self.usable(self._listed) if training else self._listed
         self.sizes = {**dict.fromkeys(SPLITS, 0), **{k: len(v.targets) for k, v in self.sources.items()}}
         self.class_counts = self._count("train").tolist() if "train" in self.sources else []
@@ -363,8 +370,8 @@ class ImageData(abc.ABC):
             return sources
         train, val = sources["train"], sources.get("val")
         self.holds_out = val is None
-        if val is None:
-            stays, held = hold_out(train.targets, self.val_fraction)
+        if val is None and self.val_fraction > 0:
+            stays, held = hold_out(train.targets, train.keys(), self.val_fraction)
             if len(held):
                 train, val = train.select(stays), train.select(held)
         if self.limit is not None and self.limit < self.num_classes:
@@ -373,15 +380,14 @@ class ImageData(abc.ABC):
                 f"type data.limit={self.num_classes} or more"
             )
         if self.train_fraction < 1:
-            wanted = max(round(self.train_fraction * len(train.targets)), self.num_classes)
-            train = train.select(keep(train.targets, wanted))
+            train = train.select(keep_share(train.targets, train.keys(), self.train_fraction))
         found: dict[Split, Source | None] = {"train": train, "val": val, "test": sources.get("test")}
         return {split: self._limited(source) for split, source in found.items() if source is not None}
 
     def _limited(self, source: Source) -> Source:
         if self.limit is None or self.limit >= len(source.targets):
             return source
-        return source.select(keep(source.targets, self.limit))
+        return source.select(keep(source.targets, source.keys(), self.limit))
 
     def _count(self, split: Split) -> NDArray[np.int64]:
         return np.bincount(self.sources[split].targets, minlength=self.num_classes)

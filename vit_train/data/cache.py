@@ -112,6 +112,9 @@ class DecodedSource:
     def name(self, index: int) -> str:
         return self.source.name(index)
 
+    def keys(self) -> Iterator[str]:
+        return self.source.keys()
+
     def select(self, indices: NDArray[np.int64]) -> DecodedSource:
         return DecodedSource(self.source.select(indices), [self.images[i] for i in indices.tolist()])
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, overload
@@ -29,11 +30,11 @@ from vit_train.data.loaders import Source
 from vit_train.data.names import Names
 from vit_train.data.order import Sampling
 from vit_train.data.sample_transforms import SampleTransform, plain
-from vit_train.data.splits import SPLIT_SEED
 from vit_train.errors import DataError
 
 # The size to train at is read from the headers of a few files: enough to see whether they are all alike.
 _NUM_HEADERS = 64
+_SAMPLE_SEED = 20170612
 _STANDARD_SIZE = 224
 
 _MOST_SKIPPED = 0.01  # of the training images: more is a broken download, not a few broken files
@@ -52,6 +53,7 @@ class FileSource:
         background: under what is transparent, 0 to 255 each.
         least_side: what is enough of a large JPEG, see `decode`; None reads every pixel.
         value_range: black and white of what is deeper than 8 bits, see `decode`.
+        depth: how many folders a class lies below the root.
     """
 
     root: str
@@ -61,6 +63,7 @@ class FileSource:
     background: RGB = WHITE
     least_side: int | None = None
     value_range: ValueRange | None = None
+    depth: int = 1
 
     def read(self, index: int) -> Image.Image:
         return decode(
@@ -76,6 +79,10 @@ class FileSource:
 
     def name(self, index: int) -> str:
         return f"{self.root}/{self.names[index]}"
+
+    def keys(self) -> Iterator[str]:
+        """Paths below the class folder, composed (NFC): the same wherever it is moved, and from a Mac."""
+        return (unicodedata.normalize("NFC", name.split("/", self.depth)[-1]) for name in self.names)
 
     def select(self, indices: NDArray[np.int64]) -> FileSource:
         return replace(
@@ -200,9 +207,9 @@ class ImageFolder(ImageData):
             self._refuse_empty(split, folders[split], names, here, _others(listing))
             rows = np.arange(first, first + here.sum())
             targets = np.repeat(np.array([ids[name] for name in names], dtype=np.int64), here)
-            sources[split] = FileSource(
-                str(root), listing.names.select(rows), targets, listing.sizes[rows], self.background
-            )
+            files, sizes = listing.names.select(rows), listing.sizes[rows]
+            depth = 1 + len(folders[split].relative_to(root).parts)
+            sources[split] = FileSource(str(root), files, targets, sizes, self.background, depth=depth)
             first += len(rows)
         if self._training and self.on_bad_image == "error":
             _refuse_no_content(sources)
@@ -367,7 +374,7 @@ def _headers(source: FileSource) -> list[tuple[int, int, str]]:
 
 
 def sample_of(paths: Sequence[str]) -> list[str]:
-    chosen = np.random.RandomState(SPLIT_SEED).permutation(len(paths))[:_NUM_HEADERS]
+    chosen = np.random.RandomState(_SAMPLE_SEED).permutation(len(paths))[:_NUM_HEADERS]
     return [paths[i] for i in chosen.tolist()]
 
 

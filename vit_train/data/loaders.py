@@ -68,6 +68,10 @@ class Source(Protocol):
         """Where the sample comes from, for messages."""
         ...
 
+    def keys(self) -> Iterator[str]:
+        """What each sample is called within its class: decides which ones are held out."""
+        ...
+
     def select(self, indices: NDArray[np.int64]) -> Source:
         """The samples at `indices`, in that order."""
         ...
