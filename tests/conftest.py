@@ -143,6 +143,25 @@ def everything_in(folder):
     return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
+def as_older_version(run, *, held_out=True):
+    """The checkpoints of a run as they were before they said which rule chose the images that were held out.
+
+    Args:
+        run: the run directory.
+        held_out: whether images were, and so were others than today's.
+    """
+    for checkpoint in (run / "checkpoints").glob("step_*"):
+        state = json.loads((checkpoint / "state.json").read_text())
+        state.pop("split_rule", None)
+        if held_out:
+            state["dataset_fingerprint"] = "0" * 64
+        data = json.dumps(state).encode()
+        (checkpoint / "state.json").write_bytes(data)
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest["files"]["state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
 def vit_train_here(*arguments, cwd, **variables):
     """`vit-train` as if typed in `cwd`: its entry point, in this process."""
     from vit_train.cli.train import main

@@ -15,7 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, environment, everything_in, load_trained, typed_here, vit_train_here, whole_state
+from conftest import (
+    TINY,
+    as_older_version,
+    environment,
+    everything_in,
+    load_trained,
+    typed_here,
+    vit_train_here,
+    whole_state,
+)
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,7 +42,7 @@ def digits_run(tmp_path_factory):
     home = tmp_path_factory.mktemp("digits")
     # 80 images to train on, all of the others to evaluate
     images = ("data.limit=null", "data.train_fraction=0.062")
-    done = vit_train_here(*TINY, *images, "trainer.keep_checkpoints=2", "run_dir=run", "seed=3", cwd=home)
+    done = vit_train_here(*TINY, *images, "trainer.keep_checkpoints=2", "run_dir=run", "seed=1", cwd=home)
     assert done.code == 0, done.err
     assert json.loads((home / "run/result.json").read_text())["best/epoch"] < 3, "choose another seed"
     return home / "run"
@@ -115,7 +124,7 @@ def test_it_repeats_the_figures_of_the_run(typed, digits_run, in_tmp):
 def test_the_validation_split_and_the_raw_weights(typed, digits_run):
     result = json.loads((digits_run / "result.json").read_text())
     val, _ = report_of(typed, digits_run, "--split", "val")
-    assert (val["images"], val["top1"]) == (144, result["best/val/top1"])
+    assert (val["images"], val["top1"]) == (145, result["best/val/top1"])
     raw, out = report_of(typed, digits_run, "--split", "val", "--weights", "raw")
     events = [json.loads(line) for line in (digits_run / "metrics.jsonl").read_text().splitlines()]
     best = next(e for e in events if e["event"] == "epoch" and e["epoch"] == result["best/epoch"])
@@ -269,13 +278,26 @@ def test_images_the_run_was_trained_on_are_counted(typed, folder_run, digits_run
     assert known in report_of(typed, folder_run, "--split", "all")[1]
     # more than the run took: which ones they were is not said
     some, _ = report_of(typed, digits_run, "--split", "train", "data.train_fraction=1.0")
-    assert some["notes"][0].startswith("some of these 1,293 images were trained on")
+    assert some["notes"][0].startswith("some of these 1,292 images were trained on")
     # a copy is the same data; other images are not
     shutil.copytree(digits_folder, in_tmp / "copy")
     assert report_of(typed, folder_run, "data.root=copy", "--split", "all")[0]["notes"] == whole["notes"]
     subset(digits_folder, in_tmp / "other", ["3", "6"])
     assert not any("trained on" in x for x in report_of(typed, folder_run, "data.root=other")[0]["notes"])
     assert report_of(typed, folder_run)[0]["notes"] == []
+
+
+def test_what_an_older_version_held_out_was_not_these(typed, digits_run, digits_folder, in_tmp):
+    shutil.copytree(digits_run, in_tmp / "old", symlinks=True)
+    as_older_version(in_tmp / "old")
+    seen = (
+        "some of these 145 images were trained on (an older version held out others): the figures are better"
+    )
+    report, out = report_of(typed, in_tmp / "old", "--split", "val")
+    assert report["notes"][0].startswith(seen)
+    assert seen in out
+    assert report_of(typed, in_tmp / "old", "--split", "test")[0]["notes"] == []
+    assert report_of(typed, digits_run, "--split", "val")[0]["notes"] == []
 
 
 def test_of_few_images_each_one_counts(typed, folder_run, digits_folder, in_tmp):
@@ -362,7 +384,7 @@ def test_every_image_of_every_split_once(typed, folder_run, digits_folder, setti
 def test_training_images_are_those_the_run_was_trained_on(typed, digits_run):
     report, _ = report_of(typed, digits_run, "--split", "train")
     assert report["images"] == 80  # data.train_fraction
-    assert report_of(typed, digits_run, "--split", "train", "data.train_fraction=1.0")[0]["images"] == 1293
+    assert report_of(typed, digits_run, "--split", "train", "data.train_fraction=1.0")[0]["images"] == 1292
 
 
 # -------------------------------------------------------------------------------------------------- the files

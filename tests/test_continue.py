@@ -8,7 +8,15 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import TINY, checkpoint_hashes, command, environment, everything_in, vit_train_here
+from conftest import (
+    TINY,
+    as_older_version,
+    checkpoint_hashes,
+    command,
+    environment,
+    everything_in,
+    vit_train_here,
+)
 from PIL import Image
 
 from vit_train.checkpoint import checkpoint_directories, directory_name
@@ -227,6 +235,33 @@ def test_another_number_of_steps_is_never_taken(on_photos, in_tmp) -> None:
         shutil.copy(on_photos / "dog/1.png", on_photos / f"dog/more_{i}.png")
     line = refused("resume=force", "run_dir=run", cwd=in_tmp, code=3)
     assert "the changed data makes epochs of 2 steps instead of 1" in line
+
+
+def test_where_an_older_version_chose_what_is_held_out_that_is_the_reason(run, in_tmp) -> None:
+    as_older_version(run)
+    for typed in (["resume=run"], [*TINY, "run_dir=run"]):
+        line = refused(*typed, cwd=in_tmp, code=3)
+        assert "run held out or left out other images: an older version chose them by another rule" in line
+        assert "type resume=force run_dir=run to go on all the same" in line
+    done = vit_train_here("resume=force", "run_dir=run", "trainer.stop_at_step=8", cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert "the data has changed since the run was started (resume=force)" in " ".join(done.out.split())
+    assert vit_train_here("resume=run", cwd=in_tmp).code == 0
+
+
+def test_what_older_versions_held_nothing_out_of_goes_on(in_tmp) -> None:
+    for split in ("train", "val"):
+        make_folder(in_tmp / "photos" / split)
+    done = vit_train_here(*FOLDER, "run_dir=run", "trainer.stop_at_step=1", cwd=in_tmp)
+    assert done.code == 0, done.err
+    as_older_version(in_tmp / "run", held_out=False)
+    done = vit_train_here("resume=run", "trainer.stop_at_step=2", cwd=in_tmp)
+    assert done.code == 0, done.err
+    as_older_version(in_tmp / "run", held_out=False)
+    (in_tmp / "photos/train/dog/11.png").rename(in_tmp / "photos/train/dog/12.png")
+    assert "run was trained on (classes or files differ); restore it, " in refused(
+        "resume=run", cwd=in_tmp, code=3
+    )
 
 
 def test_to_insist_takes_a_run(in_tmp) -> None:

@@ -353,12 +353,14 @@ def _build(
                 f"optimizer.lr={cfg.optimizer.lr:g} is made for training from scratch; to keep more of what "
                 "the weights know, type optimizer.lr=1e-4 optimizer.layer_decay=0.75"
             )
-        report = load_pretrained(
-            model,
-            pretrained or read_pretrained(cfg.init_from),
-            strict=cfg.init_strict,
-            class_names=data.class_names,
-        )
+        pretrained = pretrained or read_pretrained(cfg.init_from)
+        same_classes = pretrained.class_names == data.class_names
+        if pretrained.old_split and same_classes and data.holds_out and data.sizes["val"]:
+            notes.append(
+                f"{cfg.init_from} held out other images (an older version chose them): if it was trained on "
+                "this data, it has seen validation images, and their figures are too good"
+            )
+        report = load_pretrained(model, pretrained, strict=cfg.init_strict, class_names=data.class_names)
         notes.append(str(report))
     fingerprint = data.fingerprint()
     if found is not None:
@@ -382,6 +384,7 @@ def _build(
                 "config": config,
                 "inference": _inference(data),
                 "dataset_fingerprint": fingerprint,
+                "split_rule": data.split_rule,
             },
         )
         trainer = make_part(cfg, "trainer", allow)(parts)

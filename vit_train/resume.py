@@ -284,10 +284,16 @@ def check_data(
     inference, train = found.state.get("inference"), found.state.get("train")
     names = inference.get("class_names") if isinstance(inference, dict) else None
     steps = train.get("steps_per_epoch") if isinstance(train, dict) else None
+    what = f"the data is not what {run_dir} was trained on (classes or files differ); restore it,"
+    if data.split_rule and "split_rule" not in found.state:
+        what = (
+            f"{run_dir} held out or left out other images: an older version chose them by another rule, and "
+            "validation would show images that were trained on;"
+        )
     if not force:
         raise DataError(
-            f"the data is not what {run_dir} was trained on (classes or files differ); restore it, start a "
-            f"new run with another run_dir, or type resume=force run_dir={run_dir} to go on all the same"
+            f"{what} start a new run with another run_dir, or type resume=force run_dir={run_dir} to go on "
+            "all the same"
         )
     if names != data.class_names:
         raise DataError(f"the data has other classes than {run_dir} was trained on; start a new run")

@@ -86,11 +86,13 @@ def report(arguments: argparse.Namespace) -> None:
             check_place(place.folder)  # now, not after the work
         fingerprint = data.fingerprint()
         own = fingerprint == stored.state.get("dataset_fingerprint")
+        moved = not own and data.holds_out and "split_rule" not in stored.state
+        seen = {"train", *(["val"] if moved else [])} if own or root is None else set()
         about = {
             "split": split,
             "tta": arguments.tta,
             "overrides": arguments.overrides,
-            "notes": notes_on(data, splits, asked=arguments.split, own=own, elsewhere=root is not None),
+            "notes": notes_on(data, splits, asked=arguments.split, own=own, seen=seen),
             "dataset_fingerprint": fingerprint,
         }
         evaluated, mistakes = _evaluate(trained, precision, strategy, data, splits, about)
@@ -161,7 +163,7 @@ def _evaluate(
     return report, chosen.images(wrong) if wrong else None
 
 
-def notes_on(data: Any, splits: list[Split], *, asked: str | None, own: bool, elsewhere: bool) -> list[str]:
+def notes_on(data: Any, splits: list[Split], *, asked: str | None, own: bool, seen: set[str]) -> list[str]:
     """What the reader of the figures should know.
 
     Args:
@@ -169,16 +171,17 @@ def notes_on(data: Any, splits: list[Split], *, asked: str | None, own: bool, el
         splits: what was evaluated.
         asked: --split.
         own: whether the images are exactly those of the run, wherever they are.
-        elsewhere: whether another folder was typed.
+        seen: which of the data's splits hold images that were trained on.
     """
     notes, images = [], sum(data.sizes[split] for split in splits)
     if asked is None and "train" in splits:
         notes.append(f"{_name(data)} has no test or val split: all of its {images:,} images are evaluated")
-    if "train" in splits and (own or not elsewhere):
+    if seen.intersection(splits):
         # with another limit, or files that came later, not all of them
         known = f"{data.sizes['train']:,}" if own else "some"
+        why = "" if "train" in splits else " (an older version held out others)"
         notes.append(
-            f"{known} of these {images:,} images were trained on: "
+            f"{known} of these {images:,} images were trained on{why}: "
             "the figures are better than those of new images"
         )
     if images < _FEW:

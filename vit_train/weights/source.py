@@ -11,7 +11,7 @@ import json
 import pickle
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Pretrained:
         class_names: in the order of the logits, where they are known.
         mean, std: normalisation they were trained with, where it is known.
         skipped: a line for each damaged checkpoint that another one stood in for.
+        old_split: of a run, whether an older version chose what it held out.
     """
 
     source: str
@@ -56,6 +57,7 @@ class Pretrained:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     skipped: tuple[str, ...] = ()
+    old_split: bool = False
 
 
 def absolute_source(source: str | None) -> str | None:
@@ -127,7 +129,7 @@ def _from_run(source: str, path: Path) -> Pretrained:
     prefix = "ema/" if has_ema else "model/"
     tensors = {name[len(prefix) :]: t for name, t in stored.tensors.items() if name.startswith(prefix)}
     config, inference = stored.state.get("config"), stored.state.get("inference")
-    return _own(
+    own = _own(
         source,
         f"checkpoint {stored.path.name}{', averaged weights' if has_ema else ''}",
         tensors,
@@ -135,6 +137,7 @@ def _from_run(source: str, path: Path) -> Pretrained:
         config.get("model") if isinstance(config, dict) else None,
         skipped=tuple(skipped),
     )
+    return replace(own, old_split="split_rule" not in stored.state)
 
 
 def _from_safetensors(source: str, path: Path) -> Pretrained:
