@@ -1,6 +1,7 @@
 """Order, position, ranks, workers, failures: the promises of a loader."""
 
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -201,6 +202,37 @@ def test_fewer_images_than_a_batch_make_one_step_with_all_of_them(made):
     assert len(data.loader("train")) == len(batches) == 1
     assert sorted(batches[0].index.tolist()) == [0, 1, 2, 3, 4]
     assert any("5 training images do not fill data.batch_size=8" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "world_size", "note"),
+    [
+        (127, 64, 1, "63 of 127 training images, others each time: data.batch_size=63 leaves out 1"),
+        (150, 100, 1, "50 of 150 training images, others each time: data.batch_size=75 leaves out none"),
+        (190, 100, 2, "90 of 190 training images, others each time: data.batch_size=94 leaves out 2"),
+        (3, 2, 1, "1 of 3 training images, others each time"),
+        (72, 64, 1, "8 of 72 training images, others each time: data.batch_size=36 leaves out none"),
+        (71, 64, 1, None),  # 7 of 71 is less than a tenth
+        (128, 64, 1, None),
+        (1000, 64, 1, None),
+    ],
+)
+def test_a_tail_that_is_a_tenth_of_the_images_is_said(made, size, batch_size, world_size, note):
+    data = made(size=size, batch_size=batch_size, world_size=world_size)
+    notes = [note for note in data.notes if "leaves out" in note]
+    assert notes == ([] if note is None else [f"an epoch leaves out {note}"])
+    seen = sum(len(batch.index) for batch in epoch_of(data)) * world_size
+    assert note is None or size - seen == int(note.split()[0])
+    if note is not None and "batch_size" in note:
+        better, fewer = re.search(r"batch_size=(\d+) leaves out (\d+|none)", note).groups()
+        data = made(size=size, batch_size=int(better), world_size=world_size)
+        seen = sum(len(batch.index) for batch in epoch_of(data)) * world_size
+        assert size - seen == int(fewer.replace("none", "0"))
+
+
+@pytest.mark.parametrize("options", [{"sampler": "balanced"}, {"repeats": 2}])
+def test_a_tail_is_not_said_where_an_epoch_is_not_every_image_once(made, options):
+    assert not any("leaves out" in note for note in made(size=127, batch_size=64, **options).notes)
 
 
 def test_ranks_cut_the_step_of_one_process(made):

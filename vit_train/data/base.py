@@ -286,11 +286,11 @@ class ImageData(abc.ABC):
         self.sources = self.usable(self._listed) if training else self._listed
         self.sizes = {**dict.fromkeys(SPLITS, 0), **{k: len(v.targets) for k, v in self.sources.items()}}
         self.class_counts = self._count("train").tolist() if "train" in self.sources else []
+        self._rank, self._world_size = rank, world_size
         if training:
             self._add_notes()
         self._plain = self.plain_transform(found)
         self._pin_memory = device.type == "cuda"
-        self._rank, self._world_size = rank, world_size
         self._finished, self._decoded = {}, None
         if training and self.cache != "none":
             self._fill_cache(device)
@@ -398,11 +398,19 @@ class ImageData(abc.ABC):
             self.notes.append(f"data.limit={self.limit} keeps all training images: there are {num_train}")
         if self.train_fraction < 1:
             self.notes.append(f"data.train_fraction={self.train_fraction:g}: {num_train:,} training images")
-        if num_train < self.batch_size and self.sampler == "uniform" and self.repeats == 1:
+        every_image_once = self.sampler == "uniform" and self.repeats == 1
+        if num_train < self.batch_size and every_image_once:
             self.notes.append(
                 f"{num_train} training images do not fill data.batch_size={self.batch_size}: "
                 "an epoch is one step with all of them"
             )
+        elif every_image_once and 10 * (left_out := num_train % self.batch_size) >= num_train:
+            note = f"an epoch leaves out {left_out:,} of {num_train:,} training images, others each time"
+            sizes = range(self.batch_size, self.batch_size // 2, -self._world_size)
+            better = min(sizes, key=lambda size: num_train % size)
+            if num_train % better < left_out:
+                note += f": data.batch_size={better} leaves out {num_train % better or 'none'}"
+            self.notes.append(note)
         if "val" not in self.sources:
             self.notes.append("no validation split: nothing is measured while training")
         else:
