@@ -38,6 +38,7 @@ from vit_train.resume import (
     check_data,
     check_machine,
     checkpoint_to_continue,
+    flat,
     rate_jump,
     read_config,
 )
@@ -57,6 +58,7 @@ _RESOLVED_KEYS = (
     "data.std",
     "data.value_range",
     "trainer.precision",
+    "optimizer.lr",
 )
 # Where a constructor's own defaults fill in what a config, or an older version, leaves out
 _WITH_DEFAULTS = ("data", "trainer", "optimizer", "tracker")
@@ -138,13 +140,12 @@ def _completed(stored: dict[str, Any]) -> dict[str, Any]:
 
 def _adopt(cfg: DictConfig, stored: Mapping[str, Any], overrides: list[str]) -> None:
     """What was left to the data, to `auto` or to pretrained weights is as in the run that is continued."""
+    known = flat(stored)
     for key in _RESOLVED_KEYS:
-        group, name = key.split(".")
-        known = stored[group].get(name)
-        if foreign_code(known, ()):  # a node: it would be built, and the user did not name it
-            continue
-        if OmegaConf.select(cfg, key) in (None, "auto") and known is not None:
-            OmegaConf.update(cfg, key, known)
+        left_open = OmegaConf.select(cfg, key) == (None if key.startswith("data.") else "auto")
+        # not a node: it would be built, and the user did not name it
+        if left_open and key in known and not foreign_code(known[key], ()):
+            OmegaConf.update(cfg, key, known[key])
     if (
         cfg.init_from is not None
         and "mask_padding" in stored["model"]
@@ -336,6 +337,9 @@ def _build(
         )
     if found is None and stored:
         notes.append("no checkpoint was written yet: it starts from step 0")
+    fixed = cfg.optimizer.get("lr") != "auto" and not is_typed("optimizer.lr", launch.overrides)
+    notes += resolve_auto(cfg, outlined()[0])
+    config = plain(cfg)
     seed_device(strategy.device, cfg.seed, "init")
     offline = without_download(config["model"])
     if allow is not None and found is None and (offline != config["model"] or cfg.init_from is not None):
@@ -348,7 +352,7 @@ def _build(
     else:
         model = make_part(cfg, "model", allow)
     if found is None and cfg.init_from is not None:
-        if not is_typed("optimizer.lr", launch.overrides) and "experiment" not in launch.choices:
+        if fixed and "experiment" not in launch.choices:
             notes.append(
                 f"optimizer.lr={cfg.optimizer.lr:g} is made for training from scratch; to keep more of what "
                 "the weights know, type optimizer.lr=1e-4 optimizer.layer_decay=0.75"
@@ -417,6 +421,17 @@ def _build(
         notes=[*notes, *data.notes, *(f"checkpoint skipped: {problem}" for problem in problems)],
         multiply_adds=outlined()[1],
     )
+
+
+def resolve_auto(cfg: DictConfig, model: nn.Module) -> list[str]:
+    """The learning rate that was left to `auto` becomes a number; returns why, a line each."""
+    from vit_train.optim import auto_lr
+
+    notes = []
+    if cfg.optimizer.get("lr") == "auto":
+        cfg.optimizer.lr, reason = auto_lr(model, fine_tuned=cfg.init_from is not None)
+        notes.append(f"optimizer.lr={cfg.optimizer.lr:g} (auto): {reason}")
+    return notes
 
 
 def make_part(cfg: DictConfig, key: str, allow: Mapping[str, tuple[str, ...]] | None) -> Any:

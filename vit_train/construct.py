@@ -264,10 +264,10 @@ def _check_child(full: str, hint: Any, node: Mapping[str, Any]) -> list[str]:
 
 def _explain(full: str, hint: Any, value: Any, error: ValidationError) -> str:
     choices = [str(c) for t in _members(hint) if get_origin(t) is Literal for c in get_args(t)]
-    if choices:
+    problem = error.errors()[0]
+    if choices and problem["type"] not in ("greater_than_equal", "greater_than"):
         others = [_name(t) for t in _members(hint) if get_origin(t) is not Literal and t is not type(None)]
         return f"{full}: {value!r} is not one of {', '.join(choices + others)}{suggest(str(value), choices)}"
-    problem = error.errors()[0]
     if problem["type"] == "greater_than_equal":
         return f"{full}: must be at least {problem['ctx']['ge']}, got {value!r}"
     if problem["type"] == "greater_than":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vit_train.build import as_config_error, make_part, outline
+from vit_train.build import as_config_error, make_part, outline, resolve_auto
 from vit_train.composed import Launch, check_config, check_launch, check_numbers, plain, refuse_secrets
 from vit_train.construct import locate, with_defaults
 from vit_train.errors import ConfigError
@@ -71,8 +71,9 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
     strategy = make_part(cfg, "strategy", None)
     with as_config_error("trainer.precision"):
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
+    model, multiply_adds = outline(plain(cfg), None)
+    notes += resolve_auto(cfg, model)
     config = plain(cfg)
-    model, multiply_adds = outline(config, None)
     micro_batch = cfg.data.batch_size // cfg.trainer.grad_accum_steps
     with as_config_error():
         freeze_parts(model, config["trainer"]["freeze"])

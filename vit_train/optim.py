@@ -151,10 +151,25 @@ def _fused(model: nn.Module) -> bool:
     return kinds <= {"cpu", "cuda", "mps"} and all(p.is_floating_point() for p in model.parameters())
 
 
+def auto_lr(model: nn.Module, *, fine_tuned: bool) -> tuple[float, str]:
+    """The rate that `lr: auto` means for AdamW and batches of about 64 images, and the reason.
+
+    It falls with the width, which is that of most blocks (Adam's: Yang et al. 2022, arXiv 2203.03466). A
+    model that is `fine_tuned` starts from trained weights, and ten times lower.
+    """
+    widths = [module.norm1.normalized_shape[0] for module in model.modules() if isinstance(module, Block)]
+    width = sorted(widths)[len(widths) // 2] if widths else getattr(model, "embed_dim", None)
+    reason = f"{'blocks' if widths else 'a model'} of width {width}"
+    if not isinstance(width, int):
+        width, reason = 384, f"{type(model).__name__} has no blocks and does not tell its width"
+    lr = 1e-3 if width <= 192 else 5e-4 if width <= 384 else 2e-4
+    return (lr / 10, f"{reason}; a tenth, to keep what the weights know") if fine_tuned else (lr, reason)
+
+
 def adamw(
     model: nn.Module,
     *,
-    lr: NotNegativeFloat,
+    lr: NotNegativeFloat | Literal["auto"],
     weight_decay: float = 0.05,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -164,12 +179,13 @@ def adamw(
 
     Args:
         model: whose parameters are optimised.
-        lr: base learning rate; the schedule multiplies it.
+        lr: base learning rate; the schedule multiplies it. `auto` is resolved before (`auto_lr`).
         weight_decay: decoupled, of matrices only.
         betas: decay of the two moment averages.
         eps: added to the denominator.
         layer_decay: factor of the rate from one layer to the one below it; for fine-tuning.
     """
+    assert lr != "auto", "build.py resolves it"
     groups = decay_groups(model, weight_decay, lr=lr, layer_decay=layer_decay)
     return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=_fused(model))
 

@@ -181,7 +181,7 @@ def compare(stored: Mapping[str, Any], new: Mapping[str, Any], *, cadence_matter
         One line `key: stored -> new` for each key that differs and is not free.
     """
     free = _FREE if cadence_matters else _FREE + _CADENCE
-    before, after = _flat(stored), _flat(new)
+    before, after = flat(stored), flat(new)
     lines: dict[str, list[str]] = {"identity": [], "grown": [], "hardware": []}
     for key in sorted({*before, *after}):
         old, now = before.get(key, "(absent)"), after.get(key, "(absent)")
@@ -196,12 +196,13 @@ def _covered(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Full key -> value, of a tree of plain data."""
     if isinstance(tree, Mapping) and tree:
-        flat: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name, value in tree.items():
-            flat |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
-        return flat
+            values |= flat(value, f"{prefix}.{name}" if prefix else str(name))
+        return values
     return {prefix: list(tree) if isinstance(tree, tuple) else tree}
 
 
