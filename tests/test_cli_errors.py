@@ -79,6 +79,9 @@ CONFIG_MISTAKES = {
     "optimizer.lr=abc": ["optimizer.lr: 'abc' is not one of auto, float"],
     "optimizer.lr=-1": ["optimizer.lr: must be at least 0.0, got -1"],
     "optimizer.lr=atuo": ["optimizer.lr: 'atuo' is not one of auto, float; did you mean 'auto'?"],
+    "augment.batch.crop_scale=[0.1]": [
+        "augment.batch.crop_scale: [0.1] is not one of auto, tuple[float, float]"
+    ],
     "optimizer.lr=${nope}": ["optimizer.lr: ", "'nope' not found"],
     "trainer.precision=bf17": ["trainer.precision: 'bf17'", "auto, fp32, bf16, fp16", "did you mean 'bf16'?"],
     "trainer.epochs=0": ["trainer.epochs: must be at least 1, got 0"],

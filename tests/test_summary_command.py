@@ -96,11 +96,12 @@ def test_what_the_data_would_say(in_tmp):
             assert found.layers[-1].output == (classes,)
     found = described("data=imagefolder", "data.num_classes=5", "data.img_size=64", "model.depth=1")
     auto = "optimizer.lr=0.001 (auto): blocks of width 192"
-    assert found.notes == [auto]
+    assert found.notes == ["augment.batch.crop_scale=[0.35, 1.0] (auto): images of 64 pixels", auto]
     assert found.layers[-1].output == (5,)
     found = described("data=imagefolder", "data.num_classes=5", "model.depth=1")
     assert found.notes == [
         "assumed, because only the images know: data.img_size=224; type others to see theirs",
+        "augment.batch.crop_scale=[0.35, 1.0] (auto): images of 224 pixels",
         auto,
     ]
 

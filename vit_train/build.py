@@ -59,6 +59,7 @@ _RESOLVED_KEYS = (
     "data.value_range",
     "trainer.precision",
     "optimizer.lr",
+    "augment.batch.crop_scale",
 )
 # Where a constructor's own defaults fill in what a config, or an older version, leaves out
 _WITH_DEFAULTS = ("data", "trainer", "optimizer", "tracker")
@@ -338,7 +339,7 @@ def _build(
     if found is None and stored:
         notes.append("no checkpoint was written yet: it starts from step 0")
     fixed = cfg.optimizer.get("lr") != "auto" and not is_typed("optimizer.lr", launch.overrides)
-    notes += resolve_auto(cfg, outlined()[0])
+    notes += resolve_auto(cfg, launch.overrides, outlined()[0])
     config = plain(cfg)
     seed_device(strategy.device, cfg.seed, "init")
     offline = without_download(config["model"])
@@ -423,11 +424,18 @@ def _build(
     )
 
 
-def resolve_auto(cfg: DictConfig, model: nn.Module) -> list[str]:
-    """The learning rate that was left to `auto` becomes a number; returns why, a line each."""
+def resolve_auto(cfg: DictConfig, overrides: list[str], model: nn.Module) -> list[str]:
+    """The crops and the learning rate that were left to `auto` become numbers; returns why, a line each."""
+    from vit_train.data.batch_transforms import auto_crop_scale
     from vit_train.optim import auto_lr
 
     notes = []
+    if OmegaConf.select(cfg, "augment.batch.crop_scale") == "auto":
+        typed = cfg.augment.batch.get("max_shift") and is_typed("augment.batch.max_shift", overrides)
+        scale = None if typed else auto_crop_scale(cfg.data.img_size)
+        reason = "a shift was typed" if typed else f"images of {cfg.data.img_size} pixels"
+        cfg.augment.batch.crop_scale = scale
+        notes.append(f"augment.batch.crop_scale={scale or 'null'} (auto): {reason}")
     if cfg.optimizer.get("lr") == "auto":
         cfg.optimizer.lr, reason = auto_lr(model, fine_tuned=cfg.init_from is not None)
         notes.append(f"optimizer.lr={cfg.optimizer.lr:g} (auto): {reason}")

@@ -72,7 +72,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
     with as_config_error("trainer.precision"):
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
     model, multiply_adds = outline(plain(cfg), None)
-    notes += resolve_auto(cfg, model)
+    notes += resolve_auto(cfg, launch.overrides, model)
     config = plain(cfg)
     micro_batch = cfg.data.batch_size // cfg.trainer.grad_accum_steps
     with as_config_error():

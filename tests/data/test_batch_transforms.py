@@ -181,6 +181,12 @@ def test_each_probability_and_range_is_met():
     assert changed.float().mean().item() == pytest.approx(0.25, abs=0.015)
 
 
+def test_crops_stand_in_place_of_shifts():
+    batch = batch_of(pictures(5))
+    crops = made(crop_scale=(0.5, 1.0))
+    assert torch.equal(made(crop_scale=(0.5, 1.0), max_shift=0.1)(batch, 0, 0)[0], crops(batch, 0, 0)[0])
+
+
 def test_nothing_on_is_normalize():
     batch = batch_of(pictures(5))
     assert torch.equal(made()(batch, 0, 0)[0], Normalize(MEAN, STD)(batch, 0, 0)[0])
@@ -225,7 +231,6 @@ def test_the_switch_the_probability_and_the_end_of_mixing():
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"max_shift": 0.1, "crop_scale": (0.5, 1.0)}, r"choose max_shift=0.1 or crop_scale=\(0.5, 1.0\)"),
         ({"crop_scale": (0.5, 0.1)}, "crop_scale must ascend within 0 and 1"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale must ascend within 0 and 1"),
         ({"crop_ratio": (0.0, 1.0)}, "crop_ratio must ascend above 0"),

@@ -10,6 +10,7 @@ import yaml
 from vit_train import construct
 from vit_train.build import STORED_CODE
 from vit_train.data import Normalize
+from vit_train.data.batch_transforms import auto_crop_scale
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
@@ -27,13 +28,17 @@ def data_node(name, augment):
     assert node["seed"] == "${seed}"
     assert node["sample_transform"] == "${augment.sample}"
     assert node["repeats"] == "${oc.select:augment.repeats,1}"
-    chosen = load("augment", augment)
+    chosen = augment_nodes(augment)
     return {**node, "seed": 0, "sample_transform": chosen["sample"], "repeats": chosen["repeats"]}
 
 
 def augment_nodes(name):
     """Both nodes of an augmentation, with theirs resolved."""
     nodes = load("augment", name)
+    if "defaults" in nodes:
+        assert nodes.pop("defaults") == ["light", "_self_"]
+        light = load("augment", "light")
+        nodes = {**light, "batch": {**light["batch"], **nodes["batch"]}}
     if "seed" in nodes["batch"]:
         assert (nodes["batch"]["seed"], nodes["batch"]["num_classes"]) == ("${seed}", "${data.num_classes}")
         nodes["batch"] |= {"seed": 0, "num_classes": 10}
@@ -42,7 +47,7 @@ def augment_nodes(name):
 
 def test_the_groups_are_complete():
     assert DATA == ["cifar10", "cifar100", "digits", "imagefolder"]
-    assert AUGMENT == ["deit", "light", "medium", "none", "shift"]
+    assert AUGMENT == ["deit", "light", "medium", "none", "photo", "shift"]
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -77,6 +82,8 @@ def test_every_argument_of_an_augmentation_is_a_key(name):
 def test_an_augment_node_builds_and_trains_on_digits(name):
     nodes = augment_nodes(name)
     assert construct.check(nodes, key="augment") == []
+    if name == "photo":
+        nodes["batch"]["crop_scale"] = auto_crop_scale(8)
     data = construct.make(data_node("digits", name))
     data.setup(device=torch.device("cpu"), rank=0, world_size=1)
     transform = construct.make(nodes)["batch"](data.mean, data.std)

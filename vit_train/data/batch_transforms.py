@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from random import Random
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +70,8 @@ class Augment(Normalize):
         num_classes: K, of mixed targets.
         max_shift: largest shift as a fraction of the side, with black moving in: 0.125 is 4 pixels at 32.
         crop_scale: smallest and largest share of the image's area that is cut out and scaled to the whole
-            (Szegedy et al. 2015); null for no crops. Cuts from what the loader gives: for photographs
-            `augment.sample` cuts from the file instead, where there are more pixels.
+            (Szegedy et al. 2015), in place of shifts; null for no crops; `auto` is resolved before. Cuts
+            from what the loader gives; `augment.sample` cuts from the file, where there are more pixels.
         crop_ratio: smallest and largest width / height of that part.
         hflip_prob: probability of mirroring left to right.
         erase_prob: probability of painting over a rectangle in one random colour (Zhong et al. 2017,
@@ -83,7 +84,7 @@ class Augment(Normalize):
         mix_off_epoch: from this epoch on (counted from 1) nothing is mixed; null for never.
 
     Raises:
-        ValueError: a range that does not ascend, or shifts and crops at once.
+        ValueError: a range that does not ascend.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Augment(Normalize):
         seed: int,
         num_classes: int,
         max_shift: Probability = 0.0,
-        crop_scale: tuple[float, float] | None = None,
+        crop_scale: tuple[float, float] | Literal["auto"] | None = None,
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         hflip_prob: Probability = 0.0,
         erase_prob: Probability = 0.0,
@@ -105,8 +106,7 @@ class Augment(Normalize):
         mix_off_epoch: NotNegative | None = None,
     ) -> None:
         super().__init__(mean, std)
-        if crop_scale is not None and max_shift:
-            raise ValueError(f"choose max_shift={max_shift} or crop_scale={crop_scale}, not both")
+        assert crop_scale != "auto", "build.py resolves it"
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"crop_scale must ascend within 0 and 1, got {crop_scale}")
         if not 0 < crop_ratio[0] <= crop_ratio[1]:
@@ -163,6 +163,11 @@ class Augment(Normalize):
             images = images.lerp(images.flip(0), 1 - share)
         one_hot = F.one_hot(targets, self.num_classes).float()
         return images, one_hot.lerp(one_hot.flip(0), 1 - share)
+
+
+def auto_crop_scale(img_size: int) -> list[float] | None:
+    """What `crop_scale: auto` stands for: the crops of `augment=medium` from 64 pixels on."""
+    return [0.35, 1.0] if img_size >= 64 else None
 
 
 # Of DeiT's recipe, which are timm's defaults
