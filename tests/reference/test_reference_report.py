@@ -301,7 +301,7 @@ def test_every_figure_in_the_files_of_vit_eval(run, tta, size, tmp_path):
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     expected = figures_of(targets, order, log_p, names)
     check_figures(report, expected)
-    assert (report["split"], report["tta"], report["step"]) == ("test", tta, 4)
+    assert (report["split"], report["tta"], report["step"]) == ("test", tta, trained.step)
     assert report["per_class"]["f"]["images"] == 0
     with (tmp_path / "report" / "confusion.csv").open(newline="") as file:
         table = list(csv.reader(file))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, build
+from conftest import TINY, build, with_trained_head
 
 from vit_train.data import Batch
 from vit_train.data.batch_transforms import Normalize
@@ -147,6 +147,7 @@ def test_the_sheet_of_a_run(in_tmp, settings, count) -> None:
 
 def test_the_sheet_of_a_run_shows_the_averaged_weights(in_tmp) -> None:
     run = build(*TINY, "run_dir=run", "trainer.max_steps=1")
+    with_trained_head(run.trainer.ema.module)
     before = sheet_of_predictions(run.trainer)
     with torch.no_grad():
         run.trainer.model.head.weight.mul_(-5)
