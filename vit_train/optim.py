@@ -154,8 +154,8 @@ def _fused(model: nn.Module) -> bool:
 def auto_lr(model: nn.Module, *, fine_tuned: bool) -> tuple[float, str]:
     """The rate that `lr: auto` means for AdamW and batches of about 64 images, and the reason.
 
-    It falls with the width, which is that of most blocks (Adam's: Yang et al. 2022, arXiv 2203.03466). A
-    model that is `fine_tuned` starts from trained weights, and ten times lower.
+    It falls with the width, that of most blocks, as Adam's does (Yang et al. 2022, arXiv 2203.03466). A
+    `fine_tuned` model starts from trained weights: a tenth.
     """
     widths = [module.norm1.normalized_shape[0] for module in model.modules() if isinstance(module, Block)]
     width = sorted(widths)[len(widths) // 2] if widths else getattr(model, "embed_dim", None)
