@@ -170,7 +170,7 @@ def test_plateau_and_early_stopping_survive_an_interruption(forked, tmp_path) ->
         "schedule.monitor=train/loss",
         "schedule.patience=0",
         "schedule.factor=0.5",
-        "optimizer.lr=0.3",  # too much, so that the loss does not fall and the plateau acts
+        "optimizer.lr=1.0",  # too much, so that the loss does not fall and the plateau acts
         "trainer.early_stop_patience=3",
         "trainer.epochs=8",
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY, vit_train_here
+from conftest import TINY, load_trained, vit_train_here
 from PIL import Image
 
 from vit_train import trained
@@ -79,7 +79,7 @@ def test_a_run_keeps_the_range_for_everything_that_comes_after(folder, tmp_path,
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     kept = config["data"]["value_range"]
     assert kept[0] == 0
-    model = trained.load(tmp_path / "run", device=torch.device("cpu"))
+    model = load_trained(tmp_path / "run", device=torch.device("cpu"))
     assert model.value_range == tuple(kept)
 
     # another folder, of dark pictures only: they are no brighter for it
