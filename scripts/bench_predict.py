@@ -69,6 +69,7 @@ def trained_model(device: torch.device, data: ImageFolder, overrides: list[str])
         in_channels=3,
         resize="crop",
         background=(255, 255, 255),
+        value_range=None,
         config={"trainer": {"precision": "auto"}},
         path=Path(),
         weights="raw",

@@ -264,6 +264,20 @@ def test_what_older_versions_held_nothing_out_of_goes_on(in_tmp) -> None:
     )
 
 
+@pytest.mark.parametrize("typed", [("resume=run",), (*TINY, "run_dir=run")], ids=["resume", "full"])
+def test_a_warmup_that_an_older_version_cut_stays_as_long_as_it_was(in_tmp, typed) -> None:
+    """A stored number of 2 epochs, in a run of 3 epochs of 5 steps: 3 steps, not 10."""
+    done = vit_train_here(*TINY, "run_dir=run", "trainer.stop_at_step=2", cwd=in_tmp)
+    assert done.code == 0, done.err
+    as_older_version(in_tmp / "run", held_out=False)
+    config = (in_tmp / "run/config.yaml").read_text()
+    assert "warmup_epochs: null" in config
+    (in_tmp / "run/config.yaml").write_text(config.replace("warmup_epochs: null", "warmup_epochs: 2"))
+    done = vit_train_here(*typed, cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert "warmup_epochs: 0.6\n" in (in_tmp / "run/config.yaml").read_text()
+
+
 def test_to_insist_takes_a_run(in_tmp) -> None:
     assert "resume=force needs the run" in refused("resume=force", cwd=in_tmp, code=2)
     assert "no run there" in refused("resume=force", "run_dir=none", cwd=in_tmp, code=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
-from conftest import TINY, build, checkpoint_hashes, vit_train_here
+from conftest import TINY, build, checkpoint_hashes, vit_train_here, with_trained_head
 
 from vit_train.layers import attention
 
@@ -47,7 +47,7 @@ def test_a_family_learns_on_the_gpu(in_tmp, family, precision) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gpu_computes_what_the_cpu_does(in_tmp, family) -> None:
     run = build(*SMALL, *FAMILIES[family], "trainer.precision=fp32", "strategy=single", "strategy.device=cpu")
-    model = run.trainer.model.eval()
+    model = with_trained_head(run.trainer.model).eval()
     side = run.trainer.parts.data.img_size
     images = torch.randn(4, 1, side, side)
     with torch.no_grad():

@@ -81,7 +81,7 @@ def test_warmup_is_as_long_as_typed(kind) -> None:
 @pytest.mark.parametrize("kind", [Cosine, MultiStep])
 @pytest.mark.parametrize(("total", "steps"), [(3, 0), (5, 1), (49, 9), (100, 20), (300, 20)])
 def test_warmup_that_is_not_typed_is_two_epochs_and_at_most_a_fifth(kind, total, steps) -> None:
-    assert kind(10, total).warmup_steps == steps
+    assert kind(10, total, warmup_epochs=None).warmup_steps == steps
 
 
 def test_multistep_falls_at_its_fractions() -> None:

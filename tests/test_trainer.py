@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, build, checkpoint_hashes, load_trained
+from conftest import TINY, build, checkpoint_hashes, load_trained, with_trained_head
 from torch import nn
 
 from vit_train.checkpoint import load, resolve_link
@@ -91,6 +91,8 @@ def test_the_training_metrics_of_an_epoch_are_means_over_its_images(in_tmp) -> N
             f"trainer.grad_accum_steps={pieces}",
             f"run_dir=run_{pieces}",
         )
+        torch.manual_seed(0)
+        with_trained_head(trainer.model)
         trainer.fit()
         metrics.append(trainer.tracker.epochs[-1])
     batch = trainer.parts.data.examples("train", 80)

@@ -39,6 +39,7 @@ from vit_train.resume import (
     check_machine,
     checkpoint_to_continue,
     flat,
+    old_warmup,
     rate_jump,
     read_config,
 )
@@ -60,6 +61,7 @@ _RESOLVED_KEYS = (
     "trainer.precision",
     "optimizer.lr",
     "augment.batch.crop_scale",
+    "schedule.warmup_epochs",
 )
 # Where a constructor's own defaults fill in what a config, or an older version, leaves out
 _WITH_DEFAULTS = ("data", "trainer", "optimizer", "tracker")
@@ -143,7 +145,7 @@ def _adopt(cfg: DictConfig, stored: Mapping[str, Any], overrides: list[str]) -> 
     """What was left to the data, to `auto` or to pretrained weights is as in the run that is continued."""
     known = flat(stored)
     for key in _RESOLVED_KEYS:
-        left_open = OmegaConf.select(cfg, key) == (None if key.startswith("data.") else "auto")
+        left_open = OmegaConf.select(cfg, key) == (None if key.startswith(("data.", "schedule.")) else "auto")
         # not a node: it would be built, and the user did not name it
         if left_open and key in known and not foreign_code(known[key], ()):
             OmegaConf.update(cfg, key, known[key])
@@ -338,6 +340,9 @@ def _build(
         )
     if found is None and stored:
         notes.append("no checkpoint was written yet: it starts from step 0")
+    if found is not None and cfg.schedule.get("warmup_epochs") and "split_rule" not in found.state:
+        steps = len(data.loader("train"))
+        cfg.schedule.warmup_epochs = old_warmup(cfg.schedule.warmup_epochs, stored["trainer"], steps)
     fixed = cfg.optimizer.get("lr") != "auto" and not is_typed("optimizer.lr", launch.overrides)
     notes += resolve_auto(cfg, launch.overrides, outlined()[0])
     config = plain(cfg)

@@ -142,9 +142,10 @@ class Checkpointer:
 
     def put_best_back(self, step: float | None) -> None:
         """`best` is again the checkpoint of an earlier step; where there is none, there is no `best`."""
-        (self.root / "best").unlink(missing_ok=True)
         if step is not None and (self.root / directory_name(int(step))).is_dir():
             self._point("best", directory_name(int(step)))
+        else:
+            (self.root / "best").unlink(missing_ok=True)
 
     def remove_partial(self) -> None:
         """Deletes what an interrupted save left behind."""

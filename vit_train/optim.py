@@ -283,7 +283,7 @@ class Cosine(Schedule):
         steps_per_epoch: int,
         total_steps: int,
         *,
-        warmup_epochs: NotNegativeFloat | None = None,
+        warmup_epochs: NotNegativeFloat | None = 0.0,
         final_factor: float = 0.01,
     ) -> None:
         super().__init__(steps_per_epoch, total_steps)
@@ -320,7 +320,7 @@ class MultiStep(Schedule):
         *,
         milestones: tuple[float, ...] = (0.6, 0.85),
         factor: float = 0.1,
-        warmup_epochs: NotNegativeFloat | None = None,
+        warmup_epochs: NotNegativeFloat | None = 0.0,
     ) -> None:
         super().__init__(steps_per_epoch, total_steps)
         if list(milestones) != sorted(milestones) or any(not 0 < m < 1 for m in milestones):

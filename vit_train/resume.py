@@ -228,7 +228,7 @@ def check_continuation(stored: Mapping[str, Any], config: Mapping[str, Any], run
 
 def check_budget(stored: Mapping[str, Any], trainer: Any) -> int:
     """A run can grow but not shrink: its schedule has been spanning the old budget, which is returned."""
-    before: int = stored.get("max_steps") or (stored.get("epochs") or 0) * trainer.steps_per_epoch
+    before = _budget(stored, trainer.steps_per_epoch)
     if trainer.total_steps < before:
         epochs = -(-before // trainer.steps_per_epoch)
         raise ConfigError(
@@ -236,6 +236,15 @@ def check_budget(stored: Mapping[str, Any], trainer: Any) -> int:
             f"type trainer.epochs={epochs} or more (trainer.max_steps=null), or start a new run"
         )
     return before
+
+
+def old_warmup(epochs: float, trainer: Mapping[str, Any], steps_per_epoch: int) -> float:
+    """Epochs of warmup that a run of an older version has: a fifth of its budget at most."""
+    return min(epochs, _budget(trainer, steps_per_epoch) // 5 / steps_per_epoch)
+
+
+def _budget(trainer: Mapping[str, Any], steps_per_epoch: int) -> int:
+    return int(trainer.get("max_steps") or (trainer.get("epochs") or 0) * steps_per_epoch)
 
 
 def rate_jump(before: int, trainer: Any) -> list[str]:

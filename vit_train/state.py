@@ -92,8 +92,8 @@ class TrainState:
             raise ValueError("a figure is missing or no number")
         if not isinstance(state.anchor, int | None):
             raise ValueError(f"anchor is {state.anchor!r}")
-        if state.before_cut is not None:
-            cls.from_json(state.before_cut)
+        if state.before_cut is not None and cls.from_json(state.before_cut).step != state.step:
+            raise ValueError("before_cut is of another step")
         return state
 
     def kept_steps(self) -> set[int]:

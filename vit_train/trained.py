@@ -204,7 +204,7 @@ def _range(stored: object) -> ValueRange | None:
     """A stored value range, where there is one."""
     match stored:
         case [int() | float() as black, int() | float() as white] if -math.inf < black < white < math.inf:
-            return black, white
+            return float(black), float(white)
         case None:
             return None
     raise ValueError(f"data.value_range is {stored!r}")

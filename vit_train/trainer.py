@@ -132,9 +132,9 @@ class Trainer:
         self.guard = Guard(self.strategy, self.parts.signals, self.stop_at_step, self.stop_after_minutes)
         self.train_loader.should_stop = self.guard.stop_waiting
         self.started = time.monotonic() - self.state.seconds
-        if self.reopened:
-            self.parts.checkpointer.put_best_back((self.state.best or {}).get("step"))
         try:
+            if self.reopened:
+                self.parts.checkpointer.put_best_back((self.state.best or {}).get("step"))
             stop = self.train()
             self.saver.finish()
             if stop:

@@ -86,8 +86,10 @@ def report(arguments: argparse.Namespace) -> None:
             check_place(place.folder)  # now, not after the work
         fingerprint = data.fingerprint()
         own = fingerprint == stored.state.get("dataset_fingerprint")
+        # an older version held out other images, of a folder that may have moved since
         moved = not own and data.holds_out and "split_rule" not in stored.state
-        seen = {"train", *(["val"] if moved else [])} if own or root is None else set()
+        known = root is None or trained.class_names == data.class_names
+        seen = {"train", "val"} if moved and known else {"train"} if own or root is None else set()
         about = {
             "split": split,
             "tta": arguments.tta,

@@ -166,7 +166,7 @@ class Augment(Normalize):
 
 
 def auto_crop_scale(img_size: int) -> list[float] | None:
-    """What `crop_scale: auto` stands for: the crops of `augment=medium` from 64 pixels on."""
+    """The value of `crop_scale: auto`: the crops of `augment=medium` from 64 pixels on."""
     return [0.35, 1.0] if img_size >= 64 else None
 
 

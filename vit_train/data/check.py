@@ -249,7 +249,7 @@ def check_folder(
     images = _Images(len(survey.names))
     progress = start(len(survey.names))
     paths = [f"{survey.root}/{name}" for name in survey.names]
-    train = [path for path, split in zip(paths, survey.splits) if split == "train" and Path(path).is_file()]
+    train = [path for path, split in zip(paths, survey.splits) if split == "train"]
     look = functools.partial(_look, value_range=find_range(sample_of(train))[0])
     with closing(each_file(look, paths, num_workers=num_workers)) as answers:
         for position, seen in answers:

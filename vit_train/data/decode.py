@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import functools
 import io
+import os
+import stat
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -66,7 +68,7 @@ _UPRIGHT = {
 
 # A PNG names its transparent colour at the file's depth, Pillow expands the pixels to 8 bits and not the name
 _COLOUR_KEY_SCALES = {"L;2": 255 / 3, "L;4": 255 / 15}
-# What white may be
+# The values white may have
 _INTEGER_WHITES: tuple[int, ...] = (255, 1023, 4095, 16383, 65535)
 _FLOAT_WHITES = (1, 255, 65535)
 
@@ -157,7 +159,7 @@ def _orientation(image: Image.Image) -> object:
 
 
 def _is_deep(image: Any) -> bool:
-    """Of an image that is not loaded: whether it has more than 8 bits that can be had."""
+    """Whether an image, not loaded yet, has more than 8 bits that can be had."""
     return image.mode[0] in "IF" or (image.format == "PNG" and ";16B" in str(image.tile))
 
 
@@ -204,6 +206,8 @@ def find_range(files: Sequence[str]) -> tuple[ValueRange | None, str]:
     ends: list[float] = []
     bits, whites = 0, _INTEGER_WHITES
     for file in files:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # noqa: PTH116 - a pipe would be waited for
+            continue
         with suppress(Exception), Image.open(file, formats=_FORMATS) as image:
             if _is_deep(image):
                 _check_size(image)
