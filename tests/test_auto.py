@@ -102,8 +102,11 @@ def test_trained_weights_take_a_tenth(photos):
 def test_a_typed_shift_is_taken_instead_of_crops(photos):
     typed = (*SMALL, "data.img_size=64", "trainer.max_steps=1", "augment.batch.max_shift=0.25")
     said = trained(*typed, "run_dir=run", cwd=photos)
-    assert "augment.batch.crop_scale=null (auto): a shift was typed" in said
+    assert "augment.batch.crop_scale=null, a shift instead (auto): a shift was typed" in said
     assert stored(photos / "run")[1:] == (None, 0.25)
+    both = vit_train_here(*typed, "augment.batch.crop_scale=[0.5,1]", "run_dir=both", cwd=photos)
+    assert both.code == 2
+    assert "augment.batch.max_shift=0.25: crops stand in place of shifts; type one of the two" in both.err
     trained(*typed, "augment.batch.max_shift=0", "run_dir=still", cwd=photos)
     assert stored(photos / "still")[1:] == ([0.35, 1.0], 0)
 

@@ -65,6 +65,7 @@ _RESOLVED_KEYS = (
 )
 # Where a constructor's own defaults fill in what a config, or an older version, leaves out
 _WITH_DEFAULTS = ("data", "trainer", "optimizer", "tracker")
+_SHIFT = "augment.batch.max_shift"
 # What decides how a run starts; runs of older versions do not have it
 _START = {"init_from": None, "init_strict": True}
 # What a stored configuration may name; the user's own command may name anything
@@ -435,12 +436,15 @@ def resolve_auto(cfg: DictConfig, overrides: list[str], model: nn.Module) -> lis
     from vit_train.optim import auto_lr
 
     notes = []
-    if OmegaConf.select(cfg, "augment.batch.crop_scale") == "auto":
-        typed = cfg.augment.batch.get("max_shift") and is_typed("augment.batch.max_shift", overrides)
-        scale = None if typed else auto_crop_scale(cfg.data.img_size)
-        reason = "a shift was typed" if typed else f"images of {cfg.data.img_size} pixels"
+    scale = OmegaConf.select(cfg, "augment.batch.crop_scale")
+    shift = OmegaConf.select(cfg, "augment.batch.max_shift") if is_typed(_SHIFT, overrides) else None
+    if scale == "auto":
+        scale = None if shift else auto_crop_scale(cfg.data.img_size)
+        reason = "a shift was typed" if shift else f"images of {cfg.data.img_size} pixels"
         cfg.augment.batch.crop_scale = scale
-        notes.append(f"augment.batch.crop_scale={scale or 'null'} (auto): {reason}")
+        notes.append(f"augment.batch.crop_scale={scale or 'null, a shift instead'} (auto): {reason}")
+    elif scale is not None and shift:
+        raise ConfigError(f"{_SHIFT}={shift:g}: crops stand in place of shifts; type one of the two")
     if cfg.optimizer.get("lr") == "auto":
         cfg.optimizer.lr, reason = auto_lr(model, fine_tuned=cfg.init_from is not None)
         notes.append(f"optimizer.lr={cfg.optimizer.lr:g} (auto): {reason}")
