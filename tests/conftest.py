@@ -57,7 +57,7 @@ EIGHTEEN = (*TINY, "data.limit=96", "data.cache=none", "run_dir=run")
 
 
 def with_trained_head(model: Any) -> Any:
-    """The model with heads that are not zero, as they start: its answers would all be the same."""
+    """The model with heads of some size, however they start: at zero all answers would be the same."""
     for name, parameter in model.named_parameters():
         if name.startswith("head"):
             torch.nn.init.normal_(parameter, std=0.2)

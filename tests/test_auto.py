@@ -52,7 +52,9 @@ def stored(run):
 
 
 @pytest.mark.parametrize(
-    ("side", "crops", "says"), [(64, [0.35, 1.0], "[0.35, 1.0]"), (32, None, "null")], ids=["64", "32"]
+    ("side", "crops", "says"),
+    [(64, [0.35, 1.0], "[0.35, 1.0]"), (32, None, "null, a shift instead")],
+    ids=["64", "32"],
 )
 def test_numbers_are_stored_said_and_continued_bit_for_bit(photos, side, crops, says):
     typed = (*SMALL, f"data.img_size={side}")

@@ -68,10 +68,8 @@ def describe(trained: Trained, file_format: Format, *, layout: Layout = "timm") 
         if crop
         else f"resized to {side} x {side} pixels whatever the aspect ratio"
     )
-    deep = ""
-    if trained.value_range is not None:
-        black, white = trained.value_range
-        deep = f"more than 8 bits scaled from {black:g} to {white:g} to 0 to 255, "
+    scaled = "more than 8 bits scaled from {:g} to {:g} to 0 to 255, "
+    deep = "" if trained.value_range is None else scaled.format(*trained.value_range)
     return {
         "format": file_format,
         "input": f"images: float32 (B, {channels}, {side}, {side}); {colours}, "

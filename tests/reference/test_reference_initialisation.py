@@ -1,4 +1,4 @@
-"""Initial weights against what init.py says they follow, and the first loss against ln K."""
+"""Initial weights against what init.py says they follow, and the first loss of fine-tuning against ln K."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from conftest import compose, with_trained_head
+from conftest import with_trained_head
 from torch import nn
 
-from vit_train.construct import make
 from vit_train.layers import Attention, ConvStem, Mlp, PatchEmbed, WindowAttention
 from vit_train.models import DeiT, HybridEmbed, Swin, ViT
 from vit_train.models.swin import PatchMerging
@@ -51,15 +50,6 @@ def first_loss(model, num_classes):
 
 @pytest.mark.parametrize("num_classes", [5, 1000])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_loss_is_ln_k(family, num_classes):
-    torch.manual_seed(0)
-    assert first_loss(FAMILIES[family](num_classes), num_classes) == pytest.approx(
-        math.log(num_classes), rel=0.01
-    )
-
-
-@pytest.mark.parametrize("num_classes", [5, 1000])
-@pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_loss_of_fine_tuning_is_ln_k(family, num_classes, tmp_path):
     """Pretrained weights for 10 classes, far from their start, under a new head."""
     torch.manual_seed(0)
@@ -67,13 +57,6 @@ def test_the_first_loss_of_fine_tuning_is_ln_k(family, num_classes, tmp_path):
     model = FAMILIES[family](num_classes)
     load_pretrained(model, str(tmp_path / "w.pth"))
     assert first_loss(model, num_classes) == pytest.approx(math.log(num_classes), rel=0.01)
-
-
-def test_the_first_loss_of_shipped_32_pixel_models_is_ln_k():
-    for name in ("vit_cifar", "deit_cifar", "swin_cifar", "swin_cifar_w4", "hybrid_cifar"):
-        config = compose(f"model={name}", "data=cifar10", "data.num_classes=10")
-        torch.manual_seed(0)
-        assert first_loss(make(config.model), 10) == pytest.approx(math.log(10), rel=0.01), name
 
 
 def xavier(fan_in, fan_out):
@@ -106,7 +89,7 @@ def test_every_parameter_of_a_family_starts_as_stated(family):
         owner, _, kind = name.rpartition(".")
         if "backbone" in name:
             continue  # torchvision's own
-        if kind == "bias" or owner in ("head", "head.2", "head_dist"):
+        if kind == "bias":
             assert not parameter.any(), name
         elif owner in linears:
             rows = parameter.shape[0] // 3 if owner.endswith("qkv") else parameter.shape[0]

@@ -198,10 +198,9 @@ def _range(least: float, largest: float, whites: tuple[int, ...]) -> ValueRange:
 def find_range(files: Sequence[str]) -> tuple[ValueRange | None, str]:
     """What is black and white in those of these files that are deeper than 8 bits; and a note about it.
 
-    White is that of the fewest bits (8, 10, 12, 14, 16) that a TIFF states and that hold every value; of
-    floats the least of 1, 255 and 65535. Beyond that, or where a value is negative, it is the largest value
-    and black the least. The sBIT of a PNG says nothing: its pixels are scaled to 16 bits. Files that cannot
-    be read are left out.
+    White is that of the fewest bits (8, 10, 12, 14, 16) that hold every value and that a TIFF states (PNGs
+    are scaled to 16, whatever sBIT says); of floats the least of 1, 255, 65535. Beyond, or where a value is
+    negative, they are the least and the largest value. Files that cannot be read are left out.
     """
     ends: list[float] = []
     bits, whites = 0, _INTEGER_WHITES

@@ -3,7 +3,7 @@
 from .attention import Attention, attend
 from .block import Block
 from .drop_path import DropPath, drop_path_schedule
-from .init import init_head, init_linear, init_projection
+from .init import init_linear, init_projection
 from .mlp import Mlp
 from .patch_embed import ConvStem, GridEmbed, PatchEmbed
 from .window import WindowAttention
@@ -19,7 +19,6 @@ __all__ = [
     "WindowAttention",
     "attend",
     "drop_path_schedule",
-    "init_head",
     "init_linear",
     "init_projection",
 ]

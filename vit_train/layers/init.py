@@ -1,18 +1,18 @@
-"""Initial weights of the transformer parts: those of the ViT paper's own code, with two differences.
+"""Initial weights of the transformer parts: those of the ViT paper's own code, with three differences.
 
 google-research/vision_transformer (vit_jax/models_vit.py), value by value:
 
     query, key, value    Xavier uniform, each a matrix of its own; ours stand in one weight
-    attn.proj, MLP       Xavier uniform; their MLP biases are normal with deviation 1e-6, ours are 0
+    attn.proj, MLP       Xavier uniform, bias 0 (1e-6 in their MLP)
     patch projection     LeCun normal, JAX's default: tokens start with the variance of the pixels
-    head                 0, weight and bias: the first loss is ln K, also on top of pretrained weights
-    positions            differs: normal, deviation 0.02, there; here the sines and cosines of the grid, as in
+    head                 differs: 0 there. Here so on pretrained weights, where the first loss is then ln K;
+                         from scratch Xavier uniform, which learns faster (docs/RESULTS.md)
+    positions            differs: normal, deviation 0.02, there. Here the sines and cosines of the grid, as in
                          "Better plain ViT baselines for ImageNet-1k" (Beyer et al. 2022), learned from there
-    class token          differs: 0 there; here deviation 0.02, as in DeiT
+    class token          differs: 0 there. Here deviation 0.02, as in DeiT
 
-The fixed deviation of 0.02 that DeiT, Swin and timm use for every linear layer is Xavier's for a width of
-2,500; at a width of 64 it is a sixth of it, and a narrow model trained from scratch hardly starts to learn.
-Swin's linear layers are therefore Xavier uniform here too.
+The deviation of 0.02 that DeiT, Swin and timm use for linear layers is Xavier's for a width of 2,500: a sixth
+of it at a width of 64, where a narrow model hardly starts to learn. Swin's are Xavier uniform here too.
 """
 
 from __future__ import annotations
@@ -26,23 +26,13 @@ TOKEN_STD = 0.02  # of class tokens and relative position bias, truncated at +-2
 _WAVELENGTHS = 10_000.0
 
 
-def init_linear(linear: nn.Linear, *, matrices: int = 1) -> None:
-    """Xavier uniform weight, zero bias.
-
-    Args:
-        linear: what to initialise.
-        matrices: how many matrices stand on top of each other in its weight; each is drawn as one of its own.
-    """
-    for matrix in linear.weight.detach().chunk(matrices):
-        nn.init.xavier_uniform_(matrix)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
-
-
-def init_head(linear: nn.Linear) -> None:
-    """Zero weight and bias."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
+def init_linear(module: nn.Module, *, matrices: int = 1) -> None:
+    """Xavier uniform weight of an nn.Linear, or of that many `matrices` stacked in it, and bias 0."""
+    if isinstance(module, nn.Linear):
+        for matrix in module.weight.detach().chunk(matrices):
+            nn.init.xavier_uniform_(matrix)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def init_projection(conv: nn.Conv2d) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vit_train.layers import init_head
+from vit_train.layers import init_linear
 from vit_train.layers.init import TOKEN_STD
 
 from .vit import ViT
@@ -65,7 +65,7 @@ class DeiT(ViT):
             num_classes=num_classes,
         )
         self.head_dist = nn.Linear(embed_dim, num_classes)
-        init_head(self.head_dist)
+        init_linear(self.head_dist)
 
     def _init_tokens(self, h: int, w: int) -> None:
         self.dist_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))

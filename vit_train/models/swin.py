@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit_train.layers import Block, WindowAttention, drop_path_schedule, init_head, init_linear
+from vit_train.layers import Block, WindowAttention, drop_path_schedule, init_linear
 
 
 class PatchMerging(nn.Module):
@@ -125,7 +125,7 @@ class Swin(nn.Module):
         self.layers = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.head = nn.Linear(dim, num_classes)
-        init_head(self.head)
+        init_linear(self.head)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay would harm and whose shape does not tell."""

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vit_train.layers import Attention, Block, drop_path_schedule, init_head, init_linear
+from vit_train.layers import Attention, Block, drop_path_schedule, init_linear
 from vit_train.layers.checks import require_heads
 from vit_train.layers.init import TOKEN_STD, sincos_positions
 
@@ -87,13 +87,12 @@ class ViT(nn.Module):
             for rate in drop_path_schedule(drop_path_rate, depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        last = nn.Linear(embed_dim, num_classes)
-        init_head(last)
-        self.head: nn.Module = last
-        if head == "mlp":
-            first = nn.Linear(embed_dim, embed_dim)
-            init_linear(first)
-            self.head = nn.Sequential(first, nn.GELU(), last)
+        self.head = (
+            nn.Linear(embed_dim, num_classes)
+            if head == "linear"
+            else nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.GELU(), nn.Linear(embed_dim, num_classes))
+        )
+        self.head.apply(init_linear)
 
     def _init_tokens(self, h: int, w: int) -> None:
         """Makes the learned tokens and one position for each token."""
