@@ -90,9 +90,8 @@ def load_pretrained(
     if _other_head(own, theirs, pretrained.class_names, class_names):
         report.made_anew += [name for name in own if name.startswith(_HEADS)]
         for head in _HEADS:
-            for name in [name for name in own if name.startswith(head)][
-                -2:
-            ]:  # weight and bias of its last layer
+            last = [name for name in own if name.startswith(head)][-2:]  # weight and bias of its last layer
+            for name in last:
                 own[name].zero_()  # on features that are trained already: the first loss is ln K
         theirs = {name: tensor for name, tensor in theirs.items() if not name.startswith(_HEADS)}
     with torch.no_grad():
