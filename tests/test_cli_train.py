@@ -231,6 +231,7 @@ def test_a_limit_stops_with_the_command_that_goes_on(typed, in_tmp, full):
     done = typed(*TINY, "trainer.stop_at_step=7", f"run_dir={long_name}")
     assert (done.code, done.err) == (0, "")
     assert not (in_tmp / long_name / "result.json").exists()
+    assert re.search(r"^weights +from scratch *$", done.out, flags=re.MULTILINE)
     said, printed = done.out.splitlines()[-2:]
     assert "stopped at step 7 (trainer.stop_at_step)" in said
     assert printed.strip() == f"vit-train resume={long_name}"
@@ -238,6 +239,7 @@ def test_a_limit_stops_with_the_command_that_goes_on(typed, in_tmp, full):
     again = typed(*printed.split()[1:])
     assert again.code == 0, again.err
     assert re.search(r"^continues +after step 7", again.out, flags=re.MULTILINE)
+    assert re.search(r"^weights +from step_00000007 of this run *$", again.out, flags=re.MULTILINE)
     went_on, straight = result_of(in_tmp / long_name), result_of(full[0])
     for key in ("test/loss", "test/top1", "best/val/loss", "steps"):
         assert went_on[key] == straight[key], "another result than the uninterrupted run"

@@ -11,6 +11,7 @@ from conftest import compose
 from omegaconf import OmegaConf
 
 from vit_train.composed import check_config
+from vit_train.resume import flat
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -88,6 +89,20 @@ def test_every_experiment_composes_checks_and_names_its_command(name):
         arguments = command.split()[1:]
         assert f"experiment={name}" in arguments
         checked(*arguments)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_key_an_experiment_sets_arrives(name):
+    """A defaults list in the wrong order let train.yaml put init_from back to null, without a word."""
+    written = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text())
+    del written["defaults"]
+    composed = OmegaConf.create(checked(f"experiment={name}"))
+    set_keys = flat(written)
+    assert len(set_keys) > 5
+    for key, value in set_keys.items():
+        assert OmegaConf.select(composed, key) == value, key
+    typed = checked(f"experiment={name}", "init_from=mine.pth", "seed=7", "trainer.epochs=3")
+    assert (typed["init_from"], typed["seed"], typed["trainer"]["epochs"]) == ("mine.pth", 7, 3)
 
 
 # ------------------------------------------------------------------------------------- what was promised

@@ -52,6 +52,7 @@ def test_a_run_starts_from_another_ones_averaged_weights(pretrained, in_tmp):
         *TINY, f"init_from={pretrained}", "optimizer.lr=0.0", "run_dir=new", "seed=5", cwd=in_tmp
     )
     assert done.code == 0, done.err
+    assert f" weights from {pretrained} (checkpoint step_000000" in said(done)
     assert "tensors loaded" in said(done)
     assert "made anew" not in said(done)
     before, after = load(resolve_link(pretrained / "checkpoints/best")).tensors, tensors(in_tmp / "new")

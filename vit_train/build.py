@@ -99,6 +99,7 @@ class Run:
     config: dict[str, Any]
     origins: dict[str, str]
     notes: list[str]
+    weights: str  # where the model starts from
     multiply_adds: int
 
 
@@ -358,7 +359,10 @@ def _build(
         model = make(offline, key="model", allow=allow["model"])
     else:
         model = make_part(cfg, "model", allow)
-    if found is None and cfg.init_from is not None:
+    weights = "from scratch" if offline == config["model"] else "pretrained parts, the rest from scratch"
+    if found is not None:
+        weights = f"from {found.path.name} of this run"
+    elif cfg.init_from is not None:
         if fixed and "experiment" not in launch.choices:
             notes.append(
                 f"optimizer.lr={cfg.optimizer.lr:g} is made for training from scratch; to keep more of what "
@@ -372,7 +376,7 @@ def _build(
                 "this data, it has seen validation images, and their figures are too good"
             )
         report = load_pretrained(model, pretrained, strict=cfg.init_strict, class_names=data.class_names)
-        notes.append(str(report))
+        weights = str(report)
     fingerprint = data.fingerprint()
     if found is not None:
         notes += check_data(found, data, fingerprint, run_dir, force=force)
@@ -426,6 +430,7 @@ def _build(
             stored=allow is not None,
         ),
         notes=[*notes, *data.notes, *(f"checkpoint skipped: {problem}" for problem in problems)],
+        weights=weights,
         multiply_adds=outlined()[1],
     )
 

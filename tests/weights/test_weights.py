@@ -323,7 +323,7 @@ def test_what_does_not_fit_is_an_error_or_in_the_report(misfit, tmp_path):
         assert part in str(caught.value)
     report = load_pretrained(vit(**settings), str(tmp_path / "w.pth"), strict=False)
     assert report.made_anew or report.left_over
-    assert str(report).startswith(f"weights from {tmp_path / 'w.pth'} (timm's names): ")
+    assert str(report).startswith(f"from {tmp_path / 'w.pth'} (timm's names): ")
 
 
 def test_weights_of_something_else_never_pass(tmp_path):

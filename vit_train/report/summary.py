@@ -59,6 +59,7 @@ def summary(run: Run) -> Table:
     rows = {
         "model": f"{node['_target_'].rsplit('.', 1)[-1]}, {parameters / 1e6:.2f}M parameters{frozen}, "
         f"{run.multiply_adds / 1e9:.3f} GMACs an image (multiply-adds)  [{origin['model']}]",
+        "weights": run.weights,
         "data": ", ".join(
             f"{split_name} {size:,}" if size else f"no {split_name}"
             for split_name, size in data.sizes.items()

@@ -55,7 +55,7 @@ class LoadReport:
         ):
             if names:
                 parts.append(f"{what}: {_listed(names)}")
-        return f"weights from {self.source}: {'; '.join(parts)}"
+        return f"from {self.source}: {'; '.join(parts)}"
 
 
 def load_pretrained(
