@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY, build
+from conftest import TINY, build, compose
+from omegaconf import OmegaConf
 from torch import nn
 
+from vit_train.construct import make
 from vit_train.errors import ConfigError
 from vit_train.strategy import DataParallel, SingleDevice, auto, gather, resolve_device, scatter
 
@@ -106,6 +108,21 @@ def test_auto_is_one_device_under_a_launcher(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("RANK", "0")
     assert type(auto(device="cpu")) is SingleDevice
+
+
+def test_auto_keeps_the_threads_on_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine need not have any: the devices are only named here, nothing runs on them."""
+    for variable in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with monkeypatch.context() as named_only:
+        named_only.setattr("vit_train.strategy.resolve_device", torch.device)
+        chosen = auto(num_threads=3)
+    assert isinstance(chosen, DataParallel)
+    assert (chosen.devices, chosen.num_threads) == ([torch.device("cuda:0"), torch.device("cuda:1")], 3)
+    # a model of 8 pixels is not worth a second card
+    tiny = make(OmegaConf.to_container(compose("data=digits").strategy))
+    assert (type(tiny), tiny.num_threads) == (SingleDevice, 1)
 
 
 def test_a_snapshot_is_a_copy() -> None:

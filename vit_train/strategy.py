@@ -170,6 +170,7 @@ class DataParallel(SingleDevice):
     Args:
         devices: such as [cuda:0, cuda:1]; null takes every visible GPU. A device may be named twice, and
             several `cpu` entries run one after another, which computes the same.
+        num_threads: CPU threads, see `SingleDevice`.
 
     Raises:
         ValueError: there is no GPU and none was named, or a named device is not there.
@@ -177,7 +178,9 @@ class DataParallel(SingleDevice):
 
     supports_compile = False  # replicas are made anew each step, so each step would compile anew
 
-    def __init__(self, *, devices: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self, *, devices: tuple[str, ...] | None = None, num_threads: Positive | None = None
+    ) -> None:
         if devices is None:
             devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
             if not devices:
@@ -185,7 +188,7 @@ class DataParallel(SingleDevice):
         if not devices:
             raise ValueError("strategy.devices is empty; name at least one device or type strategy=single")
         self.devices = [resolve_device(device) for device in devices]
-        super().__init__(device=devices[0])
+        super().__init__(device=devices[0], num_threads=num_threads)
 
     def describe(self) -> str:
         """For the summary: how many devices of which kind."""
@@ -233,5 +236,5 @@ def auto(*, device: str = "auto", num_threads: Positive | None = None) -> Single
     """
     launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
     if device in ("auto", "cuda") and torch.cuda.device_count() > 1 and not launched:
-        return DataParallel()
+        return DataParallel(num_threads=num_threads)
     return SingleDevice(device=device, num_threads=num_threads)
