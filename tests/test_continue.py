@@ -105,6 +105,34 @@ def test_a_run_that_stopped_early_can_be_grown(in_tmp) -> None:
     assert json.loads((in_tmp / "run/result.json").read_text())["steps"] > first["steps"]
 
 
+def test_a_run_that_stopped_early_goes_on_with_more_patience(in_tmp) -> None:
+    """And is then the run that had this patience from the start. With a rate this low nothing gets better."""
+    settings = (*TINY, "optimizer.lr=1e-12", "trainer.epochs=7")
+    done = vit_train_here(*settings, "trainer.early_stop_patience=1", "run_dir=run", cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert "stopped early: no better validation top-1 in 1 evaluation\n" in done.out
+    assert done.out.endswith("train longer   vit-train resume=run trainer.early_stop_patience=2\n")
+    figures = in_tmp / "run/result.json"
+    first = json.loads(figures.read_text())
+    assert first["stopped_early"]
+    done = vit_train_here("resume=run", "trainer.early_stop_patience=3", cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert "trainer.early_stop_patience: 1 -> 3 " in " ".join(done.out.split()) + " "
+    assert "the schedule now spans" not in done.out
+    straight = (*settings, "trainer.early_stop_patience=3", "run_dir=straight")
+    assert vit_train_here(*straight, cwd=in_tmp).code == 0
+    assert json.loads(figures.read_text())["steps"] == first["steps"] + 10
+    assert checkpoint_hashes(in_tmp / "run") == checkpoint_hashes(in_tmp / "straight")
+    before = figures.read_bytes()
+    for patience in (2, 3):  # nothing is left to do
+        done = vit_train_here("resume=run", f"trainer.early_stop_patience={patience}", cwd=in_tmp)
+        assert (done.code, done.err) == (0, "")
+        assert done.out == "run is finished: nothing to do. Its figures:  vit-eval run\n"
+    assert figures.read_bytes() == before
+    assert vit_train_here("resume=run", "trainer.early_stop_patience=null", cwd=in_tmp).code == 0
+    assert json.loads(figures.read_text())["epochs"] == 7
+
+
 def test_growth_that_is_interrupted_at_once_is_not_forgotten(in_tmp) -> None:
     listening = ("trainer.early_stop_patience=1", "optimizer.lr=0.0", "trainer.epochs=6")
     assert vit_train_here(*TINY, *listening, "run_dir=run", cwd=in_tmp).code == 0

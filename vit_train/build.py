@@ -39,6 +39,7 @@ from vit_train.resume import (
     check_machine,
     checkpoint_to_continue,
     flat,
+    grown,
     old_warmup,
     rate_jump,
     read_config,
@@ -255,7 +256,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         check_config(cfg)  # what was adopted as well
         check_numbers(cfg)
         notes += check_continuation(stored, plain(cfg), run_dir)
-        if (run_dir / "result.json").is_file() and not _grown(stored, cfg) and named is None:
+        if (run_dir / "result.json").is_file() and not grown(stored, plain(cfg)) and named is None:
             return run_dir
     return _build(
         cfg,
@@ -281,7 +282,7 @@ def _build(
     named: Path | None,
     force: bool,
     signals: Signals | None,
-) -> Run:
+) -> Run | Path:
     from vit_train.data.batch_transforms import Normalize
     from vit_train.guard import Signals
     from vit_train.memory import fit_micro_batch
@@ -409,12 +410,16 @@ def _build(
         try:
             trainer.resume(found)
             trainer.state.check_position(trainer.steps_per_epoch, trainer.total_steps)
-            if trainer.state.stopped_early and _grown(found.state["config"], cfg):  # since it was written
-                trainer.state.stopped_early, trainer.state.evaluations_since_best = False, 0
+            if trainer.state.stopped_early:
+                if grown(found.state["config"], config, patience=False):  # since it was written
+                    trainer.state.evaluations_since_best = 0
+                trainer.judge_patience()
             notes += rate_jump(before, trainer)
         except (AttributeError, ArithmeticError, RuntimeError, ValueError, TypeError, LookupError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error
+        if (run_dir / "result.json").is_file() and trainer.is_done() and named is None:
+            return run_dir
     elif trainer.auto_batch:
         pieces = fit_micro_batch(trainer, cfg.data.batch_size // strategy.world_size)
         trainer.grad_accum_steps = config["trainer"]["grad_accum_steps"] = pieces
@@ -549,7 +554,3 @@ def outline(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...]] | No
         )
     with as_config_error("model"):
         return model, multiply_adds(model, in_channels=data["in_channels"], img_size=data["img_size"])
-
-
-def _grown(stored: Mapping[str, Any], cfg: DictConfig) -> bool:
-    return any(stored["trainer"][key] != cfg.trainer[key] for key in ("epochs", "max_steps"))

@@ -155,7 +155,8 @@ _FREE = (
     "trainer.on_nonfinite",
     "trainer.auto_batch",  # what it found is in grad_accum_steps
 )
-_GROWABLE = ("trainer.epochs", "trainer.max_steps")
+_BUDGET = ("trainer.epochs", "trainer.max_steps")
+_GROWABLE = (*_BUDGET, "trainer.early_stop_patience")
 _HARDWARE = ("strategy",)
 _CADENCE = ("trainer.eval_every_epochs",)
 
@@ -220,10 +221,19 @@ def check_continuation(stored: Mapping[str, Any], config: Mapping[str, Any], run
             f"{run_dir} holds a run with another configuration ({'; '.join(differences.identity)}); "
             "choose another run_dir, or type the values it has"
         )
-    notes = [f"{line}: the schedule now spans the new budget" for line in differences.grown]
+    notes = [
+        f"{line}: the schedule now spans the new budget" if line.startswith(_BUDGET) else line
+        for line in differences.grown
+    ]
     if differences.hardware:
         notes.append(f"{'; '.join(differences.hardware)}: results may differ in the last bits from here on")
     return notes
+
+
+def grown(stored: Mapping[str, Any], new: Mapping[str, Any], *, patience: bool = True) -> bool:
+    """Whether a continuation has another budget than the run, or (where asked) another patience."""
+    keys = _GROWABLE if patience else _BUDGET
+    return any(flat(stored).get(key) != flat(new).get(key) for key in keys)
 
 
 def check_budget(stored: Mapping[str, Any], trainer: Any) -> int:

@@ -150,10 +150,19 @@ class Trainer:
         stop = self.guard.asked(self.state.step)
         if (stop and self.state.step == 0) or (self.nonfinite.goes_back and self.state.anchor is None):
             self.save(best=False)  # so that there is something to continue from, or to go back to
-        while not stop and self.state.closed_epochs < self.total_epochs and not self.state.stopped_early:
+        while not stop and not self.is_done():
             epoch = self.state.closed_epochs
             stop = self.train_epoch(epoch) or self.close_epoch(epoch)
         return stop
+
+    def is_done(self) -> bool:
+        """Whether the budget is spent, or early stopping ended the run."""
+        return self.state.closed_epochs >= self.total_epochs or self.state.stopped_early
+
+    def judge_patience(self) -> None:
+        """Whether early stopping ends the run: after an evaluation, or because a continuation changed it."""
+        patience = math.inf if self.early_stop_patience is None else self.early_stop_patience
+        self.state.stopped_early = self.state.evaluations_since_best >= patience
 
     def train_epoch(self, epoch: int) -> Stop | None:
         """The remaining steps of one epoch; saves and returns the reason where it was asked to stop."""
@@ -239,7 +248,7 @@ class Trainer:
             self.schedule.observe(metrics)
         state.last, state.sums, state.closed_epochs = metrics, [0.0] * 4, epoch + 1
         self.sums = wide(self.strategy.device, state.sums)
-        state.stopped_early = state.evaluations_since_best >= (self.early_stop_patience or math.inf)
+        self.judge_patience()
         ending = last_epoch or state.stopped_early
         stop = None if ending else self.guard.asked(self.state.step)
         self.tracker.after_epoch(state.step, epoch, metrics)

@@ -267,7 +267,7 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     from vit_train.report.attention import sheet_of_attention
     from vit_train.report.pictures import sheet_of_predictions
     from vit_train.report.record import closing_figures
-    from vit_train.report.summary import closing_table, hyperparameters
+    from vit_train.report.summary import closing_table, count, hyperparameters
 
     trainer, run_dir = run.trainer, run.run_dir
     result = closing_figures(
@@ -288,6 +288,10 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     run.console.say(closing_table(result))
     by_steps = run.config["trainer"]["max_steps"] is not None
     longer = f"trainer.max_steps={2 * step}" if by_steps else f"trainer.epochs={2 * trainer.total_epochs}"
+    if trainer.state.stopped_early:
+        waited = trainer.state.evaluations_since_best
+        run.console.say(f"stopped early: no better validation top-1 in {count(waited, 'evaluation')}")
+        longer = f"trainer.early_stop_patience={2 * waited}"
     run.console.say(
         f"run directory  {run_dir}\n"
         f"curves         tensorboard --logdir {shlex.quote(str(run_dir.parent))}\n"
