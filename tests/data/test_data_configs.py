@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import compose
 
 from vit_train import construct
 from vit_train.build import STORED_CODE
-from vit_train.data import Normalize
+from vit_train.composed import check_config, plain
+from vit_train.data import Cifar10, Normalize
 from vit_train.data.batch_transforms import auto_crop_scale
+from vit_train.resume import flat
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
@@ -24,7 +27,9 @@ def load(group, name):
 def data_node(name, augment):
     """The data node with its interpolations resolved, as Hydra would."""
     node = load("data", name)
-    node.pop("defaults")
+    if node.pop("defaults") == ["cifar10", "_self_"]:
+        node = {**load("data", "cifar10"), **node}
+        node.pop("defaults")
     assert node["seed"] == "${seed}"
     assert node["sample_transform"] == "${augment.sample}"
     assert node["repeats"] == "${oc.select:augment.repeats,1}"
@@ -46,7 +51,7 @@ def augment_nodes(name):
 
 
 def test_the_groups_are_complete():
-    assert DATA == ["cifar10", "cifar100", "digits", "imagefolder"]
+    assert DATA == ["cifar10", "cifar100", "cifar10_folder", "digits", "imagefolder"]
     assert AUGMENT == ["deit", "light", "medium", "none", "photo", "shift"]
 
 
@@ -56,6 +61,8 @@ def test_a_data_node_is_its_constructor(name):
     assert construct.check(node, key="data") == []
     parameters = inspect.signature(construct.locate(node["_target_"])).parameters
     assert set(node) - {"_target_"} == set(parameters)
+    if name == "cifar10_folder":
+        return  # a recipe over another module, see below
     for key in set(node) - {"_target_", "seed", "sample_transform", "repeats"}:
         default = parameters[key].default
         assert node[key] == (list(default) if isinstance(default, tuple) else default), key
@@ -63,10 +70,33 @@ def test_a_data_node_is_its_constructor(name):
 
 @pytest.mark.parametrize("name", DATA)
 def test_a_data_config_brings_its_recipe(name):
-    defaults = {key: value for entry in load("data", name)["defaults"] for key, value in entry.items()}
+    entries = load("data", name)["defaults"]
+    entries = load("data", "cifar10")["defaults"] if "cifar10" in entries else entries
+    defaults = {key: value for entry in entries for key, value in entry.items()}
     chosen = {key.removeprefix("override /").split("@")[0]: value for key, value in defaults.items()}
     assert set(chosen) >= {"model", "augment", "trainer"}
     assert chosen["augment"] in AUGMENT
+
+
+@pytest.mark.parametrize("others", [(), ("model=swin_cifar", "seed=3"), ("experiment=swin_cifar_tutorial",)])
+def test_cifar10_as_a_folder_has_everything_from_cifar10_but_where_it_lies(others):
+    def composed(choice):
+        cfg = compose(*others, f"data={choice}")
+        check_config(cfg)
+        return flat(plain(cfg))
+
+    there, here = composed("cifar10"), composed("cifar10_folder")
+    differing = {key: here.get(key) for key in {*here, *there} if here.get(key) != there.get(key)}
+    tutorial = bool(others) and others[0].startswith("experiment")  # which normalises in its own way
+    constants = {"data.mean": list(Cifar10.default_mean), "data.std": list(Cifar10.default_std)}
+    assert differing == {
+        "data._target_": "vit_train.data.ImageFolder",
+        "data.root": None,
+        "data.resize": "crop",
+        "data.background": [255, 255, 255],
+        "data.on_bad_image": "error",
+        **({} if tutorial else constants),
+    }
 
 
 @pytest.mark.parametrize("name", AUGMENT)
