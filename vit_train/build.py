@@ -30,7 +30,7 @@ from vit_train.composed import (
     refuse_secrets,
 )
 from vit_train.construct import foreign_code, make, with_defaults
-from vit_train.errors import CheckpointError, ConfigError, DataError, suggest
+from vit_train.errors import CheckpointError, ConfigError, DataError
 from vit_train.report.origins import origins
 from vit_train.resume import (
     check_budget,
@@ -108,7 +108,7 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
     """The stored configuration with what the user typed beside resume=.
 
     Raises:
-        ConfigError: a group choice, or a key the run does not have.
+        ConfigError: a group choice.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -127,12 +127,7 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
                 f"{override.input_line}: resume= continues with the stored configuration; only single values "
                 "such as trainer.epochs=50 can be given beside it"
             )
-        parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(cfg, parent) if parent else cfg
-        if not isinstance(node, DictConfig) or name not in node:
-            known = [str(k) for k in node] if isinstance(node, DictConfig) else []
-            raise ConfigError(f"{key}: the run has no such key{suggest(name, known)}")
-        node[name] = override.value()
+        OmegaConf.update(cfg, key, override.value(), force_add=True)  # what it is not is said by the check
     return cfg
 
 

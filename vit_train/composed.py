@@ -7,7 +7,7 @@ DictConfig, beside build.py, describe.py and the command itself.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vit_train.construct import check, is_node
-from vit_train.errors import ConfigError
+from vit_train.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from vit_train.weights import Pretrained
@@ -73,27 +73,44 @@ class Root:
     summary: bool = False
 
 
+_ROOT = tuple(field.name for field in fields(Root))
+
+
 def check_config(cfg: DictConfig) -> None:
     """Every error of a composed configuration at once, without building or touching anything.
 
     Raises:
         ConfigError: one line per error, each with its full key.
     """
-    errors = _broken_interpolations(cfg)
-    if not errors:
-        tree = plain(cfg)
-        errors = check({"_target_": "vit_train.composed.Root", **tree}, pending=_pending(cfg))
-        augment = tree.get("augment")
-        extra = set(augment) - {*_AUGMENT} if isinstance(augment, dict) else set()
-        errors += [f"augment.{key}: unknown; augment holds {', '.join(_AUGMENT)}" for key in sorted(extra)]
-        sample = augment.get("sample") if isinstance(augment, dict) else None
-        if sample is not None and not is_node(sample):
-            errors.append("augment.sample: needs a `_target_`; augment=medium and augment=deit have one")
-        for group in GROUPS:
-            if group != "augment" and not is_node(tree.get(group)):
-                errors.append(f"{group}: needs a `_target_`; choose one with {group}=...")
+    broken = _broken_interpolations(cfg)
+    sound = cfg.copy() if broken else cfg
+    for key in broken:
+        OmegaConf.update(sound, key, None)
+    tree = plain(sound)
+    errors = [*broken.values(), *_unknown(tree)]
+    root = {name: tree[name] for name in _ROOT if name in tree}
+    errors += check({"_target_": "vit_train.composed.Root", **root}, pending=_pending(sound) | broken.keys())
+    augment = tree.get("augment")
+    extra = set(augment) - {*_AUGMENT} if isinstance(augment, dict) else set()
+    errors += [f"augment.{key}: unknown; augment holds {', '.join(_AUGMENT)}" for key in sorted(extra)]
+    sample = augment.get("sample") if isinstance(augment, dict) else None
+    if sample is not None and not is_node(sample):
+        errors.append("augment.sample: needs a `_target_`; augment=medium and augment=deit have one")
+    for group in GROUPS:
+        if group != "augment" and not is_node(tree.get(group)):
+            errors.append(f"{group}: needs a `_target_`; choose one with {group}=...")
     if errors:
-        raise ConfigError(_one_message([e.replace("Root has", "the configuration has") for e in errors]))
+        raise ConfigError(_one_message(errors))
+
+
+def _unknown(tree: dict[str, Any]) -> list[str]:
+    """A line for each key at the root that is not one: `lr` means `optimizer.lr`, `optimzer.lr` as well."""
+    lines = []
+    for key in sorted(tree.keys() - {*_ROOT}):
+        owners = [f"{group}.{key}" for group in GROUPS if key in (tree.get(group) or ())]
+        guess = f"; did you mean {' or '.join(map(repr, owners))}?" if owners else suggest(key, _ROOT)
+        lines.append(f"{key}: the configuration has no such key{guess} (it has: {', '.join(_ROOT)})")
+    return lines
 
 
 def _one_message(errors: list[str]) -> str:
@@ -124,18 +141,19 @@ def check_launch(launch: Launch) -> None:
                 raise ConfigError(f"{folder / name} has the name of a built-in config, which wins; rename it")
 
 
-def _broken_interpolations(cfg: DictConfig, prefix: str = "") -> list[str]:
-    errors: list[str] = []
+def _broken_interpolations(cfg: DictConfig, prefix: str = "") -> dict[str, str]:
+    """Full key -> line, of each value that refers to nothing."""
+    errors: dict[str, str] = {}
     keys = cfg.keys() if isinstance(cfg, DictConfig) else range(len(cfg))
     for key in keys:
         full = f"{prefix}.{key!s}" if prefix else str(key)
         try:
             value = cfg[key]
         except OmegaConfBaseException as error:
-            errors.append(f"{full}: {str(error).splitlines()[0]}")
+            errors[full] = f"{full}: {str(error).splitlines()[0]}"
             continue
         if OmegaConf.is_config(value):
-            errors += _broken_interpolations(value, full)
+            errors |= _broken_interpolations(value, full)
     return errors
 
 

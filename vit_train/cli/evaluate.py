@@ -379,6 +379,8 @@ def with_overrides(
 
     import yaml
 
+    from vit_train.cli.typed import is_text
+
     config = copy.deepcopy(config)
     groups = [text for text in overrides if text.startswith("data=")]
     for text in groups:
@@ -406,7 +408,7 @@ def with_overrides(
             known = [k for k in node if not k.startswith("_")] if isinstance(node, dict) else []
             raise ConfigError(f"{key}: no such key{suggest(name, known)} (choices: {', '.join(known)})")
         try:
-            node[name] = yaml.safe_load(text)
+            node[name] = text if is_text(key, text) else yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"{override}: the value is not valid YAML") from None
     return config

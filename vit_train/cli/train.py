@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vit_train import durable
 from vit_train.build import Run, build_run
+from vit_train.cli.typed import for_hydra, is_group, place
 from vit_train.composed import Launch, config_dir
 from vit_train.describe import describe
 from vit_train.errors import ConfigError, Interrupted, OutOfMemoryError, SaveError, VitTrainError, suggest
@@ -45,6 +46,7 @@ def main() -> None:
     def task(cfg: DictConfig) -> float | None:
         nonlocal composed
         composed = True
+        sys.argv[1:] = arguments  # as typed, for run.json
         # Hydra announces an exception in a line of its own, and a sweep would end with it: kept until the end
         try:
             return train(cfg)
@@ -57,11 +59,8 @@ def main() -> None:
             failures.append(error.exit_code)
             return None
 
-    # the shell leaves the ~ of key=~/path to us, and Hydra's grammar has no place for it
-    sys.argv[1:] = [re.sub(r"(?<==)~(?=/|$)", str(Path.home()), argument) for argument in sys.argv[1:]]
-    if any(argument.startswith("resume=") for argument in sys.argv[1:]):
-        # the values belong to the stored configuration, which may have keys that this composition lacks
-        sys.argv[1:] = [re.sub(r"^(?=[a-z_]+\.[\w.]+=)", "++", argument) for argument in sys.argv[1:]]
+    arguments = sys.argv[1:]
+    sys.argv[1:] = for_hydra(arguments)
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)()
     except KeyboardInterrupt:
@@ -95,7 +94,7 @@ def train(cfg: DictConfig) -> float | None:
         if isinstance(built, Path):
             if (built / ".history.png").exists() or not (built / "history.png").exists():
                 _draw(built)  # killed at the very last
-            print(f"{built} is finished: nothing to do. Its figures:  vit-eval {built}")
+            print(f"{built} is finished: nothing to do. Its figures:  vit-eval {shlex.quote(str(built))}")
             return None
         result = execute(built)
     return None if result is None else result["best/val/top1"]
@@ -255,7 +254,7 @@ def _plan(run: Run) -> Plan:
 
 def _stopped(run: Run, stop: Stop) -> dict[str, Any] | None:
     message = f"{stop.reason}; step {run.trainer.state.step} is saved. Continue with:"
-    run.console.say(f"{message}\n  vit-train {_resume(run.run_dir)}")
+    run.console.say(f"{message}\n  vit-train {place('resume', run.run_dir)}")
     if stop.signum is not None:
         raise Interrupted(message, stop.signum)
     return None
@@ -296,17 +295,9 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
         f"run directory  {run_dir}\n"
         f"curves         tensorboard --logdir {shlex.quote(str(run_dir.parent))}\n"
         f"evaluate       vit-eval {shlex.quote(str(run_dir))}\n"
-        f"train longer   vit-train {_resume(run_dir)} {longer}"
+        f"train longer   vit-train {place('resume', run_dir)} {longer}"
     )
     return result
-
-
-def _resume(run_dir: Path) -> str:
-    """`resume=...` as it has to be typed: quoted for Hydra, then for the shell, where the path needs it."""
-    text = str(run_dir)
-    if not re.fullmatch(r"[\w./:@%+-]+", text):
-        text = "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return shlex.quote(f"resume={text}")
 
 
 # ------------------------------------------------------------------------------------ what Hydra means to say
@@ -320,13 +311,12 @@ def explain(error: BaseException) -> str:
         guess = suggest(choice, choices) or _suggest_family(choice, choices)
         return f"{group}={choice}: no such {group}{guess} (choices: {', '.join(choices)})"
     if isinstance(error, ValueError):
-        typed = " ".join(a for a in sys.argv[1:] if _is_group(a.partition("=")[0]))
+        typed = " ".join(a for a in sys.argv[1:] if is_group(a.partition("=")[0]))
         return f"{typed}: a config is chosen by its name, such as model=vit_tiny"
     text = " ".join(" ".join(str(e) for e in _chain(error)).split())
     match = re.search(r"Could not override '([^']+)'", text)
     if match and "must be" not in text:
-        key = match.group(1)
-        return f"{key}: there is no such key{_suggest_key(key)} (`vit-train --cfg job` shows all)"
+        return f"{match.group(1)}: there is no such key (`vit-train --cfg job` shows all)"
     if isinstance(error, OverrideParseException):
         typed = getattr(error, "override", None) or "an argument"
         return f"{typed}: expected key=value, such as trainer.epochs=3 (a value with spaces or = in quotes)"
@@ -338,41 +328,6 @@ def _suggest_family(choice: str, choices: list[str]) -> str:
     close = difflib.get_close_matches(choice.split("_")[0], {name.split("_")[0] for name in choices}, n=1)
     members = [name for name in choices if name.split("_")[0] in close]
     return f"; did you mean one of {', '.join(members)}?" if members else ""
-
-
-def _suggest_key(key: str) -> str:
-    """A did-you-mean from the configuration as composed with the typed groups alone."""
-    from hydra import compose, initialize_config_dir
-
-    groups = [
-        a for a in sys.argv[1:] if re.match(r"^[a-z_]+=[A-Za-z0-9_]+$", a) and _is_group(a.split("=")[0])
-    ]
-    try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            plain = OmegaConf.to_container(compose("train", overrides=groups), resolve=False)
-    except Exception:
-        return ""
-    node: Any = plain
-    parts = key.split(".")
-    if len(parts) == 1 and isinstance(plain, dict):  # lr=0.1 means optimizer.lr
-        owners = [
-            f"{group!s}.{key}" for group, value in plain.items() if isinstance(value, dict) and key in value
-        ]
-        if owners:
-            return f"; did you mean {' or '.join(repr(owner) for owner in owners)}?"
-    for i, part in enumerate(parts):
-        known = [str(k) for k in node if not str(k).startswith("_")] if isinstance(node, dict) else []
-        if part not in known:
-            close = difflib.get_close_matches(part, known, n=1)
-            if close:
-                return f"; did you mean {'.'.join([*parts[:i], *close, *parts[i + 1 :]])!r}?"
-            return f" ({'.'.join(parts[:i]) or 'root'} has: {', '.join(known)})" if known else ""
-        node = node[part]
-    return ""
-
-
-def _is_group(name: str) -> bool:
-    return (config_dir() / name).is_dir()
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

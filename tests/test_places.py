@@ -1,0 +1,153 @@
+"""Folders are called as people call them: typed as a shell passes them, through every command, and back by the
+commands that are printed.
+
+Every name goes through all commands with the fault tests; one of each script does so always.
+"""
+
+from __future__ import annotations
+
+import io
+import shlex
+import subprocess
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import vit_train_here
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
+
+from vit_train.cli import data, evaluate, explain, export, predict
+from vit_train.cli.typed import for_hydra, place
+
+NAMES = (
+    "Bär & Söhne",
+    "Ba\u0308r",  # decomposed, as a Mac's zip has it
+    "Fotos [2024], Sommer",
+    "2024",
+    "1e3",
+    "true",
+    "it's",
+    'it\'s "mine"',
+    "#1 best",
+    "a=b",
+    "a,b",
+    "50% off",
+    "$HOME",
+    "(copy) {1}",
+    " led and trailed ",
+    "semi;colon",
+    "back\\slash",
+    "ends in \\",
+    "quote after \\'",
+    "star* what?",
+    "a|b <c>",
+    "!bang",
+    "two\nlines",
+    "фото 2024",
+    "Снимки, лето [1]",
+    "写真",
+    "照片（1）=新",
+    "صور العائلة",
+    "εικόνες & άλλα",
+    "\U0001f436 dogs",
+    "~tilde",
+    "key: value",
+)
+ONE_OF_EACH_SCRIPT = (
+    "Fotos [2024], Sommer",
+    "Снимки, лето [1]",
+    "照片（1）=新",
+    "صور العائلة",
+    "εικόνες & άλλα",
+)
+PLACES = ("data.root", "run_dir", "resume", "init_from", "objective.teacher")
+SMALL = (
+    *("data=imagefolder", "model=vit_digits", "augment=none", "data.img_size=8", "data.batch_size=4"),
+    *("trainer.epochs=2", "tracker.tensorboard=false", "trainer.precision=fp32", "strategy=one_thread"),
+    *("data.val_fraction=0", "data.num_workers=0"),
+)
+
+
+def read(argument):
+    """(key, value) as Hydra reads what it is given."""
+    (override,) = OverridesParser.create().parse_overrides(for_hydra([argument]))
+    return override.key_or_group, override.value()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_place_is_the_text_that_was_typed(name):
+    for key in PLACES:
+        for text in (name, f"/photos/{name}/2", f"{name}/{name}"):
+            assert read(f"{key}={text}") == (key, text)
+            assert read(f"++{key}={text}") == (key, text)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "null", "${x}", "'all of it'", '"all of it"', "", "'", "''"])
+def test_a_printed_place_is_read_as_itself_behind_a_real_shell(name):
+    printed = place("resume", name)
+    seen = subprocess.run(
+        ["sh", "-c", f"printf %s {printed}"], capture_output=True, check=True
+    ).stdout.decode()
+    if "${" not in name:
+        assert read(seen) == ("resume", name)
+    # without a shell's characters it is as bare as can be
+    assert (printed == f"resume={name}") == (shlex.quote(name) == name and name != "null")
+
+
+def test_what_keeps_its_meaning(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert read("data.root=null") == ("data.root", None)
+    assert read("run_dir='a, b'") == ("run_dir", "a, b")
+    assert read('run_dir="a, b"') == ("run_dir", "a, b")
+    assert read("run_dir=runs/${seed}") == ("run_dir", "runs/${seed}")
+    assert read("data.root=~/photos, old") == ("data.root", "/home/me/photos, old")
+    assert read("data.root=~") == ("data.root", "/home/me")
+    assert read("data.root=~him/photos") == ("data.root", "~him/photos")
+    assert read("name=[a,b]") == ("name", ["a", "b"]), "only places are plain text"
+    for flag in ("-m", "--multirun"):
+        given = [flag, "data.root=a,b", "run_dir=~/x"]
+        assert for_hydra(given) == [flag, "++data.root=a,b", "++run_dir=/home/me/x"]
+    given = ["--cfg", "job", "trainer.epoch=3", "~trainer", "model=vit_tiny", "+x=1", "hydra.verbose=true"]
+    assert for_hydra(given) == given
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in ONE_OF_EACH_SCRIPT else pytest.mark.faults) for n in NAMES],
+)
+def test_a_folder_of_this_name_goes_through_all_commands(name, in_tmp):
+    rng = np.random.default_rng(0)
+    for label in ("cat", name):
+        (Path(name) / label).mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+                Path(name, label, f"{i}.png")
+            )
+    run = f"runs/{name}/of {name}"
+    done = vit_train_here(*SMALL, f"data.root={name}", f"run_dir={run}", "trainer.stop_at_step=1", cwd=in_tmp)
+    assert done.code == 0, done.err
+    printed = done.out.partition("Continue with:\n  vit-train ")[2]
+    done = vit_train_here(*shlex.split(printed), cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert Path(run, "result.json").is_file()
+    _, _, closing = done.out.partition("\ncurves  ")
+    evaluation, longer = closing.partition("evaluate       vit-eval ")[2].split("\ntrain longer   vit-train ")
+    with redirect_stdout(io.StringIO()) as out:
+        assert evaluate.main([*shlex.split(evaluation), f"data.root={name}", "--split", "all"]) == 0
+        assert predict.main([run, name, "--num-workers", "0"]) == 0
+        assert explain.main([run, f"{name}/cat/0.png"]) == 0
+        assert export.main([run, "--format", "safetensors", "--out", f"{run}/as file.safetensors"]) == 0
+        assert data.main(["check", name]) == 0
+        assert data.main(["stats", name]) == 0
+    assert out.getvalue()
+    done = vit_train_here(*shlex.split(longer), cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert "epoch 4/4" in done.out
+    for source in (run, f"{run}/as file.safetensors"):
+        settings = (f"data.root={name}", f"init_from={source}", "trainer.max_steps=1", f"run_dir=new {name}")
+        done = vit_train_here(*SMALL, *settings, cwd=in_tmp)
+        assert done.code == 0, done.err
+        assert "tensors loaded" in " ".join(done.out.split())
+        subprocess.run(["rm", "-r", f"new {name}"], check=True)
