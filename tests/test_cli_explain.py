@@ -155,6 +155,20 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(typed, home) -> None:
     assert [p.name for p in (home / "out").iterdir()] == ["grey_rollout.png"]
 
 
+def test_a_long_picture_is_drawn_and_so_is_what_follows(typed, home) -> None:
+    """The model sees a square of the middle: of 5,000 x 100 pixels fewer than a frame has lines."""
+    noise = np.random.default_rng(0).integers(0, 256, (100, 5000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(home / "wide.png")
+    Image.fromarray(noise.transpose(1, 0, 2)).save(home / "high.png")
+    Image.fromarray(noise[:1, :50]).save(home / "line.png")
+    done = typed("vit_cls", "wide.png", "high.png", "line.png", "grey.png", "--sheet", "--out", "out")
+    assert (done.code, done.err) == (0, "")
+    drawn = sorted(path.stem.partition("_")[0] for path in (home / "out").iterdir())
+    assert drawn == ["grey", "high", "line", "sheet", "wide"]
+    with Image.open(home / "out/wide_rollout.png") as picture:
+        assert picture.width > 20 * picture.height
+
+
 def test_long_names_are_cut_and_the_next_image_is_drawn(typed, home) -> None:
     """Of up to 255 bytes, which a file system takes as a name, but not with `_rollout.png` behind it."""
     for stem in ("n" * 250, "n" * 249 + "m", "\u5b57" * 80):

@@ -130,7 +130,9 @@ def _framed(image: Image.Image, box: Box) -> NDArray[np.uint8]:
         line = max(1, min(image.size) // 250)
         paper = ImageDraw.Draw(shown)  # dark beside light: one of them stands out from any picture
         paper.rectangle((x0, y0, x1 - 1, y1 - 1), outline="black", width=line)
-        paper.rectangle((x0 + line, y0 + line, x1 - 1 - line, y1 - 1 - line), outline="white", width=line)
+        if min(x1 - x0, y1 - y0) > 4 * line:  # of a very long picture the model sees a few pixels
+            inner = (x0 + line, y0 + line, x1 - 1 - line, y1 - 1 - line)
+            paper.rectangle(inner, outline="white", width=line)
     return np.asarray(shown)
 
 
