@@ -129,7 +129,9 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(in_tmp) -> None:
         assert (done.code, done.err) == (0, "")
         assert done.out == "run is finished: nothing to do. Its figures:  vit-eval run\n"
     assert figures.read_bytes() == before
-    assert vit_train_here("resume=run", "trainer.early_stop_patience=null", cwd=in_tmp).code == 0
+    done = vit_train_here("resume=run", "trainer.early_stop_patience=null", cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert "trainer.early_stop_patience: 3 -> null" in " ".join(done.out.split()), "as it is typed"
     assert json.loads(figures.read_text())["epochs"] == 7
 
 

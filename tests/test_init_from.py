@@ -127,7 +127,7 @@ def test_another_source_is_another_run(pretrained, in_tmp):
     assert vit_train_here(*settings, cwd=in_tmp).code == 0
     done = vit_train_here(*settings, f"init_from={pretrained}", cwd=in_tmp)
     assert done.code == 2
-    assert "init_from: None -> " in done.err
+    assert "init_from: null -> " in done.err
 
 
 def test_nothing_stored_names_a_file_to_read(pretrained, in_tmp):
@@ -167,7 +167,7 @@ ERRORS = {
     "init_from=nowhere.pth": (4, "no such file or run"),
     "init_from=torchvision:vit_x": (2, "no such model in torchvision"),
     "init_from=.": (4, "holds no checkpoint"),
-    "init_from=3": (2, "init_from: expected str"),
+    "init_from=3": (4, "init_from=3: no such file or run"),
 }
 
 

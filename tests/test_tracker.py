@@ -143,7 +143,16 @@ def test_the_null_tracker_writes_nothing(in_tmp, capsys) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.04, "0.0s"), (59.9, "59.9s"), (60, "1m00s"), (184, "3m04s"), (3599.6, "1h00m"), (7500, "2h05m")],
+    [
+        (-0.0, "0.0s"),
+        (-0.04, "0.0s"),
+        (0.04, "0.0s"),
+        (59.9, "59.9s"),
+        (60, "1m00s"),
+        (184, "3m04s"),
+        (3599.6, "1h00m"),
+        (7500, "2h05m"),
+    ],
 )
 def test_durations(seconds, words) -> None:
     assert duration(seconds) == words

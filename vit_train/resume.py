@@ -7,6 +7,7 @@ trained.py.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -189,8 +190,13 @@ def compare(stored: Mapping[str, Any], new: Mapping[str, Any], *, cadence_matter
         if old == now or _covered(key, free):
             continue
         kind = "grown" if key in _GROWABLE else "hardware" if _covered(key, _HARDWARE) else "identity"
-        lines[kind].append(f"{key}: {old} -> {now}")
+        lines[kind].append(f"{key}: {_typed(old)} -> {_typed(now)}")
     return Comparison(**lines)
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed: null, true, 0.1, [1, 2]."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _covered(key: str, prefixes: tuple[str, ...]) -> bool:

@@ -345,6 +345,7 @@ class Tracker(NullTracker):
 
 def duration(seconds: float) -> str:
     """1.2s, 3m04s, 2h05m."""
+    seconds = max(0.0, seconds)  # a clock may say -0.0
     if seconds < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
