@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -70,10 +71,14 @@ CONFIG_MISTAKES = {
     "optimizer=adamm": ["no such optimizer", "did you mean 'adam'?", "choices: adam, adamw"],
     "experiment=nope": ["experiment=nope: no such experiment", "choices: ", "swin_cifar_tutorial"],
     "model=3": ["model=3: a config is chosen by its name", "model=vit_tiny"],
-    "trainer.epoch=3": ["trainer.epoch: Trainer has no such key", "did you mean 'epochs'?", "it has: "],
-    "+trainer.epoch=3": ["trainer.epoch: ", "no such key", "did you mean 'epochs'?", "it has: "],
+    "trainer.epoch=3": [
+        "trainer.epoch: Trainer has no such key",
+        "did you mean 'trainer.epochs'?",
+        "it has: ",
+    ],
+    "+trainer.epoch=3": ["trainer.epoch: ", "no such key", "did you mean 'trainer.epochs'?", "it has: "],
     "optimzer.lr=1": ["optimzer: the configuration has no such key", "did you mean 'optimizer'?"],
-    "data.imgsize=8": ["data.imgsize: Digits has no such key", "did you mean 'img_size'?"],
+    "data.imgsize=8": ["data.imgsize: Digits has no such key", "did you mean 'data.img_size'?"],
     "foo=1": ["foo: the configuration has no such key", "it has: ", "trainer"],
     "lr=1e-3": ["lr: the configuration has no such key; did you mean 'optimizer.lr'?"],
     "+foo=1": ["foo: the configuration has no such key", "it has: ", "trainer"],
@@ -90,7 +95,7 @@ CONFIG_MISTAKES = {
     "model=[vit_tiny,vit_small]": ["one model per run", "type model=vit_tiny", "-m model=vit_tiny,vit_small"],
     "model=vit_tiny model.patch_embed.patch_size=3": [
         "model.patch_embed: patch_size 3 does not divide img_size 8",
-        "use one of 1, 2, 4, 8",
+        "use one of 1, 2, 4, 8, or type data.img_size=9",
     ],
     "model.embed_dim=64 model.num_heads=5": [
         "model: num_heads 5 does not divide embed_dim 64",
@@ -198,6 +203,29 @@ def test_class_folders_that_do_not_fit(refused, in_tmp):
     refused("data.num_classes=5", code=3, words=["data.num_classes=5", "digits has 10"])
 
 
+@pytest.mark.parametrize("side", [28, 50])
+def test_small_square_images_train_with_the_one_line_command(typed, in_tmp, side):
+    """vit_tiny has patches of 16 pixels, and 28 is not a multiple of that."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = in_tmp / f"photos/{'ab'[i % 2]}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
+    one_line = ("data=imagefolder", "data.root=photos")
+    quick = ("model.depth=1", "trainer.max_steps=1", "tracker.tensorboard=false", "run_dir=run")
+    done = typed(*one_line, *quick)
+    assert done.code == 0, done.err
+    fitting = {28: 32, 50: 64}[side]
+    said = f"data.img_size={fitting}: {side} (the size of the files) is not a multiple of the model's patch of 16"
+    assert said in " ".join(done.out.split())
+    assert typed("resume=run", "trainer.max_steps=2").code == 0
+    assert typed(*one_line, *quick[:1], *quick[2:], "trainer.max_steps=3").code == 0, "the same run once more"
+    done = typed(*one_line, *quick[:3], f"data.img_size={side}", "run_dir=other")
+    assert done.code == 2
+    assert f"does not divide img_size {side}; use one of " in done.err
+    assert done.err.endswith(f", or type data.img_size={fitting}\n")
+
+
 def test_cifar_without_a_network_says_where_to_put_it(typed, in_tmp):
     """A proxy on a closed port of this machine: the download fails at once."""
     closed = "http://127.0.0.1:9"
@@ -281,7 +309,7 @@ def test_resume_takes_single_values_only(refused, run):
     refused(
         "resume=run", "~trainer.save_every_epochs", words=["~trainer.save_every_epochs", "only single values"]
     )
-    refused("resume=run", "trainer.epoch=9", words=["trainer.epoch: ", "did you mean 'epochs'?"])
+    refused("resume=run", "trainer.epoch=9", words=["trainer.epoch: ", "did you mean 'trainer.epochs'?"])
     refused("resume=run", "+foo=1", words=["+foo=1", "only single values"])
     refused("resume=run", "optimizer.lr=1", words=["another configuration", "optimizer.lr: 0.001 -> 1"])
     refused("resume=run", "trainer.epochs=x", words=["trainer.epochs: expected int, got 'x'"])

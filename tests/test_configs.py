@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import compose
 from omegaconf import OmegaConf
 
+from vit_train.build import without_memory
 from vit_train.composed import check_config
+from vit_train.errors import ConfigError
 from vit_train.resume import flat
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -22,7 +25,6 @@ GROUPS = {
 }
 EXPERIMENTS = GROUPS["experiment"]
 CHOICES = [f"{group}={name}" for group, names in GROUPS.items() if group != "experiment" for name in names]
-DATA = ("digits", "cifar10", "imagefolder")
 
 
 def checked(*overrides):
@@ -64,17 +66,51 @@ def test_every_choice_composes_and_checks(choice):
             assert config[group][key] == value, f"{group}.{key} is not what {choice} says"
 
 
-@pytest.mark.parametrize("data", DATA)
+# What the data modules would tell: classes, pixels, channels
+TOLD = {
+    "digits": (10, 8, 1),
+    "cifar10": (10, 32, 3),
+    "cifar100": (100, 32, 3),
+    "cifar10_folder": (10, 32, 3),
+    "imagefolder": (7, 224, 3),
+}
+
+
+@pytest.mark.parametrize("data", GROUPS["data"])
 @pytest.mark.parametrize("model", GROUPS["model"])
-def test_any_model_takes_any_data(model, data):
-    config = checked(f"model={model}", f"data={data}")
+def test_any_model_takes_any_data_or_says_which_size_it_takes(model, data):
+    """Built without memory, and an image goes through."""
+    classes, pixels, channels = TOLD[data]
+
+    def built(img_size):
+        told = (f"++data.num_classes={classes}", f"++data.in_channels={channels}")
+        config = checked(f"model={model}", f"data={data}", *told, f"++data.img_size={img_size}")
+        made = without_memory(config, None).eval()
+        logits = made(torch.empty(2, channels, img_size, img_size, device="meta"))
+        assert logits.shape == (2, classes)
+        return config
+
+    takes = r"(patch_size (\d+) does not divide img_size \d+; use one of [\d, ]+, or|img_size 8 is too small for \w+ "
+    takes += r"features\.23;) type data\.img_size=(\d+)( or more)?"
+    try:
+        config = built(pixels)
+    except ConfigError as error:
+        says = str(error)
+    else:
+        says = ""
+    if says:
+        match = re.fullmatch(rf"model\.patch_embed: {takes}", says)
+        assert match, says
+        patch, fitting = int(match[2] or 16), int(match[3])
+        assert fitting == min(side for side in range(pixels, 99) if side % patch == 0)
+        assert data != "imagefolder", "whose size is chosen for the model"
+        config = built(fitting)
     alone = checked(f"model={model}")
     assert config["model"]["_target_"] == alone["model"]["_target_"]
     assert config["model"]["embed_dim"] == alone["model"]["embed_dim"], (
         f"data={data} replaced the typed model"
     )
     assert config["data"]["_target_"] == checked(f"data={data}")["data"]["_target_"]
-    assert config["model"]["patch_embed"]["in_channels"] == config["data"]["in_channels"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -53,7 +53,7 @@ def test_right_values_pass(extra: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"rat": 1.0}, "w.rat: Widget has no such key; did you mean 'rate'?"),
+        ({"rat": 1.0}, "w.rat: Widget has no such key; did you mean 'w.rate'?"),
         ({"rate": "abc"}, "w.rate: expected float, got 'abc' (str)"),
         ({"rate": True}, "w.rate: expected float, got True (bool)"),
         ({"mode": "fasst"}, "w.mode: 'fasst' is not one of fast, slow; did you mean 'fast'?"),

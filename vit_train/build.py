@@ -531,21 +531,36 @@ def outline(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...]] | No
     Raises:
         ConfigError: it does not, it is no model, or it has another number of classes than the data.
     """
+    from vit_train.report.summary import multiply_adds
+
+    model, data = without_memory(config, allow), config["data"]
+    with as_config_error("model"):
+        return model, multiply_adds(model, in_channels=data["in_channels"], img_size=data["img_size"])
+
+
+def without_memory(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...]] | None) -> nn.Module:
+    """The model on the meta device.
+
+    Raises:
+        ConfigError: it cannot be built, it is no model, or it has another number of classes than the data.
+    """
     import torch
 
-    from vit_train.report.summary import multiply_adds
     from vit_train.trained import without_download
 
-    with torch.device("meta"):
-        node = without_download(config["model"])
-        model = make(node, key="model", allow=None if allow is None else allow["model"])
+    node, data = without_download(config["model"]), config["data"]
+    try:
+        with torch.device("meta"):
+            model = make(node, key="model", allow=None if allow is None else allow["model"])
+    except ConfigError as error:
+        patch, side = (node.get("patch_embed") or {}).get("patch_size"), data["img_size"]
+        fitting = f", or type data.img_size={-(-side // patch) * patch}" if patch and side % patch else ""
+        raise ConfigError(f"{error}{fitting}") from error
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "num_classes"):
         raise ConfigError(f"model: {node['_target_']} makes no model")
-    data = config["data"]
     if model.num_classes != data["num_classes"]:
         raise ConfigError(
             f"model.num_classes={model.num_classes}, but the data has {data['num_classes']} classes; "
             "leave it out: it comes from the data"
         )
-    with as_config_error("model"):
-        return model, multiply_adds(model, in_channels=data["in_channels"], img_size=data["img_size"])
+    return model

@@ -222,7 +222,8 @@ def _check_arguments(
         elif not takes_any:
             known = ", ".join(n for n in keywords if not (partial and parameters[n].kind is not _KEYWORD))
             owner = node[TARGET].rsplit(".", 1)[-1]
-            errors.append(f"{full}: {owner} has no such key{suggest(str(name), keywords)} (it has: {known})")
+            guess = suggest(str(name), keywords, inside=key)
+            errors.append(f"{full}: {owner} has no such key{guess} (it has: {known})")
     for name, parameter in parameters.items():
         required = parameter.default is parameter.empty and name in keywords
         arrives_later = partial and parameter.kind is parameter.POSITIONAL_OR_KEYWORD

@@ -81,12 +81,14 @@ class Interrupted(VitTrainError):  # noqa: N818 - not an error: the run was save
         self.exit_code = 128 + signum
 
 
-def suggest(word: str, choices: Iterable[str]) -> str:
+def suggest(word: str, choices: Iterable[str], *, inside: str = "") -> str:
     """`"; did you mean 'x'?"` when a close match exists, else an empty string.
 
     Args:
         word: what the user typed.
         choices: what would have been accepted.
+        inside: the node they are keys of, which stands before the one suggested.
     """
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    meant = f"{inside}.{close[0]}" if close and inside else "".join(close)
+    return f"; did you mean {meant!r}?" if close else ""

@@ -144,6 +144,7 @@ _FREE = (
     "name",
     "tracker",
     "data.root",  # a moved folder is still the same data: the fingerprint says so
+    "data.patch_size",  # is the model's; the size it led to is stored
     "data.num_workers",
     "data.worker_timeout_seconds",
     "data.cache",

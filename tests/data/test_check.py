@@ -59,7 +59,8 @@ def test_a_good_folder(root):
     assert report.smallest == report.largest == (8, 8)
     assert report.shorter_sides == {"below 32": 24}
     assert report.modes == {"RGB": 24}
-    assert "data.img_size=8, the size of the files" in report.notes
+    patches = "data.img_size=16: 8 (the size of the files) is not a multiple of the model's patch of 16"
+    assert patches in report.notes
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")

@@ -150,6 +150,31 @@ def test_small_files_of_one_size_decide_the_image_size(tmp_path):
     assert made(tmp_path, img_size=20).img_size == 20
 
 
+@pytest.mark.parametrize(
+    ("side", "patch", "img_size"),
+    [
+        *[(28, 16, 32), (50, 16, 64), (75, 16, 80), (100, 16, 112), (150, 16, 160), (200, 16, 208)],
+        *[
+            (48, 16, 48),
+            (28, 4, 28),
+            (30, 7, 35),
+            (224, 15, 225),
+            (240, 15, 225),
+            (240, 14, 224),
+            (9, 16, 16),
+        ],
+    ],
+)
+def test_the_size_is_one_the_model_can_cut_into_patches(tmp_path, side, patch, img_size):
+    fill(tmp_path, ["a", "b"], size=(side, side))
+    data = made(tmp_path, patch_size=patch)
+    assert data.img_size == img_size
+    assert next(iter(data.loader("train"))).images.shape[-2:] == (img_size, img_size)
+    (note,) = [note for note in data.notes if note.startswith(f"data.img_size={img_size}")]
+    assert (f"is not a multiple of the model's patch of {patch}" in note) == (img_size not in (side, 224))
+    assert made(tmp_path, patch_size=patch, img_size=side).img_size == side, "a typed size stays"
+
+
 @pytest.mark.parametrize("odd", [(9, 9), (8, 9)])
 def test_mixed_sizes_mean_224(tmp_path, odd):
     fill(tmp_path, ["a", "b"])

@@ -34,6 +34,7 @@ from vit_train.errors import DataError, printable, suggest
 
 _DIGEST_BYTES = 16
 _DARK = 3  # levels
+_PATCH_SIZE = 16  # of the model that data=imagefolder brings along
 _SIDE_EDGES = (32, 64, 128, 224, 384, 768, 1536)  # shorter side in pixels
 
 _LEFT_BY = {
@@ -340,7 +341,9 @@ def _verdict(survey: _Survey, images: _Images) -> tuple[str | None, list[str]]:
     """The line that training would end in, if there is one; else what it would say."""
     # The headers of a few files decide the image size, and the header of a pipe would be waited for
     img_size = 1 if NOT_PLAIN in images.bad.values() else None
-    data = ImageFolder(root=str(survey.root), img_size=img_size, num_workers=0, cache="none")
+    data = ImageFolder(
+        root=str(survey.root), img_size=img_size, patch_size=_PATCH_SIZE, num_workers=0, cache="none"
+    )
     try:
         data.setup(device=torch.device("cpu"), rank=0, world_size=1)
     except DataError as error:

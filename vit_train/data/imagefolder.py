@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from vit_train.construct import PositiveFloat
+from vit_train.construct import Positive, PositiveFloat
 from vit_train.data import layout
 from vit_train.data.bad_files import bad_files, unreadable
 from vit_train.data.base import Found, ImageData, Split
@@ -100,7 +100,8 @@ class ImageFolder(ImageData):
     Args:
         root: the folder.
         img_size: None takes the size of the files where they are all one square size of at most 224 pixels,
-            else 224.
+            else 224; the next multiple of `patch_size`.
+        patch_size: of the model that will see the images.
         resize: how evaluation (and training without augmentation) makes an image square: "crop" keeps the
             centre, "squash" keeps everything and changes the aspect ratio.
         background: the colour under what is transparent, red, green and blue of 0 to 255.
@@ -123,6 +124,7 @@ class ImageFolder(ImageData):
         num_workers: int | None = None,
         worker_timeout_seconds: PositiveFloat = 600.0,
         img_size: int | None = None,
+        patch_size: Positive = 1,
         in_channels: Literal[1, 3] = 3,
         resize: Literal["crop", "squash"] = "crop",
         background: RGB = WHITE,
@@ -159,6 +161,7 @@ class ImageFolder(ImageData):
             sample_transform=sample_transform,
         )
         self.root = root
+        self.patch_size = patch_size
         self.resize: Literal["crop", "squash"] = resize
         if not all(0 <= value <= 255 for value in background):
             raise ValueError(f"background must be three values of 0 to 255, got {background}")
@@ -337,15 +340,19 @@ class ImageFolder(ImageData):
 
     def _size_of(self, source: FileSource) -> int:
         sizes = {(width, height) for width, height, _ in _headers(source)}
-        if len(sizes) == 1:
-            width, height = sizes.pop()
-            if width == height <= _STANDARD_SIZE:
-                self.notes.append(f"data.img_size={width}, the size of the files")
-                return width
-        self.notes.append(
-            f"data.img_size={_STANDARD_SIZE}: the files are larger than that, not square or of several sizes"
+        width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
+        whole = width == height <= _STANDARD_SIZE
+        side = width if whole else _STANDARD_SIZE
+        why = (
+            "the size of the files"
+            if whole
+            else "the files are larger than that, not square or of several sizes"
         )
-        return _STANDARD_SIZE
+        img_size = -(-side // self.patch_size) * self.patch_size
+        if img_size != side:
+            why = f"{side} ({why}) is not a multiple of the model's patch of {self.patch_size}"
+        self.notes.append(f"data.img_size={img_size}{', ' if img_size == width else ': '}{why}")
+        return img_size
 
 
 def _others(listing: Listing) -> str:

@@ -94,8 +94,8 @@ class HybridEmbed(GridEmbed):
         pretrained: load torchvision's ImageNet weights (downloaded on first use).
 
     Raises:
-        ValueError: the backbone has no such layer, or `patch_size` does not divide the map it returns; in
-            forward, images of another size.
+        ValueError: the backbone has no such layer, it leaves nothing of images this small, or `patch_size`
+            does not divide the map it returns; in forward, images of another size.
     """
 
     def __init__(
@@ -113,7 +113,11 @@ class HybridEmbed(GridEmbed):
         # On the meta device a first copy tells the size of the map and costs neither memory nor arithmetic.
         with torch.device("meta"):
             probe = _trunk(backbone, layer, in_channels, small_stem=small_stem, pretrained=False).eval()
-            _, channels, h, w = probe(torch.empty(1, in_channels, img_size, img_size)).shape
+            try:
+                _, channels, h, w = probe(torch.empty(1, in_channels, img_size, img_size)).shape
+            except RuntimeError as error:  # torch's: nothing is left of the map
+                too_small = f"img_size {img_size} is too small for {backbone} {layer}"
+                raise ValueError(f"{too_small}; type data.img_size={2 * img_size} or more") from error
         require_divides("patch_size", patch_size, f"the map of {backbone} {layer} at img_size {img_size}:", h)
         super().__init__(
             img_size=img_size,
