@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vit_train.errors import ConfigError
 from vit_train.models import ViT
-from vit_train.weights.source import Pretrained, read_pretrained
+from vit_train.weights.source import Pretrained, check_tensors, read_pretrained
 
 _HEADS = ("head.", "head_dist.")
 _TOKENS = ("cls_token", "dist_token")
@@ -38,6 +38,7 @@ class LoadReport:
         resized: `name: from -> to` of those that were fitted.
         made_anew: names in the model that keep their random start.
         left_over: names in the file (under our names) that the model has no place for.
+        passed_over: names in the file (its own) that lay beside the weights.
     """
 
     source: str
@@ -45,6 +46,7 @@ class LoadReport:
     resized: list[str] = field(default_factory=list)
     made_anew: list[str] = field(default_factory=list)
     left_over: list[str] = field(default_factory=list)
+    passed_over: Sequence[str] = ()
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
@@ -52,6 +54,7 @@ class LoadReport:
             ("resized", self.resized),
             ("made anew", self.made_anew),
             ("left over", self.left_over),
+            ("passed over", self.passed_over),
         ):
             if names:
                 parts.append(f"{what}: {_listed(names)}")
@@ -83,15 +86,14 @@ def load_pretrained(
         CheckpointError: the source cannot be read.
     """
     pretrained = read_pretrained(source) if isinstance(source, str) else source
-    report = LoadReport(f"{pretrained.source} ({pretrained.whose})")
     own = model.state_dict()
-    theirs = dict(pretrained.tensors)
+    theirs, passed_over = _taken(own, pretrained)
+    report = LoadReport(f"{pretrained.source} ({pretrained.whose})", passed_over=passed_over)
     problems: list[str] = []
     if _other_head(own, theirs, pretrained.class_names, class_names):
         report.made_anew += [name for name in own if name.startswith(_HEADS)]
         for head in _HEADS:
-            last = [name for name in own if name.startswith(head)][-2:]  # weight and bias of its last layer
-            for name in last:
+            for name in [n for n in own if n.startswith(head)][-2:]:  # weight and bias of its last layer
                 own[name].zero_()  # on features that are trained already: the first loss is ln K
         theirs = {name: tensor for name, tensor in theirs.items() if not name.startswith(_HEADS)}
     with torch.no_grad():
@@ -123,6 +125,14 @@ def load_pretrained(
             "trained for, or type init_strict=false to take what fits"
         )
     return report
+
+
+def _taken(own: dict[str, Tensor], pretrained: Pretrained) -> tuple[dict[str, Tensor], Sequence[str]]:
+    """The tensors, and names passed over; a model of yours with one of ours inside takes all as they are."""
+    if own.keys() <= pretrained.tensors.keys() or not own.keys() <= pretrained.as_saved.keys():
+        return dict(pretrained.tensors), pretrained.passed_over
+    check_tensors(pretrained.source, pretrained.as_saved)
+    return dict(pretrained.as_saved), ()
 
 
 def _other_head(

@@ -13,7 +13,8 @@ made again on the way out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 import torch
@@ -55,11 +56,42 @@ _TORCHVISION_SWIN: _Pairs = (
 )
 _TIMM_SWIN: _Pairs = (("head.fc.", "head."),)
 _SWIN: _Pairs = tuple((f"layers.{i}.downsample.", f"layers.{i + 1}.downsample.") for i in range(_MAX_STAGES))
+# Each layout has one projection of the patches.
+_PATCHES = ("patch_embed.proj", "conv_proj", "features.0.0")
+_NO_PART = ("decoder", "mask_token")  # of a classifier
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+_MAX_MODELS = 16  # a hostile file may hold a million
 _BUFFERS = ("relative_position_index", "attn_mask")
 _MASKED = -100.0  # what microsoft/Swin-Transformer adds to the score of a pair that must not see each other
 
 
-def to_ours(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Layout | None]:
+def models_in(names: Collection[str]) -> dict[str, dict[str, str]]:
+    """The models among names: what stands in front of each, and its names without that -> as they are.
+
+    Where no layout is known, it is one model, behind the wrappers that all names share.
+    """
+    ends = re.compile(rf"(|.*\.)({'|'.join(map(re.escape, _PATCHES))})\.weight", re.DOTALL)
+    fronts = sorted({match[1] for name in names if (match := ends.fullmatch(name))})[:_MAX_MODELS]
+    models = {}
+    for front in fronts:
+        others = tuple(other for other in fronts if len(other) > len(front))
+        inside = [name for name in names if name.startswith(front) and not name.startswith(others)]
+        model = {name[len(front) :].replace("._orig_mod.", "."): name for name in inside}
+        if recognise(model)[0] is not None:
+            models[front] = {own: name for own, name in model.items() if not own.startswith(_NO_PART)}
+    front = common_front(names)
+    return models or {front: {name[len(front) :]: name for name in names}}
+
+
+def common_front(names: Collection[str]) -> str:
+    """The wrappers that all names share, such as `module.`."""
+    front = ""
+    while wrapper := next((w for w in _WRAPPERS if all(name.startswith(front + w) for name in names)), ""):
+        front += wrapper
+    return front
+
+
+def to_ours(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
     """The same tensors under our names, and whose names they had (None: ours, or none that is known).
 
     Raises:
@@ -69,13 +101,13 @@ def to_ours(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Layout | Non
         raise ConfigError(
             "these are the weights of a Swin V2; vit-train has the first Swin (model=swin_tiny)"
         )
-    layout, pairs = _recognise(tensors)
+    layout, pairs = recognise(tensors)
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
     return {_renamed(name, pairs): tensor for name, tensor in kept.items()}, layout
 
 
-def _recognise(names: Iterable[str]) -> tuple[Layout | None, _Pairs]:
-    names = set(names)
+def recognise(names: Collection[str]) -> tuple[str | None, _Pairs]:
+    """Whose names they are (None: no layout's), and the pairs that make them ours."""
     is_swin = any(name.endswith("relative_position_bias_table") for name in names)
     if "encoder.pos_embedding" in names:
         return "torchvision", _TORCHVISION_VIT + _TORCHVISION_VIT_OLD
@@ -85,7 +117,8 @@ def _recognise(names: Iterable[str]) -> tuple[Layout | None, _Pairs]:
         return "swin", _SWIN
     if "head.fc.weight" in names and is_swin:
         return "timm", _TIMM_SWIN
-    return ("timm", ()) if "blocks.0.attn.qkv.weight" in names else (None, ())
+    qkv = "blocks.0.attn.qkv.weight"
+    return ("timm", ()) if qkv in names or f"layers.0.{qkv}" in names else (None, ())
 
 
 def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:

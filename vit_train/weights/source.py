@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: a run, a checkpoint, a weight file, or torchvision's downloads.
+"""Where pretrained weights come from: a run, a checkpoint, files and folders of others, torchvision.
 
 Nothing that is read can run code: safetensors hold numbers only, and pickled files are read by torch's loader
 for weights alone (`weights_only=True`), without a fallback.
@@ -10,8 +10,8 @@ import argparse
 import json
 import pickle
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from torch import Tensor
 
 from vit_train import checkpoint
 from vit_train.errors import CheckpointError, ConfigError, suggest
-from vit_train.weights.names import to_ours
+from vit_train.weights.names import common_front, models_in, recognise, to_ours
 
 TORCHVISION = "torchvision:"
-_PICKLED = (".pth", ".pt", ".bin", ".tar")
-# Where training scripts keep the weights in what they save; averaged ones first, as `weights=auto` has it
-_NESTED = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
+# Words of keys and prefixes: averages come first, as `weights=auto` has it. Lightning's: state_dict.
+_AVERAGED = {"ema", "averaged", "swa", "shadow"}
+_ORDER = ("state_dict", "model_state_dict", "model", "student")
+_Choice = tuple[tuple[str, ...], str, dict[str, str], dict[str, Tensor]]
+_MAX_DEPTH = 4  # of mappings in each other
 # All weights of torchvision are trained with these, see the `transforms` of its weight classes.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -46,6 +48,8 @@ class Pretrained:
         mean, std: normalisation they were trained with, where it is known.
         skipped: a line for each damaged checkpoint that another one stood in for.
         old_split: of a run, whether an older version chose what it held out.
+        as_saved: of a foreign file, what lies where the tensors were found, under its own names.
+        passed_over: names of it that are not of the model: a loss, a teacher, a decoder.
     """
 
     source: str
@@ -58,6 +62,8 @@ class Pretrained:
     std: tuple[float, ...] | None = None
     skipped: tuple[str, ...] = ()
     old_split: bool = False
+    as_saved: Mapping[str, Tensor] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
 
 
 def absolute_source(source: str | None) -> str | None:
@@ -72,8 +78,8 @@ def read_pretrained(source: str) -> Pretrained:
 
     Args:
         source: a run directory (its best checkpoint, else its last), a checkpoint directory, a .safetensors,
-            .pth or .pt file, or `torchvision:vit_b_16` (downloaded once, and checked against the hash in the
-            file's name).
+            .pth, .pt, .ckpt, .bin or .tar file, or
+            `torchvision:vit_b_16` (downloaded once, and checked against the hash in the file's name).
 
     Raises:
         ConfigError: nothing of that name is known, or it is a model that vit-train does not have.
@@ -88,14 +94,14 @@ def read_pretrained(source: str) -> Pretrained:
         if not path.is_file():
             siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise CheckpointError(f"init_from={source}: no such file or run{suggest(str(path), siblings)}")
-        if path.suffix == ".safetensors":
-            return _from_safetensors(source, path)
-        if path.suffix in _PICKLED:
-            return _from_pickle(source, path)
+        if path.name.endswith((".safetensors", *_PICKLED)):
+            return _from_file(source, path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}"
+        ) from error
     raise ConfigError(
-        f"init_from={source}: weights come from a run directory, a .safetensors, .pth or .pt file, or "
+        f"init_from={source}: weights come from a run directory, a .safetensors, .pth, .pt or .ckpt file, or "
         f"{TORCHVISION}vit_b_16"
     )
 
@@ -140,7 +146,49 @@ def _from_run(source: str, path: Path) -> Pretrained:
     return replace(own, old_split="split_rule" not in stored.state)
 
 
-def _from_safetensors(source: str, path: Path) -> Pretrained:
+def _from_file(source: str, path: Path) -> Pretrained:
+    saved = _from_safetensors(path) if path.suffix == ".safetensors" else _from_pickle(path)
+    named = {k: v for k, v in saved.items() if isinstance(k, str)} if isinstance(saved, Mapping) else {}
+    choices = sorted(_choices(named), key=_rank)
+    if not choices:
+        raise CheckpointError(f"{path} holds no weights: expected a state dict, or one under {_ORDER[0]!r}")
+    where, front, names, tensors = choices[0]
+    about, wrapped = named.get("vit_train"), len(common_front(tensors))
+    if isinstance(about, str):
+        return _exported(source, tensors, about)
+    place = [f"{what} {name!r}" for what, name in (("key", ".".join(where)), ("prefix", front)) if name]
+    return replace(
+        _foreign(source, {own: tensors[name] for own, name in names.items()}, place),
+        as_saved={name[wrapped:]: tensor for name, tensor in tensors.items()},
+        passed_over=tuple(sorted(tensors.keys() - set(names.values()))),
+    )
+
+
+def _choices(saved: Mapping[str, Any]) -> Iterator[_Choice]:
+    """Each model in what was saved: the keys that lead to a mapping, and there prefix, names and tensors."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), saved)]
+    seen = set()
+    for keys, value in waiting:  # which grows meanwhile
+        if not isinstance(value, Mapping) or len(keys) > _MAX_DEPTH or id(value) in seen:
+            continue
+        seen.add(id(value))  # it may hold itself
+        named = {key: inner for key, inner in value.items() if isinstance(key, str)}
+        waiting += [((*keys, key), inner) for key, inner in named.items() if "optim" not in key]
+        if tensors := {key: inner for key, inner in named.items() if isinstance(inner, Tensor)}:
+            yield from ((keys, front, names, tensors) for front, names in models_in(tensors).items())
+
+
+def _rank(choice: _Choice) -> tuple[bool, bool, bool, int, int]:
+    """The lowest is the likeliest to be meant."""
+    keys, front, names, _ = choice
+    words = [*keys, *front.split(".")]
+    # DINO and its like keep a teacher that is the student's average; a module's teacher is another model
+    averaged = "teacher" in keys or any(_AVERAGED.intersection(word.lower().split("_")) for word in words)
+    order = min((_ORDER.index(word) for word in words if word in _ORDER), default=len(_ORDER))
+    return recognise(names)[0] is None, not averaged, "teacher" in words, order, -len(names)
+
+
+def _from_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -149,17 +197,17 @@ def _from_safetensors(source: str, path: Path) -> Pretrained:
             about = (file.metadata() or {}).get("vit_train")
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-    return _foreign(source, tensors) if about is None else _exported(source, tensors, about)
+    return tensors if about is None else {**tensors, "vit_train": about}
 
 
-def _from_pickle(source: str, path: Path) -> Pretrained:
+def _from_pickle(path: Path) -> Any:
     with path.open("rb") as file:
         if not file.read(2).startswith((b"PK", b"\x80")):  # an archive, or the pickle of older versions
             raise CheckpointError(f"{path} is no file that torch.save wrote")
     try:
         # DeiT's and Swin's own scripts save their command line beside the weights: a bag of plain values
         with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, AttributeError, ImportError) as error:
         raise CheckpointError(
             f"{path} holds Python objects beside weights (a whole model was saved?), and loading those can "
@@ -171,17 +219,6 @@ def _from_pickle(source: str, path: Path) -> Pretrained:
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
         raise CheckpointError(f"{path} is no file of weights, or not whole") from error
-    about = saved.get("vit_train") if isinstance(saved, Mapping) else None
-    for key in _NESTED:
-        if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
-            saved = saved[key]
-            break
-    tensors = (
-        {str(k): v for k, v in saved.items() if isinstance(v, Tensor)} if isinstance(saved, Mapping) else {}
-    )
-    if not tensors:
-        raise CheckpointError(f"{path} holds no weights: expected a state dict, or one under {_NESTED[3]!r}")
-    return _foreign(source, tensors) if not isinstance(about, str) else _exported(source, tensors, about)
 
 
 def _exported(source: str, tensors: dict[str, Tensor], about: str) -> Pretrained:
@@ -203,7 +240,7 @@ def _own(
     model: Any,
     skipped: tuple[str, ...] = (),
 ) -> Pretrained:
-    _check_tensors(source, tensors)
+    check_tensors(source, tensors)
     names, mean, std = about.get("class_names"), about.get("mean"), about.get("std")
     masked = model.get("mask_padding") if isinstance(model, Mapping) else None
     return Pretrained(
@@ -218,7 +255,7 @@ def _own(
     )
 
 
-def _check_tensors(source: str, tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(source: str, tensors: Mapping[str, Tensor]) -> None:
     """That they are plain numbers, as many as the file holds.
 
     Raises:
@@ -242,20 +279,18 @@ def _numbers(values: Any) -> tuple[float, ...] | None:
 
 def _foreign(
     source: str,
-    tensors: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
+    place: Sequence[str] = (),
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Pretrained:
-    _check_tensors(source, tensors)
-    plain = dict(tensors)
-    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in plain)), ""):
-        plain = {name[len(prefix) :]: tensor for name, tensor in plain.items()}
-    renamed, layout = to_ours(plain)
+    check_tensors(source, tensors)
+    renamed, layout = to_ours(tensors)
     is_swin = any(name.endswith("relative_position_bias_table") for name in renamed)
     names = {"swin": "microsoft/Swin-Transformer's names", None: "names as they are"}
     return Pretrained(
         source,
-        names.get(layout, f"{layout}'s names"),
+        ", ".join([*place, names.get(layout, f"{layout}'s names")]),
         renamed,
         align_corners=layout == "torchvision",
         mask_padding=False if is_swin else None,  # everyone else lets padding take part
