@@ -71,6 +71,21 @@ def torchvision_swin(**settings):
     return moved(SwinTransformer(patch_size=[4, 4], window_size=[4, 4], **sizes, **settings))
 
 
+def hugging_face(name):
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, name)
+    if name.startswith("Swin"):
+        sizes = {**SWIN, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 4, "image_size": 64}
+        sizes["num_labels"] = sizes.pop("num_classes")
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        sizes |= {"image_size": 32, "patch_size": 8, "num_labels": 7, "mask_ratio": 0.0}
+        sizes |= {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+        sizes["decoder_intermediate_size"] = 32
+    # its norms add 1e-12 to a variance and ours 1e-6: that shows where embeddings are as small as at the start
+    return moved(kind(kind.config_class(**sizes)), by=0.3)
+
+
 def lit(**modules):
     """A LightningModule with these, that has taken a step."""
     lightning = pytest.importorskip("lightning")
@@ -247,6 +262,29 @@ def lightning_distillation(folder):
     return folder / "last.ckpt", module.student, ViT, "key 'state_dict', prefix 'student.', timm's names"
 
 
+def lightning_around_hugging_face(folder):
+    module = fitted(lit(model=hugging_face("ViTForImageClassification")), folder / "last.ckpt")
+    return (
+        folder / "last.ckpt",
+        module.model,
+        ViT,
+        "key 'state_dict', prefix 'model.vit.', Hugging Face's names",
+    )
+
+
+def names_in_memory(folder):
+    """Since version 5 the modules have other names than the files of save_pretrained."""
+    model = hugging_face("SwinForImageClassification")
+    torch.save({"model_state_dict": model.state_dict()}, folder / "w.bin")
+    return folder / "w.bin", model, Swin, "key 'model_state_dict', prefix 'swin.', Hugging Face's names"
+
+
+def backbone_of_swin(folder):
+    model = hugging_face("SwinModel")
+    model.save_pretrained(folder / "swin")
+    return folder / "swin" / "model.safetensors", model, Swin, "(Hugging Face's names)"
+
+
 FORMS = [
     reference_script_of_torchvision,
     legacy_tar_of_data_parallel,
@@ -262,6 +300,9 @@ FORMS = [
     lightning_module,
     lightning_with_averages,
     lightning_distillation,
+    lightning_around_hugging_face,
+    names_in_memory,
+    backbone_of_swin,
 ]
 PASSED_OVER = {
     reference_script_of_torchvision: ["n_averaged"],
@@ -269,6 +310,7 @@ PASSED_OVER = {
     dino: ["head.0.bias", "head.0.weight"],
     lightning_module: ["criterion.weight"],
     lightning_with_averages: ["criterion.weight"],
+    lightning_around_hugging_face: ["criterion.weight"],
 }
 
 
@@ -319,6 +361,19 @@ def one_line(source, model=None):
         load_pretrained(model or ours(ViT), str(source)) if model else read_pretrained(str(source))
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_swin_v2_of_hugging_face_is_named(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
+    model = transformers.Swinv2ForImageClassification(transformers.Swinv2Config(**sizes, window_size=4))
+    model.save_pretrained(tmp_path / "w")
+    assert "Swin V2" in one_line(tmp_path / "w" / "model.safetensors")
+
+
+def test_a_deit_with_one_head_of_two_says_so(tmp_path):
+    hugging_face("DeiTForImageClassification").save_pretrained(tmp_path / "w")
+    assert "head_dist.weight is missing" in one_line(tmp_path / "w" / "model.safetensors", ours(DeiT))
 
 
 @pytest.mark.parametrize("damage", ["not finite", "few that claim to be many"])

@@ -5,6 +5,7 @@ Ours are timm's (ViT, DeiT, Swin), but for the head of Swin. Others:
     torchvision   vit_b_16 ..., swin_t ...
     swin          microsoft/Swin-Transformer: patch merging ends a stage there and begins one here
     timm          huggingface/pytorch-image-models, and facebookresearch/deit, whose models are timm's
+    Hugging Face  ViT, DeiT and Swin of transformers: as in its files, and as version 5 has them in memory
 
 A state dict is recognised by its names alone. Buffers that follow from the sizes (which pair of tokens looks
 up which relative position, which tokens of a shifted window may see each other) are dropped on the way in and
@@ -56,9 +57,30 @@ _TORCHVISION_SWIN: _Pairs = (
 )
 _TIMM_SWIN: _Pairs = (("head.fc.", "head."),)
 _SWIN: _Pairs = tuple((f"layers.{i}.downsample.", f"layers.{i + 1}.downsample.") for i in range(_MAX_STAGES))
+_HUGGING_FACE: _Pairs = (
+    ("embeddings.cls_token", "cls_token"),
+    ("embeddings.distillation_token", "dist_token"),
+    ("embeddings.position_embeddings", "pos_embed"),
+    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+    ("embeddings.norm.", "patch_embed.norm."),
+    *((f"encoder.layers.{i}.downsample.", f"layers.{i + 1}.downsample.") for i in range(_MAX_STAGES)),
+    ("encoder.layers.", "layers."),
+    *((f"{stack}.", "blocks.") for stack in ("encoder.layer", "layers")),
+    ("layernorm.", "norm."),
+    *((f"{kind}classifier.", "head.") for kind in ("", "cls_")),
+    ("distillation_classifier.", "head_dist."),
+    (".layernorm_before.", ".norm1."),
+    (".layernorm_after.", ".norm2."),
+    *((f".attention.{proj}.", ".attn.proj.") for proj in ("output.dense", "o_proj")),
+    (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+    *((f".attention.{part}.", ".attn.") for part in ("attention", "self", "relative_position_bias")),
+    *((f".attention.{part[0]}_proj.", f".attn.{part}.") for part in ("query", "key", "value")),
+)
+_TASK = ("classifier.", "cls_classifier.", "distillation_classifier.")  # beside Hugging Face's backbone
 # Each layout has one projection of the patches.
-_PATCHES = ("patch_embed.proj", "conv_proj", "features.0.0")
-_NO_PART = ("decoder", "mask_token")  # of a classifier
+_PATCHES = ("embeddings.patch_embeddings.projection", "patch_embed.proj", "conv_proj", "features.0.0")
+_NO_PART = ("decoder", "mask_token", "embeddings.mask_token", "pooler.")  # of a classifier
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _MAX_MODELS = 16  # a hostile file may hold a million
 _BUFFERS = ("relative_position_index", "attn_mask")
@@ -77,6 +99,10 @@ def models_in(names: Collection[str]) -> dict[str, dict[str, str]]:
         others = tuple(other for other in fronts if len(other) > len(front))
         inside = [name for name in names if name.startswith(front) and not name.startswith(others)]
         model = {name[len(front) :].replace("._orig_mod.", "."): name for name in inside}
+        parent = re.sub(r"(^|\.)(vit|deit|swin)\.$", r"\1", front)
+        if parent != front and f"{_PATCHES[0]}.weight" in model:
+            heads = tuple(parent + head for head in _TASK)
+            model |= {name[len(parent) :]: name for name in names if name.startswith(heads)}
         if recognise(model)[0] is not None:
             models[front] = {own: name for own, name in model.items() if not own.startswith(_NO_PART)}
     front = common_front(names)
@@ -97,13 +123,19 @@ def to_ours(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
     Raises:
         ConfigError: they are those of a Swin V2, which is another model.
     """
-    if any("cpb_mlp." in name for name in tensors):
+    if any("cpb_mlp." in name or "position_bias_mlp." in name for name in tensors):
         raise ConfigError(
             "these are the weights of a Swin V2; vit-train has the first Swin (model=swin_tiny)"
         )
     layout, pairs = recognise(tensors)
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
-    return {_renamed(name, pairs): tensor for name, tensor in kept.items()}, layout
+    renamed = {_renamed(name, pairs): tensor for name, tensor in kept.items()}
+    for name in [n for n in renamed if ".attn.query." in n and layout == "Hugging Face"]:
+        apart = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        shapes = {renamed[part].shape if part in renamed else () for part in apart}
+        if len(shapes) == 1 and () not in shapes:
+            renamed[name.replace(".query.", ".qkv.")] = torch.cat([renamed.pop(part) for part in apart])
+    return renamed, layout
 
 
 def recognise(names: Collection[str]) -> tuple[str | None, _Pairs]:
@@ -113,6 +145,8 @@ def recognise(names: Collection[str]) -> tuple[str | None, _Pairs]:
         return "torchvision", _TORCHVISION_VIT + _TORCHVISION_VIT_OLD
     if "features.0.0.weight" in names and is_swin:
         return "torchvision", _TORCHVISION_SWIN
+    if f"{_PATCHES[0]}.weight" in names:
+        return "Hugging Face", _HUGGING_FACE
     if "layers.0.downsample.reduction.weight" in names:
         return "swin", _SWIN
     if "head.fc.weight" in names and is_swin:
