@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 
 import pytest
 import timm
@@ -272,6 +273,34 @@ def lightning_around_hugging_face(folder):
     )
 
 
+def save_pretrained_vit(folder):
+    model = hugging_face("ViTForImageClassification")
+    model.save_pretrained(folder / "vit")
+    return folder / "vit", model, ViT, "prefix 'vit.', Hugging Face's names"
+
+
+def save_pretrained_deit_in_shards(folder):
+    model = hugging_face("DeiTForImageClassificationWithTeacher")
+    model.save_pretrained(folder / "deit", max_shard_size="20KB")
+    assert len(list((folder / "deit").glob("model-*.safetensors"))) > 2
+    return folder / "deit", model, DeiT, "prefix 'deit.', Hugging Face's names"
+
+
+def save_pretrained_swin(folder):
+    model = hugging_face("SwinForImageClassification")
+    model.save_pretrained(folder / "swin")
+    return folder / "swin", model, Swin, "prefix 'swin.', Hugging Face's names"
+
+
+def pickled_shards(folder):
+    model = hugging_face("SwinForImageClassification")
+    hub = pytest.importorskip("huggingface_hub")  # which transformers brings
+    (folder / "swin").mkdir()
+    hub.save_torch_model(model, folder / "swin", safe_serialization=False, max_shard_size="20KB")
+    assert (folder / "swin" / "pytorch_model.bin.index.json").is_file()
+    return folder / "swin", model, Swin, "prefix 'swin.', Hugging Face's names"
+
+
 def names_in_memory(folder):
     """Since version 5 the modules have other names than the files of save_pretrained."""
     model = hugging_face("SwinForImageClassification")
@@ -279,10 +308,29 @@ def names_in_memory(folder):
     return folder / "w.bin", model, Swin, "key 'model_state_dict', prefix 'swin.', Hugging Face's names"
 
 
+def backbone_with_pooler(folder):
+    model = hugging_face("ViTModel")
+    (folder / "vit").mkdir()
+    torch.save(model.state_dict(), folder / "vit" / "pytorch_model.bin")
+    return folder / "vit", model, ViT, "(Hugging Face's names)"
+
+
+def backbone_of_deit(folder):
+    model = hugging_face("DeiTModel")
+    model.save_pretrained(folder / "deit")
+    return folder / "deit", model, DeiT, "(Hugging Face's names)"
+
+
 def backbone_of_swin(folder):
     model = hugging_face("SwinModel")
     model.save_pretrained(folder / "swin")
     return folder / "swin" / "model.safetensors", model, Swin, "(Hugging Face's names)"
+
+
+def masked_autoencoder(folder):
+    model = hugging_face("ViTMAEForPreTraining")
+    model.save_pretrained(folder / "mae")
+    return folder / "mae", model.vit, ViT, "prefix 'vit.', Hugging Face's names"
 
 
 FORMS = [
@@ -301,8 +349,15 @@ FORMS = [
     lightning_with_averages,
     lightning_distillation,
     lightning_around_hugging_face,
+    save_pretrained_vit,
+    save_pretrained_deit_in_shards,
+    save_pretrained_swin,
+    pickled_shards,
     names_in_memory,
+    backbone_with_pooler,
+    backbone_of_deit,
     backbone_of_swin,
+    masked_autoencoder,
 ]
 PASSED_OVER = {
     reference_script_of_torchvision: ["n_averaged"],
@@ -311,6 +366,8 @@ PASSED_OVER = {
     lightning_module: ["criterion.weight"],
     lightning_with_averages: ["criterion.weight"],
     lightning_around_hugging_face: ["criterion.weight"],
+    backbone_with_pooler: ["pooler.dense.bias", "pooler.dense.weight"],
+    backbone_of_deit: ["pooler.dense.bias", "pooler.dense.weight"],
 }
 
 
@@ -348,7 +405,7 @@ def test_what_others_saved_gives_their_logits(form, tmp_path, record_property):
     assert not report.left_over
     assert not report.resized
     assert says in str(report)
-    if form in (lightning_distillation,):
+    if form in (lightning_distillation, masked_autoencoder):
         assert {name.split(".")[0] for name in report.passed_over} <= {"teacher", "criterion", "decoder"}
         assert report.passed_over
     else:
@@ -368,12 +425,72 @@ def test_swin_v2_of_hugging_face_is_named(tmp_path):
     sizes = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
     model = transformers.Swinv2ForImageClassification(transformers.Swinv2Config(**sizes, window_size=4))
     model.save_pretrained(tmp_path / "w")
-    assert "Swin V2" in one_line(tmp_path / "w" / "model.safetensors")
+    assert "Swin V2" in one_line(tmp_path / "w")
 
 
 def test_a_deit_with_one_head_of_two_says_so(tmp_path):
     hugging_face("DeiTForImageClassification").save_pretrained(tmp_path / "w")
-    assert "head_dist.weight is missing" in one_line(tmp_path / "w" / "model.safetensors", ours(DeiT))
+    assert "head_dist.weight is missing" in one_line(tmp_path / "w", ours(DeiT))
+
+
+def sharded(folder):
+    tensors = dict(timm_vit().state_dict())
+    half = len(tensors) // 2
+    parts = {
+        "a.safetensors": dict(list(tensors.items())[:half]),
+        "b.safetensors": dict(list(tensors.items())[half:]),
+    }
+    for file, part in parts.items():
+        save_file(part, folder / file)
+    return {name: file for file, part in parts.items() for name in part}
+
+
+def outside(folder, files):
+    (folder / "a.safetensors").rename(folder.parent / "a.safetensors")
+    return {name: file.replace("a.", "../a.") for name, file in files.items()}
+
+
+def absolute(folder, files):
+    return {name: str(folder / file) for name, file in files.items()}
+
+
+def missing(folder, files):
+    (folder / "b.safetensors").unlink()
+    return files
+
+
+def cut_short(folder, files):
+    data = (folder / "b.safetensors").read_bytes()
+    (folder / "b.safetensors").write_bytes(data[:-9])
+    return files
+
+
+SHARDS = {
+    "whole": (lambda folder, files: files, None),
+    "outside": (outside, "'../a.safetensors', which is not a file of weights beside it"),
+    "absolute": (absolute, "which is not a file of weights beside it"),
+    "itself": (
+        lambda _, files: dict.fromkeys(files, "model.safetensors.index.json"),
+        "not a file of weights",
+    ),
+    "missing": (missing, "b.safetensors"),
+    "cut short": (cut_short, "b.safetensors is not a whole safetensors file"),
+    "a tensor too many": (lambda _, files: {**files, "more": "a.safetensors"}, "not the index of the files"),
+    "numbers": (lambda _, files: dict.fromkeys(files, 3), "not the index of the files"),
+    "a list": (lambda _, files: list(files), "not the index of the files"),
+}
+
+
+@pytest.mark.parametrize("case", SHARDS)
+def test_shards_are_files_of_their_own_folder(case, tmp_path):
+    (tmp_path / "w").mkdir()
+    change, says = SHARDS[case]
+    index = {"metadata": {}, "weight_map": change(tmp_path / "w", sharded(tmp_path / "w"))}
+    (tmp_path / "w" / "model.safetensors.index.json").write_text(json.dumps(index))
+    if says is None:
+        assert len(load_pretrained(ours(ViT), str(tmp_path / "w")).loaded) == len(timm_vit().state_dict())
+    else:
+        assert says in one_line(tmp_path / "w")
 
 
 @pytest.mark.parametrize("damage", ["not finite", "few that claim to be many"])
@@ -403,3 +520,10 @@ def test_a_model_of_your_own_around_ours_is_taken_whole(tmp_path):
         "module.decoder.bias",
         "module.decoder.weight",
     )
+
+
+def test_a_checkpoint_of_ours_without_its_manifest_is_not_taken_for_weights_of_others(tmp_path):
+    save_file(timm_vit().state_dict(), tmp_path / "model.safetensors")
+    assert load_pretrained(ours(ViT), str(tmp_path)).loaded
+    (tmp_path / "state.json").write_text("{}")
+    assert "holds no checkpoint" in one_line(tmp_path)

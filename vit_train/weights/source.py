@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,9 +25,13 @@ from vit_train.weights.names import common_front, models_in, recognise, to_ours
 
 TORCHVISION = "torchvision:"
 _PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
+_INDEX = ".index.json"
+# As Hugging Face's save_pretrained fills a folder
+_IN_FOLDER = [file + end for file in ("model.safetensors", "pytorch_model.bin") for end in ("", _INDEX)]
 # Words of keys and prefixes: averages come first, as `weights=auto` has it. Lightning's: state_dict.
 _AVERAGED = {"ema", "averaged", "swa", "shadow"}
 _ORDER = ("state_dict", "model_state_dict", "model", "student")
+_SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")  # no way out of the folder
 _Choice = tuple[tuple[str, ...], str, dict[str, str], dict[str, Tensor]]
 _MAX_DEPTH = 4  # of mappings in each other
 # All weights of torchvision are trained with these, see the `transforms` of its weight classes.
@@ -78,7 +83,7 @@ def read_pretrained(source: str) -> Pretrained:
 
     Args:
         source: a run directory (its best checkpoint, else its last), a checkpoint directory, a .safetensors,
-            .pth, .pt, .ckpt, .bin or .tar file, or
+            .pth, .pt, .ckpt, .bin or .tar file, a folder that Hugging Face's save_pretrained wrote, or
             `torchvision:vit_b_16` (downloaded once, and checked against the hash in the file's name).
 
     Raises:
@@ -90,19 +95,23 @@ def read_pretrained(source: str) -> Pretrained:
     path = Path(source).expanduser()
     try:
         if path.is_dir():
-            return _from_run(source, path)
-        if not path.is_file():
+            whole = [path / name for name in _IN_FOLDER if (path / name).is_file()]
+            own = (path / name for name in (checkpoint.MANIFEST, "state.json", "checkpoints"))
+            if not whole or any(part.exists() for part in own):
+                return _from_run(source, path)
+            path = whole[0]
+        elif not path.is_file():
             siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise CheckpointError(f"init_from={source}: no such file or run{suggest(str(path), siblings)}")
-        if path.name.endswith((".safetensors", *_PICKLED)):
+        if path.name.endswith((".safetensors", _INDEX, *_PICKLED)):
             return _from_file(source, path)
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or path} cannot be read: {error.strerror or error}"
         ) from error
     raise ConfigError(
-        f"init_from={source}: weights come from a run directory, a .safetensors, .pth, .pt or .ckpt file, or "
-        f"{TORCHVISION}vit_b_16"
+        f"init_from={source}: weights come from a run directory, a .safetensors, .pth, .pt or .ckpt file, a "
+        f"folder of save_pretrained, or {TORCHVISION}vit_b_16"
     )
 
 
@@ -147,7 +156,7 @@ def _from_run(source: str, path: Path) -> Pretrained:
 
 
 def _from_file(source: str, path: Path) -> Pretrained:
-    saved = _from_safetensors(path) if path.suffix == ".safetensors" else _from_pickle(path)
+    saved = _saved(path)
     named = {k: v for k, v in saved.items() if isinstance(k, str)} if isinstance(saved, Mapping) else {}
     choices = sorted(_choices(named), key=_rank)
     if not choices:
@@ -186,6 +195,23 @@ def _rank(choice: _Choice) -> tuple[bool, bool, bool, int, int]:
     averaged = "teacher" in keys or any(_AVERAGED.intersection(word.lower().split("_")) for word in words)
     order = min((_ORDER.index(word) for word in words if word in _ORDER), default=len(_ORDER))
     return recognise(names)[0] is None, not averaged, "teacher" in words, order, -len(names)
+
+
+def _saved(path: Path) -> Any:
+    if path.name.endswith(_INDEX):
+        return _from_shards(path)
+    return _from_safetensors(path) if path.suffix == ".safetensors" else _from_pickle(path)
+
+
+def _from_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        files = json.loads(index.read_bytes())["weight_map"]
+        if other := [file for file in files.values() if not _SHARD.fullmatch(file)]:
+            raise CheckpointError(f"{index} names {other[0]!r}, which is not a file of weights beside it")
+        shards = {file: _saved(index.with_name(file)) for file in set(files.values())}
+        return {name: shards[file][name] for name, file in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is not the index of the files beside it") from error
 
 
 def _from_safetensors(path: Path) -> dict[str, Any]:
