@@ -9,10 +9,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import with_trained_head
 from safetensors.torch import save_file
 from timm.models.swin_transformer import SwinTransformer as TimmSwin
@@ -420,6 +424,22 @@ def one_line(source, model=None):
     return str(caught.value)
 
 
+def test_other_networks_are_told_by_what_they_hold(tmp_path):
+    model = torchvision.models.mobilenet_v2()  # which has a features.0.0.weight
+    torch.save({"state_dict": model.state_dict(), "epoch": 3, "arch": "mobilenet_v2"}, tmp_path / "w.pth")
+    line = one_line(tmp_path / "w.pth", ours(ViT))
+    assert "its keys: 'state_dict', 'epoch', 'arch'; its tensors: features.0.0.weight (32, 3, 3, 3), " in line
+    assert "features.0.1.weight (32,), features.0.1.bias (32,) ..." in line
+    assert "type the model= they are of" in line
+
+
+def test_a_file_without_tensors_names_its_keys(tmp_path):
+    saved = {"epoch": 3, "optimizer": {"state": {"exp_avg": torch.ones(3)}}}
+    saved["itself"] = saved
+    torch.save(saved, tmp_path / "w.pth")
+    assert "holds no weights (its keys: 'epoch', 'optimizer', 'itself')" in one_line(tmp_path / "w.pth")
+
+
 def test_swin_v2_of_hugging_face_is_named(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
@@ -431,6 +451,16 @@ def test_swin_v2_of_hugging_face_is_named(tmp_path):
 def test_a_deit_with_one_head_of_two_says_so(tmp_path):
     hugging_face("DeiTForImageClassification").save_pretrained(tmp_path / "w")
     assert "head_dist.weight is missing" in one_line(tmp_path / "w", ours(DeiT))
+
+
+def test_objects_in_what_lightning_saved_are_refused_with_what_to_type(tmp_path):
+    module = lit(model=timm_vit())
+    module.hparams["root"] = tmp_path
+    fitted(module, tmp_path / "w.ckpt")
+    line = one_line(tmp_path / "w.ckpt")
+    typed = shlex.split(line[line.index("python -c") :])
+    subprocess.run([sys.executable, *typed[1:]], cwd=tmp_path, check=True)
+    assert load_pretrained(ours(ViT), str(tmp_path / "weights.pth")).passed_over == ("criterion.weight",)
 
 
 def sharded(folder):

@@ -117,7 +117,10 @@ def load_pretrained(
     report.left_over += theirs
     problems += [f"{name} has no place in the model" for name in theirs]
     if not report.loaded:
-        raise ConfigError(f"init_from={pretrained.source}: none of its tensors has a place in {_kind(model)}")
+        raise ConfigError(
+            f"init_from={pretrained.source}: none of its tensors has a place in {_kind(model)}"
+            f"{pretrained.contents}; type the model= they are of, or rename them as timm does"
+        )
     if problems and strict:
         raise ConfigError(
             f"init_from={pretrained.source} ({pretrained.whose}) does not fit {_kind(model)}: "

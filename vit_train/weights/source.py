@@ -55,6 +55,7 @@ class Pretrained:
         old_split: of a run, whether an older version chose what it held out.
         as_saved: of a foreign file, what lies where the tensors were found, under its own names.
         passed_over: names of it that are not of the model: a loss, a teacher, a decoder.
+        contents: of a foreign file, for messages.
     """
 
     source: str
@@ -69,6 +70,7 @@ class Pretrained:
     old_split: bool = False
     as_saved: Mapping[str, Tensor] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
+    contents: str = ""
 
 
 def absolute_source(source: str | None) -> str | None:
@@ -158,18 +160,23 @@ def _from_run(source: str, path: Path) -> Pretrained:
 def _from_file(source: str, path: Path) -> Pretrained:
     saved = _saved(path)
     named = {k: v for k, v in saved.items() if isinstance(k, str)} if isinstance(saved, Mapping) else {}
+    keys = ", ".join(repr(k) for k, v in named.items() if not isinstance(v, Tensor)) or "only tensors' names"
     choices = sorted(_choices(named), key=_rank)
     if not choices:
-        raise CheckpointError(f"{path} holds no weights: expected a state dict, or one under {_ORDER[0]!r}")
+        raise CheckpointError(
+            f"{path} holds no weights (its keys: {keys}): expected a state dict, or one under {_ORDER[0]!r}"
+        )
     where, front, names, tensors = choices[0]
     about, wrapped = named.get("vit_train"), len(common_front(tensors))
     if isinstance(about, str):
         return _exported(source, tensors, about)
+    some = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in list(names.values())[:3])
     place = [f"{what} {name!r}" for what, name in (("key", ".".join(where)), ("prefix", front)) if name]
     return replace(
         _foreign(source, {own: tensors[name] for own, name in names.items()}, place),
         as_saved={name[wrapped:]: tensor for name, tensor in tensors.items()},
         passed_over=tuple(sorted(tensors.keys() - set(names.values()))),
+        contents=f" (its keys: {keys}; its tensors: {some} ...)",
     )
 
 
@@ -240,7 +247,9 @@ def _from_pickle(path: Path) -> Any:
             "run any code; where you trust the file, keep its weights alone: python -c "
             + shlex.quote(
                 f"import torch; m = torch.load({str(path)!r}, weights_only=False); "
-                "torch.save(m.state_dict(), 'weights.pth')"
+                "m = m if isinstance(m, dict) else {'model': m.state_dict()}; "
+                "torch.save({k: v for k, v in m.items() if torch.is_tensor(v) or isinstance(v, dict) and "
+                "all(map(torch.is_tensor, v.values()))}, 'weights.pth')"
             )
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
