@@ -167,7 +167,7 @@ ERRORS = {
     "init_from=nowhere.pth": (4, "no such file or run"),
     "init_from=torchvision:vit_x": (2, "no such model in torchvision"),
     "init_from=.": (4, "holds no checkpoint"),
-    "init_from=3": (4, "init_from=3: no such file or run"),
+    "init_from=3": (4, "/3: no such file or run"),
 }
 
 
