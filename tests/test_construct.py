@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 from torch import nn
 
-from vit_train.construct import NotNegative, Positive, check, make
+from vit_train.construct import NotNegative, Positive, check, make, with_defaults
 from vit_train.errors import ConfigError
 
 
@@ -128,3 +128,37 @@ def test_a_refusal_of_the_constructor_names_the_key() -> None:
 def test_stored_data_never_chooses_code(target: str) -> None:
     with pytest.raises(ConfigError):
         make({"_target_": target}, key="model", allow=("vit_train.models", "vit_train.layers"))
+
+
+def makes(value: Any) -> Any:
+    """What a node of a user's may name."""
+    return value
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        ({"rate": "x"}, "w.rate: expected float, {} makes 'x'"),
+        ({"width": 0}, "w.width: expected int, {} makes 0"),
+        ({"child": {}}, "w.child: expected Module or null, {} makes dict"),
+        ({"sizes": [1, "2"]}, "w.sizes: expected tuple[int, ...], {} makes list"),
+        ({"mode": "fasst"}, "w.mode: expected fast or slow, {} makes 'fasst'"),
+    ],
+)
+def test_what_an_inner_node_makes_is_checked(extra: dict[str, Any], line: str) -> None:
+    maker = f"{__name__}.makes"
+    inner = {name: {"_target_": maker, "value": value} for name, value in extra.items()}
+    with pytest.raises(ConfigError) as refused:
+        make(node(**inner), key="w")
+    assert str(refused.value) == line.replace("{}", maker)
+
+
+@pytest.mark.parametrize("rate", [float("inf"), float("nan"), float("-inf")])
+def test_a_number_without_bounds_is_finite(rate: float) -> None:
+    assert check(node(rate=rate), key="w") == [f"w.rate: must be a finite number, got {rate}"]
+
+
+def test_a_builtin_without_a_signature_takes_anything() -> None:
+    assert check({"_target_": "builtins.dict", "a": 1}) == []
+    assert make({"_target_": "builtins.dict", "a": 1}) == {"a": 1}
+    assert with_defaults({"_target_": "builtins.dict", "a": 1}) == {"_target_": "builtins.dict", "a": 1}

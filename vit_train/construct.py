@@ -17,25 +17,59 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le
-from pydantic import ConfigDict, PydanticUserError, Strict, TypeAdapter, ValidationError
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, ConfigDict, PydanticUserError, Strict, TypeAdapter, ValidationError
 
 from vit_train.errors import ConfigError, suggest
 
 TARGET, PARTIAL = "_target_", "_partial_"
-# Numbers with a bound, for constructors whose arguments users type
-Positive = Annotated[int, Strict(), Ge(1)]
-NotNegative = Annotated[int, Strict(), Ge(0)]
-TwoOrMore = Annotated[int, Strict(), Ge(2)]
-PositiveFloat = Annotated[float, Strict(), Gt(0)]
-NotNegativeFloat = Annotated[float, Strict(), Ge(0)]
-Probability = Annotated[float, Strict(), Ge(0), Le(1)]
+# Numbers with their bounds, for constructors whose arguments users type; none is infinite or NaN. What makes
+# processes, layers or memory ends where nobody needs more.
+_MOST = 2**31 - 1  # a larger count would overflow somewhere
+Positive = Annotated[int, Ge(1), Le(_MOST)]
+NotNegative = Annotated[int, Ge(0), Le(_MOST)]
+TwoOrMore = Annotated[int, Ge(2), Le(_MOST)]
+Workers = Annotated[int, Ge(0), Le(256)]
+Threads = Annotated[int, Ge(1), Le(256)]
+Few = Annotated[int, Ge(1), Le(1000)]
+Level = Annotated[int, Ge(0), Le(255)]
+Dim = Annotated[int, Ge(1), Le(2**16)]
+Window = Annotated[int, Ge(1), Le(256)]
+Side = Annotated[int, Ge(1), Le(2**14)]
+Seed = Annotated[int, Ge(-(2**63)), Lt(2**63)]
+PositiveFloat = Annotated[float, Gt(0)]
+NotNegativeFloat = Annotated[float, Ge(0)]
+Seconds = Annotated[float, Gt(0), Le(10**6)]  # poll() counts milliseconds in 31 bits
+Expansion = Annotated[float, Gt(0), Le(1000)]
+Probability = Annotated[float, Ge(0), Le(1)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+Share = Annotated[float, Gt(0), Le(1)]
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _SCALARS = (int, float, bool, str)
+_MUST_BE = {
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "greater than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "finite_number": "a finite number",
+    "value_error": "{error}",
+}
+
+
+def _in_order(values: tuple[float, float]) -> tuple[float, float]:
+    if values[0] > values[1]:
+        raise ValueError("in ascending order")
+    return values
+
+
+_Ratio = Annotated[float, Ge(0.1), Le(10)]  # beyond, a part of a small image would have no pixels
+Ratios = Annotated[tuple[_Ratio, _Ratio], AfterValidator(_in_order)]
+Shares = Annotated[tuple[Share, Share], AfterValidator(_in_order)]
 
 
 def is_node(value: object) -> bool:
@@ -110,7 +144,8 @@ def make(node: Any, *, key: str = "", allow: Iterable[str] | None = None) -> Any
         allow: package prefixes `_target_` may come from; None allows everything (the user's own config).
 
     Raises:
-        ConfigError: the target cannot be found, is not allowed, or refused its arguments.
+        ConfigError: the target cannot be found, is not allowed, or refused its arguments; or what an inner
+            node makes is not what its place is annotated with.
     """
     if isinstance(node, list | tuple):
         return [make(value, key=f"{key}[{i}]", allow=allow) for i, value in enumerate(node)]
@@ -127,12 +162,19 @@ def make(node: Any, *, key: str = "", allow: Iterable[str] | None = None) -> Any
     for name, value in node.items():
         if name in (TARGET, PARTIAL):
             continue
-        built = make(value, key=_join(key, name), allow=allow)
-        arguments[name] = _converted(hints.get(name, Any), built, value)
+        full = _join(key, name)
+        arguments[name] = _fitted(full, hints.get(name, Any), make(value, key=full, allow=allow), value)
     if node.get(PARTIAL, False):
         return functools.partial(target, **arguments)
-    try:
+    with as_config_error(key):
         return target(**arguments)
+
+
+@contextmanager
+def as_config_error(key: str) -> Iterator[None]:
+    """A value that a constructor or torch refuses is a mistake in the configuration."""
+    try:
+        yield
     except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, a RuntimeError
             raise
@@ -190,7 +232,7 @@ def foreign_code(node: Any, allow: tuple[str, ...], key: str = "") -> list[str]:
 
 def with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
     """The node with the constructor's own defaults for the keys it leaves out."""
-    parameters = inspect.signature(locate(node[TARGET])).parameters.values()
+    parameters = _parameters(locate(node[TARGET])).values()
     defaults = {
         p.name: list(p.default) if isinstance(p.default, tuple) else p.default
         for p in parameters
@@ -202,11 +244,7 @@ def with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
 def _check_arguments(
     target: Callable[..., Any], node: Mapping[str, Any], key: str, pending: frozenset[str]
 ) -> list[str]:
-    try:
-        parameters = inspect.signature(target).parameters
-    except ValueError:  # a builtin without a signature
-        return []
-    hints = _hints(target)
+    parameters, hints = _parameters(target), _hints(target)
     keywords = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     partial = node.get(PARTIAL, False)
@@ -265,27 +303,37 @@ def _check_child(full: str, hint: Any, node: Mapping[str, Any]) -> list[str]:
 
 def _explain(full: str, hint: Any, value: Any, error: ValidationError) -> str:
     choices = [str(c) for t in _members(hint) if get_origin(t) is Literal for c in get_args(t)]
-    problem = error.errors()[0]
-    if choices and problem["type"] not in ("greater_than_equal", "greater_than"):
+    problems = error.errors()
+    problem = next((p for p in problems if p["type"] in _MUST_BE), problems[0])
+    names = [str(part) for part in problem["loc"] if isinstance(value, Mapping) and part in value]
+    where = ".".join(str(part) for part in problem["loc"] if isinstance(part, int) and not names)
+    inside = f" (at position {where})" if where else ""
+    if problem["type"] in _MUST_BE:
+        limits = {k: f"{v:g}" if isinstance(v, float) else v for k, v in problem.get("ctx", {}).items()}
+        either = "" if inside or names else "".join(f"{choice} or " for choice in choices)
+        must = either + _MUST_BE[problem["type"]].format(**limits)
+        return f"{'.'.join([full, *names])}: must be {must}, got {problem['input']!r}{inside}"
+    if choices:
         others = [_name(t) for t in _members(hint) if get_origin(t) is not Literal and t is not type(None)]
         return f"{full}: {value!r} is not one of {', '.join(choices + others)}{suggest(str(value), choices)}"
-    if problem["type"] == "greater_than_equal":
-        return f"{full}: must be at least {problem['ctx']['ge']}, got {value!r}"
-    if problem["type"] == "greater_than":
-        return f"{full}: must be greater than {problem['ctx']['gt']:g}, got {value!r}"
-    where = ".".join(str(part) for part in problem["loc"] if isinstance(part, int))
-    inside = f" (at position {where})" if where else ""
     return f"{full}: expected {_name(hint)}, got {value!r} ({type(value).__name__}){inside}"
 
 
 def _name(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
     if hint is type(None):
         return "null"
-    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
-        return " or ".join(_name(t) for t in get_args(hint))
-    if get_origin(hint) is Annotated:
-        return _name(get_args(hint)[0])
-    return hint.__name__ if inspect.isclass(hint) and not get_args(hint) else str(hint).replace("typing.", "")
+    if isinstance(hint, types.UnionType) or origin is Union:
+        return " or ".join(_name(t) for t in arguments)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin is Annotated:
+        return _name(arguments[0])
+    if origin is Callable:
+        return "Callable"
+    if origin is not None:
+        return f"{_name(origin)}[{', '.join('...' if t is Ellipsis else _name(t) for t in arguments)}]"
+    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
 
 
 def _join(key: str, name: str) -> str:
@@ -298,14 +346,20 @@ def _holds_node(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(_holds_node(v) for v in value)
 
 
-def _converted(hint: Any, built: Any, value: Any) -> Any:
-    """Plain values become the annotated types (list -> tuple); built objects pass as they are."""
-    if _holds_node(value):
-        return tuple(built) if get_origin(hint) is tuple and isinstance(built, list) else built
+def _fitted(full: str, hint: Any, built: Any, value: Any) -> Any:
+    """Plain values become the annotated types (list -> tuple); what a node makes must be of them already.
+
+    Raises:
+        ConfigError: it is not.
+    """
     try:
         return _adapter(hint).validate_python(built)
-    except (ValidationError, PydanticUserError):
-        return built  # `check` reports it; here the constructor has the last word
+    except (ValidationError, PydanticUserError) as error:
+        if not _holds_node(value) or isinstance(error, PydanticUserError):
+            return built  # `check` reports it; here the constructor has the last word
+        made = repr(built) if isinstance(built, _SCALARS) else type(built).__name__
+        maker = value[TARGET] if is_node(value) else "it"
+        raise ConfigError(f"{full}: expected {_name(hint)}, {maker} makes {made}") from error
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -318,18 +372,20 @@ def _is_protocol(hint: Any) -> bool:
     return inspect.isclass(hint) and getattr(hint, "_is_protocol", False)
 
 
+def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(target).parameters
+    except ValueError:  # a builtin without a signature: anything goes
+        return inspect.signature(lambda **_: None).parameters
+
+
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     """Annotations of a callable, argument by argument: one that cannot be resolved counts as Any."""
-    try:
-        parameters = inspect.signature(target).parameters
-    except ValueError:
-        return {}
-    owner = target.__init__ if inspect.isclass(target) else target
-    owner = inspect.unwrap(owner)
+    owner = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
     module = sys.modules.get(getattr(owner, "__module__", ""), None)
     scope = {**vars(typing), **(getattr(owner, "__globals__", None) or (vars(module) if module else {}))}
     hints = {}
-    for name, parameter in parameters.items():
+    for name, parameter in _parameters(target).items():
         annotation = parameter.annotation
         if isinstance(annotation, str):
             try:
@@ -352,11 +408,11 @@ def _strict(hint: Any) -> Any:
     if origin is None or origin is Literal or origin is type or not arguments:
         return hint
     if origin is Annotated:
-        return hint
+        return Annotated[(_strict(arguments[0]), *hint.__metadata__)]
     if isinstance(hint, types.UnionType) or origin is Union:
         return Union[tuple(_strict(a) for a in arguments)]  # noqa: UP007 - built from a tuple
     if origin is Callable:
-        return Any
+        return hint
     if _is_protocol(origin):
         return Any
     return origin[tuple(a if a is Ellipsis else _strict(a) for a in arguments)]
@@ -371,7 +427,8 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 def _new_adapter(hint: Any) -> TypeAdapter[Any]:
     try:
-        return TypeAdapter(_strict(hint), config=ConfigDict(arbitrary_types_allowed=True))
+        config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+        return TypeAdapter(_strict(hint), config=config)
     except Exception:
         return TypeAdapter(Any)
 
