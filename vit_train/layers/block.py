@@ -42,7 +42,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, hidden_dim=int(dim * mlp_ratio), drop=drop)
+        self.mlp = Mlp(dim, hidden_dim=max(1, int(dim * mlp_ratio)), drop=drop)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

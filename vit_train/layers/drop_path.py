@@ -16,15 +16,10 @@ class DropPath(nn.Module):
 
     Args:
         rate: probability that a sample loses the branch, in [0, 1).
-
-    Raises:
-        ValueError: the rate is outside [0, 1).
     """
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f"drop path rate {rate} is outside [0, 1)")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vit_train.construct import Dim, Side
+
 from .checks import require_divides
 from .init import init_projection
 
@@ -79,10 +81,10 @@ class PatchEmbed(GridEmbed):
     def __init__(
         self,
         *,
-        img_size: int,
-        patch_size: int,
-        in_channels: int,
-        embed_dim: int,
+        img_size: Side,
+        patch_size: Side,
+        in_channels: Dim,
+        embed_dim: Dim,
         projection: Literal["conv", "unfold"] = "conv",
         norm: bool = False,
         any_size: bool = False,
@@ -136,7 +138,7 @@ class ConvStem(GridEmbed):
     """
 
     def __init__(
-        self, *, img_size: int, patch_size: int, in_channels: int, embed_dim: int, any_size: bool = False
+        self, *, img_size: Side, patch_size: Side, in_channels: Dim, embed_dim: Dim, any_size: bool = False
     ) -> None:
         if patch_size < 2 or patch_size & (patch_size - 1):
             raise ValueError(f"patch_size {patch_size} of a ConvStem is not a power of two from 2 on")

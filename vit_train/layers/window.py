@@ -150,7 +150,7 @@ class WindowAttention(nn.Module):
             published models as torchvision has them: zero tokens take part in the attention.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`, or the window is empty.
+        ValueError: `num_heads` does not divide `dim`.
     """
 
     def __init__(
@@ -167,8 +167,6 @@ class WindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         require_heads(num_heads, dim)
-        if window_size < 1:
-            raise ValueError(f"window_size {window_size} is less than 1")
         self.num_heads = num_heads
         self.window_size = window_size
         self.shifted = shifted

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vit_train.construct import Dim, Expansion, Few, Fraction, Positive
 from vit_train.layers import init_linear
 from vit_train.layers.init import TOKEN_STD
 
@@ -42,15 +43,15 @@ class DeiT(ViT):
         self,
         *,
         patch_embed: nn.Module,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
+        embed_dim: Dim,
+        depth: Few,
+        num_heads: Dim,
+        mlp_ratio: Expansion = 4.0,
         qkv_bias: bool = True,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        num_classes: int,
+        drop_rate: Fraction = 0.0,
+        attn_drop_rate: Fraction = 0.0,
+        drop_path_rate: Fraction = 0.0,
+        num_classes: Positive,
     ) -> None:
         super().__init__(
             patch_embed=patch_embed,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit_train.construct import Dim, Side
 from vit_train.layers import GridEmbed, init_projection
 from vit_train.layers.checks import require_divides
 
@@ -101,12 +102,12 @@ class HybridEmbed(GridEmbed):
     def __init__(
         self,
         *,
-        img_size: int,
+        img_size: Side,
         backbone: str,
         layer: str,
-        in_channels: int,
-        embed_dim: int,
-        patch_size: int = 1,
+        in_channels: Dim,
+        embed_dim: Dim,
+        patch_size: Side = 1,
         small_stem: bool = False,
         pretrained: bool = False,
     ) -> None:

@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vit_train.construct import Dim, Expansion, Few, Fraction, Positive, Window
 from vit_train.layers import Block, WindowAttention, drop_path_schedule, init_linear
 
 
@@ -74,17 +75,17 @@ class Swin(nn.Module):
         self,
         *,
         patch_embed: nn.Module,
-        embed_dim: int,
-        depths: tuple[int, ...],
-        num_heads: tuple[int, ...],
-        window_size: int,
-        mlp_ratio: float = 4.0,
+        embed_dim: Dim,
+        depths: tuple[Few, ...],
+        num_heads: tuple[Dim, ...],
+        window_size: Window,
+        mlp_ratio: Expansion = 4.0,
         qkv_bias: bool = True,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        drop_rate: Fraction = 0.0,
+        attn_drop_rate: Fraction = 0.0,
+        drop_path_rate: Fraction = 0.0,
         mask_padding: bool = True,
-        num_classes: int,
+        num_classes: Positive,
     ) -> None:
         super().__init__()
         if (width := patch_embed.embed_dim) != embed_dim:

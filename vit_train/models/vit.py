@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vit_train.construct import Dim, Expansion, Few, Fraction, Positive
 from vit_train.layers import Attention, Block, drop_path_schedule, init_linear
 from vit_train.layers.checks import require_heads
 from vit_train.layers.init import TOKEN_STD, sincos_positions
@@ -44,18 +45,18 @@ class ViT(nn.Module):
         self,
         *,
         patch_embed: nn.Module,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
+        embed_dim: Dim,
+        depth: Few,
+        num_heads: Dim,
+        mlp_ratio: Expansion = 4.0,
         qkv_bias: bool = True,
         norm_first: bool = True,
         pool: Literal["cls", "mean"] = "cls",
         head: Literal["linear", "mlp"] = "linear",
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        num_classes: int,
+        drop_rate: Fraction = 0.0,
+        attn_drop_rate: Fraction = 0.0,
+        drop_path_rate: Fraction = 0.0,
+        num_classes: Positive,
     ) -> None:
         super().__init__()
         require_heads(num_heads, embed_dim)
