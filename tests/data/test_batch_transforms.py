@@ -226,16 +226,3 @@ def test_the_switch_the_probability_and_the_end_of_mixing():
     assert kinds["cutmix"] == pytest.approx(150, abs=50)
     always = made(mixup_alpha=1.0, mix_off_epoch=5)
     assert [always(batch, epoch, 3)[1].ndim for epoch in (0, 3, 4, 5)] == [2, 2, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({"crop_scale": (0.5, 0.1)}, "crop_scale must ascend within 0 and 1"),
-        ({"crop_scale": (0.0, 1.0)}, "crop_scale must ascend within 0 and 1"),
-        ({"crop_ratio": (0.0, 1.0)}, "crop_ratio must ascend above 0"),
-    ],
-)
-def test_ranges_that_make_no_sense(settings, line):
-    with pytest.raises(ValueError, match=line):
-        made(**settings)

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vit_train.construct import Few, Fraction, Positive, PositiveFloat, Seconds, Seed, Share, Side, Workers
 from vit_train.data.arrays import ArraySource
 from vit_train.data.bad_files import unreadable
 from vit_train.data.batch import Batch, Failure, collate
@@ -148,7 +149,7 @@ class ImageData(abc.ABC):
             tensor. None trains on the images as evaluation sees them.
 
     Raises:
-        ValueError: a value out of range, or a mean or std that does not fit the channels.
+        ValueError: a mean or std that does not fit the channels, or a cache that cannot be.
     """
 
     default_mean: ClassVar[tuple[float, ...]]
@@ -164,36 +165,23 @@ class ImageData(abc.ABC):
     def __init__(
         self,
         *,
-        batch_size: int,
-        num_workers: int | None,
-        worker_timeout_seconds: float = 600.0,
-        img_size: int | None,
+        batch_size: Positive,
+        num_workers: Workers | None,
+        worker_timeout_seconds: Seconds = 600.0,
+        img_size: Side | None,
         in_channels: Literal[1, 3],
-        val_fraction: float,
-        train_fraction: float = 1.0,
-        limit: int | None,
+        val_fraction: Fraction,
+        train_fraction: Share = 1.0,
+        limit: Positive | None,
         sampler: Sampling = "uniform",
-        repeats: int = 1,
+        repeats: Few = 1,
         cache: Cache = "auto",
-        seed: int,
+        seed: Seed,
         mean: tuple[float, ...] | None,
-        std: tuple[float, ...] | None,
-        num_classes: int | None,
+        std: tuple[PositiveFloat, ...] | None,
+        num_classes: Positive | None,
         sample_transform: Callable[..., Any] | None,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("img_size", img_size, 1),
-            ("limit", limit, 1),
-            ("repeats", repeats, 1),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
-        if not 0 < train_fraction <= 1:
-            raise ValueError(f"train_fraction must be above 0 and at most 1, got {train_fraction}")
         if cache == "device" and sample_transform is not None:
             raise ValueError(
                 "cache=device holds finished images, and augment.sample makes each image anew: type "
@@ -212,8 +200,6 @@ class ImageData(abc.ABC):
         self.seed = seed
         self.mean = _per_channel("mean", mean, self.default_mean, in_channels)
         self.std = _per_channel("std", std, self.default_std, in_channels)
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be positive, got {self.std}")
         self.sample_transform = sample_transform
         self._wanted_img_size = img_size
         self._wanted_num_classes = num_classes

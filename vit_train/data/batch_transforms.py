@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_train import rng
-from vit_train.construct import NotNegative, NotNegativeFloat, Probability
+from vit_train.construct import NotNegative, NotNegativeFloat, Positive, Probability, Ratios, Seed, Shares
 from vit_train.data.batch import Batch
 
 _WHITE = 255.0
@@ -82,9 +82,6 @@ class Augment(Normalize):
         mix_prob: probability that a batch is mixed.
         mix_switch_prob: where both are on, probability that it is CutMix.
         mix_off_epoch: from this epoch on (counted from 1) nothing is mixed; null for never.
-
-    Raises:
-        ValueError: a range that does not ascend.
     """
 
     def __init__(
@@ -92,11 +89,11 @@ class Augment(Normalize):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         *,
-        seed: int,
-        num_classes: int,
+        seed: Seed,
+        num_classes: Positive,
         max_shift: Probability = 0.0,
-        crop_scale: tuple[float, float] | Literal["auto"] | None = None,
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        crop_scale: Shares | Literal["auto"] | None = None,
+        crop_ratio: Ratios = (3 / 4, 4 / 3),
         hflip_prob: Probability = 0.0,
         erase_prob: Probability = 0.0,
         mixup_alpha: NotNegativeFloat = 0.0,
@@ -107,10 +104,6 @@ class Augment(Normalize):
     ) -> None:
         super().__init__(mean, std)
         assert crop_scale != "auto", "build.py resolves it"
-        if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale must ascend within 0 and 1, got {crop_scale}")
-        if not 0 < crop_ratio[0] <= crop_ratio[1]:
-            raise ValueError(f"crop_ratio must ascend above 0, got {crop_ratio}")
         self.seed, self.num_classes = seed, num_classes
         self.max_shift, self.hflip_prob, self.erase_prob = max_shift, hflip_prob, erase_prob
         self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
@@ -209,7 +202,8 @@ def random_boxes(
     first = fits.int().argmax(1, keepdim=True)
     h, w = h.gather(1, first), w.gather(1, first)
     top, left = (place[:, :1] * (height - h + 1)).floor(), (place[:, 1:] * (width - w + 1)).floor()
-    most = (0, 0) if erased else (min(height, round(width / ratio[0])), min(width, round(height * ratio[1])))
+    nearest = min(height, round(width / ratio[0]) or 1), min(width, round(height * ratio[1]) or 1)
+    most = (0, 0) if erased else nearest
     fallback = ((height - most[0]) // 2, (width - most[1]) // 2, *most)
     fits = fits.any(1, keepdim=True)
     columns = [torch.where(fits, drawn, other) for drawn, other in zip((top, left, h, w), fallback)]

@@ -36,9 +36,10 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.ExifTags import Base
 from torchvision.io import ImageReadMode, decode_image
 
+from vit_train.construct import Level
 from vit_train.errors import DataError
 
-RGB: TypeAlias = tuple[int, int, int]
+RGB: TypeAlias = tuple[Level, Level, Level]
 ValueRange: TypeAlias = tuple[float, float]  # black, white
 WHITE: RGB = (255, 255, 255)
 EXTENT = "vit_train: extent"  # the key of what `decode` writes into Image.info

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from vit_train.construct import PositiveFloat
+from vit_train.construct import Few, Fraction, Positive, PositiveFloat, Seconds, Seed, Share, Side, Workers
 from vit_train.data.arrays import ArraySource
 from vit_train.data.base import Found, ImageData
 from vit_train.data.cache import Cache
@@ -37,21 +37,21 @@ class Digits(ImageData):
     def __init__(
         self,
         *,
-        batch_size: int = 64,
-        num_workers: int | None = None,
-        worker_timeout_seconds: PositiveFloat = 600.0,
-        img_size: int | None = 8,
+        batch_size: Positive = 64,
+        num_workers: Workers | None = None,
+        worker_timeout_seconds: Seconds = 600.0,
+        img_size: Side | None = 8,
         in_channels: Literal[1, 3] = 1,
-        val_fraction: float = 0.1,
-        train_fraction: float = 1.0,
-        limit: int | None = None,
+        val_fraction: Fraction = 0.1,
+        train_fraction: Share = 1.0,
+        limit: Positive | None = None,
         sampler: Sampling = "uniform",
-        repeats: int = 1,
+        repeats: Few = 1,
         cache: Cache = "auto",
-        seed: int = 0,
+        seed: Seed = 0,
         mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        num_classes: int | None = None,
+        std: tuple[PositiveFloat, ...] | None = None,
+        num_classes: Positive | None = None,
         sample_transform: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from vit_train.construct import Positive, PositiveFloat
+from vit_train.construct import Few, Fraction, Positive, PositiveFloat, Seconds, Seed, Share, Side, Workers
 from vit_train.data import layout
 from vit_train.data.bad_files import bad_files, unreadable
 from vit_train.data.base import Found, ImageData, Split
@@ -120,26 +120,26 @@ class ImageFolder(ImageData):
         self,
         *,
         root: str | None = None,
-        batch_size: int = 64,
-        num_workers: int | None = None,
-        worker_timeout_seconds: PositiveFloat = 600.0,
-        img_size: int | None = None,
-        patch_size: Positive = 1,
+        batch_size: Positive = 64,
+        num_workers: Workers | None = None,
+        worker_timeout_seconds: Seconds = 600.0,
+        img_size: Side | None = None,
+        patch_size: Side = 1,
         in_channels: Literal[1, 3] = 3,
         resize: Literal["crop", "squash"] = "crop",
         background: RGB = WHITE,
         value_range: ValueRange | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
-        val_fraction: float = 0.1,
-        train_fraction: float = 1.0,
-        limit: int | None = None,
+        val_fraction: Fraction = 0.1,
+        train_fraction: Share = 1.0,
+        limit: Positive | None = None,
         sampler: Sampling = "uniform",
-        repeats: int = 1,
+        repeats: Few = 1,
         cache: Cache = "auto",
-        seed: int = 0,
+        seed: Seed = 0,
         mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        num_classes: int | None = None,
+        std: tuple[PositiveFloat, ...] | None = None,
+        num_classes: Positive | None = None,
         sample_transform: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(
@@ -163,10 +163,8 @@ class ImageFolder(ImageData):
         self.root = root
         self.patch_size = patch_size
         self.resize: Literal["crop", "squash"] = resize
-        if not all(0 <= value <= 255 for value in background):
-            raise ValueError(f"background must be three values of 0 to 255, got {background}")
         self.background = background
-        if value_range is not None and not -math.inf < value_range[0] < value_range[1] < math.inf:
+        if value_range is not None and value_range[0] >= value_range[1]:
             raise ValueError(f"value_range must be black and a larger white, got {value_range}")
         self.value_range = value_range
         self.on_bad_image = on_bad_image

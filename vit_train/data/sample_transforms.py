@@ -17,14 +17,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
+from annotated_types import Ge, Le
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from vit_train.construct import Probability, Ratios, Shares
 from vit_train.data.decode import EXTENT
 
 SampleTransform: TypeAlias = Callable[[Image.Image], Image.Image | Tensor]
@@ -155,12 +157,12 @@ def seen_box(
 def resized_crop(
     img_size: int,
     *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float] = (0.75, 1.3333),
+    scale: Shares,
+    ratio: Ratios = (0.75, 1.3333),
     policy: Literal["rand", "trivial", "auto"] | None = None,
-    num_ops: int = 2,
-    magnitude: int = 9,
-    jitter: float = 0.0,
+    num_ops: Annotated[int, Ge(0), Le(100)] = 2,
+    magnitude: Annotated[int, Ge(0), Le(_NUM_MAGNITUDES - 1)] = 9,
+    jitter: Probability = 0.0,
 ) -> Steps:
     """A random part of the image scaled to img_size (Szegedy et al. 2015), then a policy, then colour jitter.
 
@@ -176,21 +178,7 @@ def resized_crop(
         num_ops: operations per image of "rand".
         magnitude: their strength, 0 to 30.
         jitter: brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter.
-
-    Raises:
-        ValueError: a range that is not ascending within 0 < scale <= 1 or 0 < ratio, a negative `num_ops`, a
-            `magnitude` outside 0 to 30, or a `jitter` outside 0 to 1.
     """
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"scale must ascend within 0 and 1, got {scale}")
-    if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"ratio must ascend above 0, got {ratio}")
-    if num_ops < 0:
-        raise ValueError(f"num_ops must not be negative, got {num_ops}")
-    if not 0 <= magnitude < _NUM_MAGNITUDES:
-        raise ValueError(f"magnitude must be within 0 and {_NUM_MAGNITUDES - 1}, got {magnitude}")
-    if not 0 <= jitter <= 1:
-        raise ValueError(f"jitter must be within 0 and 1, got {jitter}")
     crop = _CropToTensor(img_size, scale=scale, ratio=ratio, interpolation=_BICUBIC, antialias=True)
     transforms: list[Callable[[Any], Any]] = [crop]
     if policy is not None:
