@@ -97,7 +97,7 @@ def test_a_damaged_newest_checkpoint_costs_one_interval(run, in_tmp) -> None:
 
 
 def test_a_run_that_stopped_early_can_be_grown(in_tmp) -> None:
-    listening = ("trainer.early_stop_patience=1", "optimizer.lr=0.0", "trainer.epochs=6")
+    listening = ("trainer.early_stop_patience=1", "optimizer.lr=1e-30", "trainer.epochs=6")
     assert vit_train_here(*TINY, *listening, "run_dir=run", cwd=in_tmp).code == 0
     first = json.loads((in_tmp / "run/result.json").read_text())
     assert first["stopped_early"]
@@ -136,7 +136,7 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(in_tmp) -> None:
 
 
 def test_growth_that_is_interrupted_at_once_is_not_forgotten(in_tmp) -> None:
-    listening = ("trainer.early_stop_patience=1", "optimizer.lr=0.0", "trainer.epochs=6")
+    listening = ("trainer.early_stop_patience=1", "optimizer.lr=1e-30", "trainer.epochs=6")
     assert vit_train_here(*TINY, *listening, "run_dir=run", cwd=in_tmp).code == 0
     first = json.loads((in_tmp / "run/result.json").read_text())
     grown = ("resume=run", "trainer.epochs=8", "trainer.stop_after_minutes=0")

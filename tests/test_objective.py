@@ -38,7 +38,6 @@ def test_named_weights() -> None:
     ("weights", "counts", "message"),
     [
         ({"owls": 2.0}, COUNTS, "names 'owls'"),
-        ({"owl": -1.0}, COUNTS, "below 0"),
         ("auto", [1, 0, 1], "none of 'dog'"),
     ],
 )

@@ -115,11 +115,6 @@ def test_an_epoch_is_one_line(tmp_path, capsys) -> None:
     )
 
 
-def test_logging_needs_at_least_every_step(tmp_path) -> None:
-    with pytest.raises(ValueError, match="log_every_steps must be at least 1, not 0"):
-        tracker(tmp_path, log_every_steps=0)
-
-
 def test_without_a_bar_batches_pass_as_they_are(tmp_path) -> None:
     batches = [1, 2, 3]
     assert tracker(tmp_path).progress(batches, "val") is batches

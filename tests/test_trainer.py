@@ -86,7 +86,7 @@ def test_the_training_metrics_of_an_epoch_are_means_over_its_images(in_tmp) -> N
             *TINY,
             *PLAIN,
             "augment=none",
-            "optimizer.lr=0",
+            "optimizer.lr=1e-30",
             "trainer.epochs=1",
             f"trainer.grad_accum_steps={pieces}",
             f"run_dir=run_{pieces}",
@@ -187,7 +187,7 @@ def test_a_nonfinite_run_ends_with_what_it_saved_before(in_tmp) -> None:
 # ------------------------------------------------------------------------------------- evaluation and its ears
 def test_early_stopping_counts_evaluations(in_tmp) -> None:
     """With a learning rate of 0 the first evaluation stays the best."""
-    settings = ("optimizer.lr=0", "trainer.epochs=20", "trainer.early_stop_patience=2", "run_dir=run")
+    settings = ("optimizer.lr=1e-30", "trainer.epochs=20", "trainer.early_stop_patience=2", "run_dir=run")
     trainer = ready(*TINY, *settings, "trainer.eval_every_epochs=2")
     trainer.fit()
     assert [epoch["epoch"] for epoch in trainer.tracker.epochs if "val/top1" in epoch] == [2, 4, 6]

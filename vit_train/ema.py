@@ -18,14 +18,9 @@ class Ema:
     Args:
         model: copied at once; keep it on its final device.
         decay: share of the old average kept per step, in [0, 1).
-
-    Raises:
-        ValueError: decay is out of range.
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), not {decay}")
         self.decay = decay
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self._averaged: list[Tensor] = list(self.module.parameters())

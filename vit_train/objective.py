@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vit_train.construct import Fraction, PositiveFloat
+
 Forward = Callable[[Tensor], "Tensor | tuple[Tensor, Tensor]"]
 
 
@@ -34,7 +36,7 @@ class CrossEntropy(nn.Module):
             weight by class name, 1 for those not named.
 
     Raises:
-        ValueError: a weight names a class the data does not have, or a value is out of range.
+        ValueError: a weight names a class the data does not have, or auto meets a class without images.
     """
 
     weight: Tensor | None
@@ -44,12 +46,10 @@ class CrossEntropy(nn.Module):
         class_names: list[str],
         class_counts: list[int],
         *,
-        label_smoothing: float = 0.0,
-        class_weights: Literal["auto"] | dict[str | int, float] | None = None,
+        label_smoothing: Fraction = 0.0,
+        class_weights: Literal["auto"] | dict[str | int, PositiveFloat] | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing}")
         self.label_smoothing = label_smoothing
         weights = _class_weights(class_names, class_counts, class_weights)
         self.register_buffer("weight", None if weights is None else torch.tensor(weights), persistent=False)
@@ -99,7 +99,4 @@ def _class_weights(
         raise ValueError(
             f"class_weights names {unknown[0]!r}, which is not a class; classes: {', '.join(names)}"
         )
-    negative = sorted(name for name, weight in weights.items() if weight < 0)
-    if negative:
-        raise ValueError(f"class_weights of {negative[0]!r} is {weights[negative[0]]}, below 0")
     return [float(weights.get(name, 1.0)) for name in names]

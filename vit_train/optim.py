@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from vit_train.construct import NotNegativeFloat
+from vit_train.construct import Fraction, NotNegative, NotNegativeFloat, PositiveFloat, Probability, Share
 from vit_train.errors import suggest
 from vit_train.layers import Block
 
@@ -51,10 +51,8 @@ def decay_groups(
         layer_decay: factor from one layer to the one below it; 1 is the same rate for all.
 
     Raises:
-        ValueError: `layer_decay` is out of range, or the model has no blocks to count.
+        ValueError: the model has no blocks to count.
     """
-    if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must be above 0 and at most 1, not {layer_decay}")
     exempt = model.no_weight_decay() if isinstance(model, HasNoWeightDecay) else set()
     layers = dict.fromkeys(dict(model.named_parameters()), 0) if layer_decay == 1 else layer_ids(model)
     top = max(layers.values())
@@ -169,11 +167,11 @@ def auto_lr(model: nn.Module, *, fine_tuned: bool) -> tuple[float, str]:
 def adamw(
     model: nn.Module,
     *,
-    lr: NotNegativeFloat | Literal["auto"],
-    weight_decay: float = 0.05,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    layer_decay: float = 1.0,
+    lr: PositiveFloat | Literal["auto"],
+    weight_decay: NotNegativeFloat = 0.05,
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999),
+    eps: PositiveFloat = 1e-8,
+    layer_decay: Share = 1.0,
 ) -> Optimizer:
     """AdamW with decay groups (`decay_groups`).
 
@@ -193,10 +191,10 @@ def adamw(
 def adam(
     model: nn.Module,
     *,
-    lr: NotNegativeFloat,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
+    lr: PositiveFloat,
+    weight_decay: NotNegativeFloat = 0.0,
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999),
+    eps: PositiveFloat = 1e-8,
 ) -> Optimizer:
     """Plain Adam, one group (weight decay is L2 on everything, as the tutorials have it)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -206,11 +204,11 @@ def adam(
 def sgd(
     model: nn.Module,
     *,
-    lr: NotNegativeFloat,
-    weight_decay: float = 0.0,
-    momentum: float = 0.9,
+    lr: PositiveFloat,
+    weight_decay: NotNegativeFloat = 0.0,
+    momentum: Fraction = 0.9,
     nesterov: bool = False,
-    layer_decay: float = 1.0,
+    layer_decay: Share = 1.0,
 ) -> Optimizer:
     """SGD with momentum and decay groups (`decay_groups`)."""
     return SGD(
@@ -262,7 +260,7 @@ def _warmup_steps(steps_per_epoch: int, total_steps: int, warmup_epochs: float |
     steps = round(warmup_epochs * steps_per_epoch)
     if steps > total_steps:
         raise ValueError(
-            f"schedule.warmup_epochs={warmup_epochs:g} ({steps} steps) is longer than the run of "
+            f"warmup_epochs={warmup_epochs:g} ({steps} steps) is longer than the run of "
             f"{total_steps} steps; type fewer epochs, or null (2 epochs, at most a fifth of the run)"
         )
     return steps
@@ -284,11 +282,9 @@ class Cosine(Schedule):
         total_steps: int,
         *,
         warmup_epochs: NotNegativeFloat | None = 0.0,
-        final_factor: float = 0.01,
+        final_factor: Probability = 0.01,
     ) -> None:
         super().__init__(steps_per_epoch, total_steps)
-        if not 0 <= final_factor <= 1:
-            raise ValueError(f"final_factor must lie between 0 and 1, not {final_factor}")
         self.warmup_steps = _warmup_steps(steps_per_epoch, total_steps, warmup_epochs)
         self.final_factor = final_factor
 
@@ -307,7 +303,7 @@ class MultiStep(Schedule):
     Args:
         steps_per_epoch: optimizer steps in one epoch.
         total_steps: the budget the schedule spans.
-        milestones: fractions of the whole run, ascending (0.5 is half of it), so that the schedule spans
+        milestones: fractions of the whole run, in any order (0.5 is half of it), so that the schedule spans
             whatever budget it is given.
         factor: what the rate is multiplied by at each milestone.
         warmup_epochs: length of the warmup; null is 2, at most a fifth of the run.
@@ -318,15 +314,11 @@ class MultiStep(Schedule):
         steps_per_epoch: int,
         total_steps: int,
         *,
-        milestones: tuple[float, ...] = (0.6, 0.85),
-        factor: float = 0.1,
+        milestones: tuple[Fraction, ...] = (0.6, 0.85),
+        factor: Share = 0.1,
         warmup_epochs: NotNegativeFloat | None = 0.0,
     ) -> None:
         super().__init__(steps_per_epoch, total_steps)
-        if list(milestones) != sorted(milestones) or any(not 0 < m < 1 for m in milestones):
-            raise ValueError(
-                f"milestones are ascending fractions of the run between 0 and 1, not {milestones}"
-            )
         self.warmup_steps = _warmup_steps(steps_per_epoch, total_steps, warmup_epochs)
         self.milestones = tuple(round(m * total_steps) for m in milestones)
         self.factor = factor
@@ -361,9 +353,9 @@ class ReduceOnPlateau(Schedule):
         *,
         monitor: str = "val/loss",
         mode: Literal["min", "max"] = "min",
-        factor: float = 0.5,
-        patience: int = 5,
-        min_factor: float = 0.01,
+        factor: Share = 0.5,
+        patience: NotNegative = 5,
+        min_factor: Probability = 0.01,
     ) -> None:
         super().__init__(steps_per_epoch, total_steps)
         self.monitor, self.mode = monitor, mode

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import parallel_apply, replicate
 from torch.optim import Optimizer
 
-from vit_train.construct import Positive
+from vit_train.construct import Threads
 from vit_train.data import Batch
 from vit_train.ema import Ema
 from vit_train.optim import load_named_state, named_state
@@ -62,7 +62,7 @@ class SingleDevice:
     world_size = 1
     supports_compile = True
 
-    def __init__(self, *, device: str = "auto", num_threads: Positive | None = None) -> None:
+    def __init__(self, *, device: str = "auto", num_threads: Threads | None = None) -> None:
         self.device = resolve_device(device)
         self.num_threads = num_threads
 
@@ -227,7 +227,7 @@ class DataParallel(SingleDevice):
         return forward
 
 
-def auto(*, device: str = "auto", num_threads: Positive | None = None) -> SingleDevice:
+def auto(*, device: str = "auto", num_threads: Threads | None = None) -> SingleDevice:
     """`data_parallel` when more than one GPU is visible and no launcher set ranks, else `single`.
 
     Args:

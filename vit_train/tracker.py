@@ -120,12 +120,10 @@ class Tracker(NullTracker):
         console: Console,
         *,
         tensorboard: bool = True,
-        log_every_steps: int = 10,
+        log_every_steps: Positive = 10,
         progress: bool | None = None,
         attention_every_epochs: Positive | None = None,
     ) -> None:
-        if log_every_steps < 1:
-            raise ValueError(f"log_every_steps must be at least 1, not {log_every_steps}")
         self.run_dir, self.console = run_dir, console
         self.tensorboard, self.log_every_steps = tensorboard, log_every_steps
         self.attention_every_epochs = attention_every_epochs

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vit_train.checkpoint import Checkpoint, fits_model
-from vit_train.construct import NotNegative, NotNegativeFloat, Positive, PositiveFloat, TwoOrMore
+from vit_train.construct import Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat, TwoOrMore
 from vit_train.data import Batch
 from vit_train.ema import Ema
 from vit_train.evaluation import evaluate, hits, means, wide
@@ -71,7 +71,7 @@ class Trainer:
         precision: Precision = "auto",
         grad_accum_steps: Positive = 1,
         grad_clip_norm: PositiveFloat | None = None,
-        ema_decay: float | None = None,
+        ema_decay: Fraction | None = None,
         freeze: tuple[str, ...] = (),
         compile: bool = False,  # noqa: A002 - the key users type
         eval_every_epochs: Positive = 1,

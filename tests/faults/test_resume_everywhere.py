@@ -131,7 +131,7 @@ LISTENING = (
     "schedule.factor=0.5",
 )
 # A rate of 0: the first epoch stays the best, and the third is the second without a better one
-PATIENT = (*CONTROLLED, "optimizer.lr=0.0", "trainer.early_stop_patience=2", "trainer.epochs=5")
+PATIENT = (*CONTROLLED, "optimizer.lr=1e-30", "trainer.early_stop_patience=2", "trainer.epochs=5")
 SCALED = (*EIGHTEEN, "trainer._target_=test_resume_everywhere.ForgetsScaled")
 
 
