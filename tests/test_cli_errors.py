@@ -83,7 +83,7 @@ CONFIG_MISTAKES = {
     "lr=1e-3": ["lr: the configuration has no such key; did you mean 'optimizer.lr'?"],
     "+foo=1": ["foo: the configuration has no such key", "it has: ", "trainer"],
     "optimizer.lr=abc": ["optimizer.lr: 'abc' is not one of auto, float"],
-    "optimizer.lr=-1": ["optimizer.lr: must be at least 0.0, got -1"],
+    "optimizer.lr=-1": ["optimizer.lr: must be auto or greater than 0, got -1"],
     "optimizer.lr=atuo": ["optimizer.lr: 'atuo' is not one of auto, float; did you mean 'auto'?"],
     "augment.batch.crop_scale=[0.1]": [
         "augment.batch.crop_scale: [0.1] is not one of auto, tuple[float, float]"
@@ -106,10 +106,10 @@ CONFIG_MISTAKES = {
         "type data.batch_size=12",
     ],
     "schedule.warmup_epochs=50 data.limit=64": [
-        "schedule.warmup_epochs=50 (50 steps) is longer than the run of 40 steps",
+        "schedule: warmup_epochs=50 (50 steps) is longer than the run of 40 steps",
         "type fewer epochs, or null",
     ],
-    "data.val_fraction=2": ["data: val_fraction must be ", "got 2.0"],
+    "data.val_fraction=2": ["data.val_fraction: must be less than 1, got 2"],
     "strategy.device=cuda:99": ["strategy: device 'cuda:99' is not there", "type strategy.device="],
 }
 

@@ -29,7 +29,7 @@ from vit_train.composed import (
     plain,
     refuse_secrets,
 )
-from vit_train.construct import foreign_code, make, with_defaults
+from vit_train.construct import as_config_error, foreign_code, make, with_defaults
 from vit_train.errors import CheckpointError, ConfigError, DataError
 from vit_train.report.origins import origins
 from vit_train.resume import (
@@ -172,7 +172,7 @@ def build_run(cfg: DictConfig, launch: Launch, signals: Signals | None = None) -
     Raises:
         ConfigError, DataError, CheckpointError: see the messages.
     """
-    check_launch(launch)
+    check_launch(launch, cfg)
     if cfg.resume is None:
         return _build_run(cfg, launch, signals)
     with _blaming(str(cfg.resume)):
@@ -278,18 +278,24 @@ def _build(
     force: bool,
     signals: Signals | None,
 ) -> Run | Path:
+    import torch
+
     from vit_train.data.batch_transforms import Normalize
     from vit_train.guard import Signals
     from vit_train.memory import fit_micro_batch
+    from vit_train.optim import Schedule
     from vit_train.precision import resolve_precision
     from vit_train.report.console import Console
     from vit_train.rng import seed_device
     from vit_train.state import Parts
+    from vit_train.strategy import SingleDevice
+    from vit_train.tracker import NullTracker
     from vit_train.trained import check_sizes, without_download
+    from vit_train.trainer import Trainer
     from vit_train.weights import load_pretrained, read_pretrained
 
     signals = signals or Signals()
-    strategy = make_part(cfg, "strategy", allow)
+    strategy = make_part(cfg, "strategy", allow, SingleDevice)
     if cfg.trainer.compile and not strategy.supports_compile:
         raise ConfigError("trainer.compile=true does not work with data_parallel; type strategy=single")
     strategy.start()
@@ -298,6 +304,8 @@ def _build(
         pretrained = read_pretrained(cfg.init_from)
         notes += as_pretrained(cfg, pretrained, launch.overrides)
     data = make_part(cfg, "data", allow)
+    if not hasattr(data, "setup"):
+        raise ConfigError(f"data: {cfg.data['_target_']} makes no data module")
     with as_config_error("data"):
         data.setup(
             device=strategy.device,
@@ -377,29 +385,29 @@ def _build(
     if found is not None:
         notes += check_data(found, data, fingerprint, run_dir, force=force)
     notes += check_machine(run_dir, strategy.describe())
-    with as_config_error():
-        parts = Parts(
-            model=model,
-            data=data,
-            objective=make_part(cfg, "objective", allow)(data.class_names, data.class_counts),
-            make_optimizer=make_part(cfg, "optimizer", allow),
-            make_schedule=make_part(cfg, "schedule", allow),
-            train_transform=make_part(cfg, "augment.batch", allow)(data.mean, data.std).to(strategy.device),
-            eval_transform=Normalize(data.mean, data.std).to(strategy.device),
-            strategy=strategy,
-            tracker=make_part(cfg, "tracker", allow)(run_dir, console),
-            checkpointer=checkpoint.Checkpointer(run_dir),
-            seed=cfg.seed,
-            signals=signals,
-            about={
-                "config": config,
-                "inference": _inference(data),
-                "dataset_fingerprint": fingerprint,
-                "split_rule": data.split_rule,
-            },
-        )
-        trainer = make_part(cfg, "trainer", allow)(parts)
-    _check_kinds(trainer, config)
+    objective = make_part(cfg, "objective", allow, torch.nn.Module)
+    train_transform = make_part(cfg, "augment.batch", allow, torch.nn.Module)
+    parts = Parts(
+        model=model,
+        data=data,
+        objective=objective(data.class_names, data.class_counts),
+        make_optimizer=make_part(cfg, "optimizer", allow, torch.optim.Optimizer),
+        make_schedule=make_part(cfg, "schedule", allow, Schedule),
+        train_transform=train_transform(data.mean, data.std).to(strategy.device),
+        eval_transform=Normalize(data.mean, data.std).to(strategy.device),
+        strategy=strategy,
+        tracker=make_part(cfg, "tracker", allow, NullTracker)(run_dir, console),
+        checkpointer=checkpoint.Checkpointer(run_dir),
+        seed=cfg.seed,
+        signals=signals,
+        about={
+            "config": config,
+            "inference": _inference(data),
+            "dataset_fingerprint": fingerprint,
+            "split_rule": data.split_rule,
+        },
+    )
+    trainer = make_part(cfg, "trainer", allow, Trainer)(parts)
     before = check_budget(stored["trainer"], trainer) if stored else 0
     if found is not None:
         try:
@@ -456,61 +464,35 @@ def resolve_auto(cfg: DictConfig, overrides: list[str], model: nn.Module) -> lis
     return notes
 
 
-def make_part(cfg: DictConfig, key: str, allow: Mapping[str, tuple[str, ...]] | None) -> Any:
-    """The object that one node of the configuration describes.
+def make_part(
+    cfg: DictConfig, key: str, allow: Mapping[str, tuple[str, ...]] | None, kind: type = object
+) -> Any:
+    """The object that one node of the configuration describes, or the factory of it that waits for arguments.
 
     Args:
         cfg: the whole configuration.
         key: of the node, such as augment.batch.
         allow: what each group may name where the configuration was stored; None allows everything.
+        kind: what it must make.
 
     Raises:
-        ConfigError: it cannot be built.
+        ConfigError: it cannot be built, or is of another kind; the factory raises it as well.
     """
     node: Any = plain(cfg)
     for part in key.split("."):
         node = node[part]
-    return make(node, key=key, allow=None if allow is None else allow[key.partition(".")[0]])
+    made = make(node, key=key, allow=None if allow is None else allow[key.partition(".")[0]])
 
+    def of_kind(made: Any) -> Any:
+        if isinstance(made, kind):
+            return made
+        raise ConfigError(f"{key}: expected {kind.__name__}, {node['_target_']} makes {type(made).__name__}")
 
-def _check_kinds(trainer: Any, config: Mapping[str, Any]) -> None:
-    """That each node made what its place needs: constructors are checked before, what they make only now.
+    def finish(*arguments: Any) -> Any:
+        with as_config_error(key):
+            return of_kind(made(*arguments))
 
-    Raises:
-        ConfigError: one made something else.
-    """
-    from torch import nn
-    from torch.optim import Optimizer
-
-    from vit_train.optim import Schedule
-    from vit_train.tracker import NullTracker
-    from vit_train.trainer import Trainer
-
-    if not isinstance(trainer, Trainer):
-        raise ConfigError(f"trainer: expected a Trainer, {config['trainer']['_target_']} makes another thing")
-    parts: dict[str, tuple[Any, type]] = {
-        "model": (trainer.model, nn.Module),
-        "objective": (trainer.objective, nn.Module),
-        "optimizer": (trainer.optimizer, Optimizer),
-        "schedule": (trainer.schedule, Schedule),
-        "tracker": (trainer.tracker, NullTracker),
-    }
-    for key, (made, kind) in parts.items():
-        if not isinstance(made, kind):
-            target = config[key]["_target_"]
-            raise ConfigError(f"{key}: expected {kind.__name__}, {target} makes {type(made).__name__}")
-
-
-@contextmanager
-def as_config_error(key: str = "") -> Iterator[None]:
-    """A value that a constructor or torch refuses is a mistake in the configuration."""
-    try:
-        yield
-    except (ValueError, ArithmeticError, RuntimeError) as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{key}: {reason}" if key else reason) from error
+    return finish if node.get("_partial_") else of_kind(made)
 
 
 def _inference(data: Any) -> dict[str, Any]:
@@ -558,9 +540,11 @@ def without_memory(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...
         raise ConfigError(f"{error}{fitting}") from error
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "num_classes"):
         raise ConfigError(f"model: {node['_target_']} makes no model")
-    if model.num_classes != data["num_classes"]:
-        raise ConfigError(
-            f"model.num_classes={model.num_classes}, but the data has {data['num_classes']} classes; "
-            "leave it out: it comes from the data"
-        )
+    mixed = config["augment"]["batch"].get("num_classes", data["num_classes"])
+    for key, number in (("model", model.num_classes), ("augment.batch", mixed)):
+        if number != data["num_classes"]:
+            raise ConfigError(
+                f"{key}.num_classes={number}, but the data has {data['num_classes']} classes; "
+                "leave it out: it comes from the data"
+            )
     return model

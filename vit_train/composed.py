@@ -7,6 +7,7 @@ DictConfig, beside build.py, describe.py and the command itself.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vit_train.construct import check, is_node
+from vit_train.construct import Few, Seed, check, is_node
 from vit_train.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from vit_train.weights import Pretrained
 
 GROUPS = ("model", "data", "augment", "objective", "optimizer", "schedule", "strategy", "trainer", "tracker")
-_AUGMENT = ("sample", "batch", "repeats")
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
@@ -64,7 +64,7 @@ class Root:
     strategy: Any
     trainer: Any
     tracker: Any
-    seed: int
+    seed: Seed
     name: str | int | None = None
     init_from: str | None = None
     init_strict: bool = True
@@ -74,6 +74,15 @@ class Root:
 
 
 _ROOT = tuple(field.name for field in fields(Root))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The schema of `augment`, which holds nodes and is none."""
+
+    batch: Any = None
+    sample: Callable[..., Any] | None = None
+    repeats: Few = 1
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -86,19 +95,22 @@ def check_config(cfg: DictConfig) -> None:
     sound = cfg.copy() if broken else cfg
     for key in broken:
         OmegaConf.update(sound, key, None)
-    tree = plain(sound)
+    tree, copies = plain(sound), _copies(sound)
+    pending = {key for key in copies if OmegaConf.select(sound, key) is None} | broken.keys()
     errors = [*broken.values(), *_unknown(tree)]
     root = {name: tree[name] for name in _ROOT if name in tree}
-    errors += check({"_target_": "vit_train.composed.Root", **root}, pending=_pending(sound) | broken.keys())
-    augment = tree.get("augment")
-    extra = set(augment) - {*_AUGMENT} if isinstance(augment, dict) else set()
-    errors += [f"augment.{key}: unknown; augment holds {', '.join(_AUGMENT)}" for key in sorted(extra)]
-    sample = augment.get("sample") if isinstance(augment, dict) else None
-    if sample is not None and not is_node(sample):
-        errors.append("augment.sample: needs a `_target_`; augment=medium and augment=deit have one")
+    if isinstance(augment := tree.get("augment"), dict):
+        root["augment"] = {"_target_": "vit_train.composed.Augmentation", **augment}
+    errors += check({"_target_": "vit_train.composed.Root", **root}, pending=frozenset(pending))
+    keys = {error.partition(": ")[0] for error in errors}
+    for copy, origin in copies.items():  # an error is said once, where the value was typed
+        repeated = tuple(f"{copy}{key[len(origin) :]}: " for key in keys if key.startswith(origin))
+        errors = [error for error in errors if not error.startswith(repeated)]
+    nodes = {**tree, "augment": augment.get("batch") if isinstance(augment, dict) else None}
     for group in GROUPS:
-        if group != "augment" and not is_node(tree.get(group)):
-            errors.append(f"{group}: needs a `_target_`; choose one with {group}=...")
+        if not is_node(nodes.get(group)):
+            key = "augment.batch" if group == "augment" else group
+            errors.append(f"{key}: needs a `_target_`; choose one with {group}=...")
     if errors:
         raise ConfigError(_one_message(errors))
 
@@ -119,11 +131,12 @@ def _one_message(errors: list[str]) -> str:
     return f"{len(errors)} errors in the configuration:\n" + "\n".join(f"  {error}" for error in errors)
 
 
-def check_launch(launch: Launch) -> None:
+def check_launch(launch: Launch, cfg: DictConfig) -> None:
     """What Hydra would accept silently and the user did not mean.
 
     Raises:
-        ConfigError: a list of choices for one group, or a user's config hidden by a built-in one.
+        ConfigError: a list of choices for one group, an empty mapping for a node, which would change nothing,
+            or a user's config hidden by a built-in one.
     """
     groups = "|".join((*GROUPS, "experiment"))
     for override in launch.overrides:
@@ -134,6 +147,9 @@ def check_launch(launch: Launch) -> None:
             raise ConfigError(
                 f"{override}: one {group} per run; type {group}={first}, or -m {group}={wanted} for a sweep"
             )
+        empty = re.fullmatch(r"\+*([\w.]+)=\{\s*\}", override)
+        if empty and isinstance(found := OmegaConf.select(cfg, empty[1]), DictConfig) and found:
+            raise ConfigError(f"{override}: an empty mapping changes nothing; leave it out")
     for folder in launch.user_config_dirs:
         for group, choice in launch.choices.items():
             name = f"{group}/{choice}.yaml"
@@ -172,17 +188,18 @@ def refuse_secrets(cfg: DictConfig) -> None:
             )
 
 
-def _pending(cfg: DictConfig, prefix: str = "") -> frozenset[str]:
-    """Keys whose value is still null because only the data will know it."""
-    found: set[str] = set()
-    for key in cfg.keys():  # noqa: SIM118 - a DictConfig
+def _copies(cfg: DictConfig, prefix: str = "") -> dict[str, str]:
+    """Keys whose value is that of another key, with that key; null where only the data will know it."""
+    found: dict[str, str] = {}
+    for key, written in OmegaConf.to_container(cfg, resolve=False).items():  # type: ignore[union-attr]
         full = f"{prefix}.{key!s}" if prefix else str(key)
         if OmegaConf.is_interpolation(cfg, key):  # type: ignore[arg-type]
-            if cfg[key] is None:
-                found.add(full)
+            found[full] = re.sub(
+                r".*[{:]([\w.]+)[},].*", r"\1", written
+            )  # ${data.img_size} ${oc.select:seed,0}
         elif isinstance(cfg[key], DictConfig):
-            found |= _pending(cfg[key], full)
-    return frozenset(found)
+            found |= _copies(cfg[key], full)
+    return found
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -220,8 +237,8 @@ def is_typed(key: str, overrides: list[str]) -> bool:
 
 def check_numbers(cfg: DictConfig) -> None:
     batch, pieces = cfg.data.batch_size, cfg.trainer.grad_accum_steps
-    if pieces < 1 or batch % pieces:
-        fitting = f"; type data.batch_size={-(-batch // pieces) * pieces}" if pieces > 1 else ""
+    if batch % pieces:
         raise ConfigError(
-            f"data.batch_size={batch} is not divisible by trainer.grad_accum_steps={pieces}{fitting}"
+            f"data.batch_size={batch} is not divisible by trainer.grad_accum_steps={pieces}; "
+            f"type data.batch_size={-(-batch // pieces) * pieces}"
         )

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vit_train.build import as_config_error, make_part, outline, resolve_auto
+from vit_train.build import make_part, outline, resolve_auto
 from vit_train.composed import Launch, check_config, check_launch, check_numbers, plain, refuse_secrets
-from vit_train.construct import locate, with_defaults
+from vit_train.construct import as_config_error, locate, with_defaults
 from vit_train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
     Raises:
         ConfigError: see the message.
     """
-    check_launch(launch)
+    check_launch(launch, cfg)
     if cfg.resume is not None:
         raise ConfigError("summary=true describes a configuration, resume= continues a run: type one of them")
     refuse_secrets(cfg)
@@ -64,19 +64,23 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
     if cfg.init_from is not None:
         notes.append("init_from is not read: the weights may set model.mask_padding")
 
+    import torch
+
     from vit_train.optim import freeze_parts
     from vit_train.precision import resolve_precision
     from vit_train.report.layers import layers_of, memory_of
+    from vit_train.strategy import SingleDevice
 
-    strategy = make_part(cfg, "strategy", None)
+    strategy = make_part(cfg, "strategy", None, SingleDevice)
     with as_config_error("trainer.precision"):
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
     model, multiply_adds = outline(plain(cfg), None)
     notes += resolve_auto(cfg, launch.overrides, model)
     config = plain(cfg)
     micro_batch = cfg.data.batch_size // cfg.trainer.grad_accum_steps
-    with as_config_error():
+    with as_config_error("trainer"):
         freeze_parts(model, config["trainer"]["freeze"])
+    with as_config_error("model"):
         layers = layers_of(
             model,
             in_channels=cfg.data.in_channels,
@@ -88,7 +92,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
         memory = memory_of(
             model,
             layers,
-            make_optimizer=make_part(cfg, "optimizer", None),
+            make_optimizer=make_part(cfg, "optimizer", None, torch.optim.Optimizer),
             has_ema=cfg.trainer.ema_decay is not None,
         )
     return Described(config, layers, memory, multiply_adds, micro_batch, str(strategy.device), notes)

@@ -178,9 +178,7 @@ class DataParallel(SingleDevice):
 
     supports_compile = False  # replicas are made anew each step, so each step would compile anew
 
-    def __init__(
-        self, *, devices: tuple[str, ...] | None = None, num_threads: Positive | None = None
-    ) -> None:
+    def __init__(self, *, devices: tuple[str, ...] | None = None, num_threads: Threads | None = None) -> None:
         if devices is None:
             devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
             if not devices:

@@ -65,7 +65,7 @@ def main() -> None:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (HydraException, ValueError) as error:  # a ValueError for a group choice like model=3
+    except (HydraException, TypeError, ValueError) as error:  # the latter for a group choice like model=3
         if composed and not isinstance(error, HydraException):
             raise
         if wants_traceback:
@@ -310,7 +310,7 @@ def explain(error: BaseException) -> str:
         group = group or "config"
         guess = suggest(choice, choices) or _suggest_family(choice, choices)
         return f"{group}={choice}: no such {group}{guess} (choices: {', '.join(choices)})"
-    if isinstance(error, ValueError):
+    if isinstance(error, TypeError | ValueError):
         typed = " ".join(a for a in sys.argv[1:] if is_group(a.partition("=")[0]))
         return f"{typed}: a config is chosen by its name, such as model=vit_tiny"
     text = " ".join(" ".join(str(e) for e in _chain(error)).split())
