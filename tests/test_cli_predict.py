@@ -316,7 +316,7 @@ def test_a_run_on_arrays(typed, images, in_tmp):
     ("arguments", "words"),
     [
         (["run"], "IMAGE"),
-        (["run", "a.png", "--top-k", "0"], "--top-k: expected a whole number of at least 1, got '0'"),
+        (["run", "a.png", "--top-k", "0"], "--top-k: expected a whole number of 1 to 2147483647, got '0'"),
         (["run", "a.png", "--num-workers", "x"], "--num-workers: expected a whole number"),
         (["run", "a.png", "--format", "xml"], "invalid choice: 'xml'"),
     ],

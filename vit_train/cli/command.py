@@ -76,12 +76,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """What argparse makes a whole number with, and refuses a smaller one with."""
+def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """What argparse makes a whole number with, and refuses a smaller or larger one with."""
 
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number of {least} to {most}, got {text!r}")
         return int(text)
 
     return number

@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--num-workers",
-        type=command.at_least(0),
+        type=command.at_least(0, 256),
         metavar="N",
         help="processes that read images; default: one per core, none for a few images",
     )
