@@ -123,9 +123,10 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
             continue
         added = override.is_add() and not override.is_force_add()  # the command forces, see cli/train.py
         if key in (*GROUPS, "experiment") or added or override.is_delete():
+            typed = str(override.input_line).lstrip("+")
             raise ConfigError(
-                f"{override.input_line}: resume= continues with the stored configuration; only single values "
-                "such as trainer.epochs=50 can be given beside it"
+                f"{typed}: resume= continues with the stored configuration; only single values such as "
+                "trainer.epochs=50 can be given beside it"
             )
         OmegaConf.update(cfg, key, override.value(), force_add=True)  # what it is not is said by the check
     return cfg

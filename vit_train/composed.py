@@ -98,7 +98,7 @@ def check_config(cfg: DictConfig) -> None:
     tree, copies = plain(sound), _copies(sound)
     pending = {key for key in copies if OmegaConf.select(sound, key) is None} | broken.keys()
     errors = [*broken.values(), *_unknown(tree)]
-    root = {name: tree[name] for name in _ROOT if name in tree}
+    root = {name: value for name, value in tree.items() if name in _ROOT}
     if isinstance(augment := tree.get("augment"), dict):
         root["augment"] = {"_target_": "vit_train.composed.Augmentation", **augment}
     errors += check({"_target_": "vit_train.composed.Root", **root}, pending=frozenset(pending))
@@ -149,7 +149,7 @@ def check_launch(launch: Launch, cfg: DictConfig) -> None:
             )
         empty = re.fullmatch(r"\+*([\w.]+)=\{\s*\}", override)
         if empty and isinstance(found := OmegaConf.select(cfg, empty[1]), DictConfig) and found:
-            raise ConfigError(f"{override}: an empty mapping changes nothing; leave it out")
+            raise ConfigError(f"{empty[1]}={{}}: an empty mapping changes nothing; leave it out")
     for folder in launch.user_config_dirs:
         for group, choice in launch.choices.items():
             name = f"{group}/{choice}.yaml"
@@ -194,9 +194,8 @@ def _copies(cfg: DictConfig, prefix: str = "") -> dict[str, str]:
     for key, written in OmegaConf.to_container(cfg, resolve=False).items():  # type: ignore[union-attr]
         full = f"{prefix}.{key!s}" if prefix else str(key)
         if OmegaConf.is_interpolation(cfg, key):  # type: ignore[arg-type]
-            found[full] = re.sub(
-                r".*[{:]([\w.]+)[},].*", r"\1", written
-            )  # ${data.img_size} ${oc.select:seed,0}
+            # ${data.img_size} ${oc.select:seed,0}
+            found[full] = re.sub(r".*[{:]([\w.]+)[},].*", r"\1", written)
         elif isinstance(cfg[key], DictConfig):
             found |= _copies(cfg[key], full)
     return found
