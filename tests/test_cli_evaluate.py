@@ -514,7 +514,7 @@ def test_unknown_keys(typed, digits_run, in_tmp):
     assert_refused(typed(run, "optimizer.lr=1"), 2, "optimizer.lr: evaluation uses only")
     assert_refused(typed(run, "photos"), 2, "'photos': expected key=value")
     assert_refused(typed(run, "data.batch_size=x"), 2, "data.batch_size: expected int, got 'x'")
-    assert_refused(typed(run, "data.batch_size=0"), 2, "batch_size must be ", "0")
+    assert_refused(typed(run, "data.batch_size=0"), 2, "data.batch_size: must be at least 1, got 0", "0")
     (in_tmp / "file").write_text("")
     assert_refused(typed(run, "--json", "file/r.json"), 2, "--json file/r.json cannot be made in")
     assert_refused(typed(run, "--out", "file/report"), 2, "file/report cannot be made in", "--out")
