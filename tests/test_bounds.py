@@ -17,8 +17,7 @@ from test_configs import CHOICES, EXPERIMENTS
 from vit_train.build import build_run
 from vit_train.cli import data, predict
 from vit_train.composed import GROUPS, Augmentation, Launch, Root, check_config, plain
-from vit_train.construct import TARGET, check, is_node, locate, make, with_defaults
-from vit_train.construct import _hints as hints_of
+from vit_train.construct import TARGET, check, is_node, locate, make, parameters, with_defaults
 from vit_train.errors import ConfigError, DataError
 from vit_train.models import ViT
 from vit_train.trained import MODEL_CODE
@@ -75,6 +74,10 @@ def numbers(hint: Any, *, bounded: bool = False) -> list[bool]:
     if origin in (tuple, list):
         return [found for member in get_args(hint) for found in numbers(member)]
     return numbers(get_args(hint)[1]) if origin is dict else []
+
+
+def hints_of(target) -> dict:
+    return {name: parameter.annotation for name, parameter in parameters(target).items()}
 
 
 NUMBERS = {

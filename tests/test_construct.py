@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 from torch import nn
 
-from vit_train.construct import NotNegative, Positive, check, make, with_defaults
+from vit_train.construct import NotNegative, Positive, check, make, parameters, with_defaults
 from vit_train.errors import ConfigError
 
 
@@ -162,3 +162,26 @@ def test_a_builtin_without_a_signature_takes_anything() -> None:
     assert check({"_target_": "builtins.dict", "a": 1}) == []
     assert make({"_target_": "builtins.dict", "a": 1}) == {"a": 1}
     assert with_defaults({"_target_": "builtins.dict", "a": 1}) == {"_target_": "builtins.dict", "a": 1}
+
+
+class Wide(Widget):
+    """Of the base class's arguments it repeats one."""
+
+    def __init__(self, *, height: int = 3, rate: float = 0.25, **options: Any) -> None:
+        super().__init__(rate=rate, **options)
+        self.height = height
+
+
+def test_the_options_of_a_constructor_are_what_its_base_class_takes() -> None:
+    base, wide = parameters(Widget), parameters(Wide)
+    assert list(wide) == ["height", "rate", *(name for name in base if name != "rate")]
+    assert wide["rate"].default == 0.25
+    assert all(wide[name] == base[name] for name in base if name != "rate")
+    of_it = node(_target_=f"{__name__}.Wide")
+    assert with_defaults(of_it)["rate"] == 0.25
+    assert check(of_it, key="w") == []
+    lines = check({**of_it, "width": "4", "heigth": 1, "mode": "fasst"}, key="w")
+    assert [line.partition(": ")[0] for line in lines] == ["w.width", "w.heigth", "w.mode"]
+    assert "did you mean 'w.height'?" in lines[1]
+    made = make({**of_it, "height": 5, "sizes": [1, 2]})
+    assert (made.rate, made.height, made.sizes) == (0.25, 5, (1, 2))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -157,13 +156,13 @@ def make(node: Any, *, key: str = "", allow: Iterable[str] | None = None) -> Any
         target = locate(node[TARGET], None if allow is None else tuple(allow))
     except ConfigError as error:
         raise ConfigError(f"{_join(key, TARGET)}: {error}") from error
-    hints = _hints(target)
-    arguments = {}
+    known, arguments = parameters(target), {}
     for name, value in node.items():
         if name in (TARGET, PARTIAL):
             continue
         full = _join(key, name)
-        arguments[name] = _fitted(full, hints.get(name, Any), make(value, key=full, allow=allow), value)
+        hint = known[name].annotation if name in known else Any
+        arguments[name] = _fitted(full, hint, make(value, key=full, allow=allow), value)
     if node.get(PARTIAL, False):
         return functools.partial(target, **arguments)
     with as_config_error(key):
@@ -232,10 +231,10 @@ def foreign_code(node: Any, allow: tuple[str, ...], key: str = "") -> list[str]:
 
 def with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
     """The node with the constructor's own defaults for the keys it leaves out."""
-    parameters = _parameters(locate(node[TARGET])).values()
+    known = parameters(locate(node[TARGET])).values()
     defaults = {
         p.name: list(p.default) if isinstance(p.default, tuple) else p.default
-        for p in parameters
+        for p in known
         if p.kind is p.KEYWORD_ONLY and p.default is not p.empty
     }
     return {**defaults, **node}
@@ -244,9 +243,9 @@ def with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
 def _check_arguments(
     target: Callable[..., Any], node: Mapping[str, Any], key: str, pending: frozenset[str]
 ) -> list[str]:
-    parameters, hints = _parameters(target), _hints(target)
-    keywords = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = parameters(target)
+    keywords = [n for n, p in known.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     partial = node.get(PARTIAL, False)
     errors = []
     if not isinstance(partial, bool):
@@ -256,13 +255,13 @@ def _check_arguments(
         if name in (TARGET, PARTIAL) or full in pending:
             continue
         if name in keywords:
-            errors += _check_value(full, hints.get(name, Any), value)
+            errors += _check_value(full, known[name].annotation, value)
         elif not takes_any:
-            known = ", ".join(n for n in keywords if not (partial and parameters[n].kind is not _KEYWORD))
+            it_has = ", ".join(n for n in keywords if not (partial and known[n].kind is not _KEYWORD))
             owner = node[TARGET].rsplit(".", 1)[-1]
             guess = suggest(str(name), keywords, inside=key)
-            errors.append(f"{full}: {owner} has no such key{guess} (it has: {known})")
-    for name, parameter in parameters.items():
+            errors.append(f"{full}: {owner} has no such key{guess} (it has: {it_has})")
+    for name, parameter in known.items():
         required = parameter.default is parameter.empty and name in keywords
         arrives_later = partial and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         if required and name not in node and not arrives_later:
@@ -372,28 +371,36 @@ def _is_protocol(hint: Any) -> bool:
     return inspect.isclass(hint) and getattr(hint, "_is_protocol", False)
 
 
-def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    try:
-        return inspect.signature(target).parameters
-    except ValueError:  # a builtin without a signature: anything goes
-        return inspect.signature(lambda **_: None).parameters
+def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """What a class or function takes, with annotations resolved: one that cannot be counts as Any.
+
+    The `**options` of a constructor are what else its base class takes.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    classes = target.__mro__[:-1] if inspect.isclass(target) else ()
+    constructors = [vars(owner)["__init__"] for owner in classes if "__init__" in vars(owner)]
+    for owner in constructors or [target]:
+        try:
+            own = list(inspect.signature(owner).parameters.values())[bool(constructors) :]  # without self
+        except ValueError:  # a builtin without a signature takes anything
+            own = list(inspect.signature(lambda **_: None).parameters.values())
+        scope = {**vars(typing), **getattr(inspect.unwrap(owner), "__globals__", {})}
+        known = {p.name: p.replace(annotation=_resolved(p.annotation, scope)) for p in own}
+        rest = [name for name, p in known.items() if p.kind is p.VAR_KEYWORD]
+        found = {n: p for n, p in found.items() if p.kind is not p.VAR_KEYWORD}
+        found = {**found, **{name: p for name, p in known.items() if name not in found}}
+        if not rest:
+            break
+    return found
 
 
-def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """Annotations of a callable, argument by argument: one that cannot be resolved counts as Any."""
-    owner = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
-    module = sys.modules.get(getattr(owner, "__module__", ""), None)
-    scope = {**vars(typing), **(getattr(owner, "__globals__", None) or (vars(module) if module else {}))}
-    hints = {}
-    for name, parameter in _parameters(target).items():
-        annotation = parameter.annotation
-        if isinstance(annotation, str):
-            try:
-                annotation = eval(annotation, scope)  # our own source, as typing.get_type_hints does
-            except Exception:
-                annotation = Any
-        hints[name] = Any if annotation is parameter.empty else annotation
-    return hints
+def _resolved(annotation: Any, scope: dict[str, Any]) -> Any:
+    if isinstance(annotation, str):
+        try:
+            annotation = eval(annotation, scope)  # our own source, as typing.get_type_hints does
+        except Exception:
+            return Any
+    return Any if annotation is inspect.Parameter.empty else annotation
 
 
 def _strict(hint: Any) -> Any:

@@ -1,6 +1,5 @@
 """configs/data and configs/augment hold exactly what the constructors take."""
 
-import inspect
 from pathlib import Path
 
 import pytest
@@ -62,7 +61,7 @@ def test_the_groups_are_complete():
 def test_a_data_node_is_its_constructor(name):
     node = data_node(name, "light")
     assert construct.check(node, key="data") == []
-    parameters = inspect.signature(construct.locate(node["_target_"])).parameters
+    parameters = construct.parameters(construct.locate(node["_target_"]))
     if name == "cifar10_folder":  # a recipe over another module, see below; its size is given
         assert set(node) - {"_target_"} == set(parameters) - {"patch_size"}
         return
@@ -107,7 +106,7 @@ def test_cifar10_as_a_folder_has_everything_from_cifar10_but_where_it_lies(other
 def test_every_argument_of_an_augmentation_is_a_key(name):
     for node in augment_nodes(name).values():
         if isinstance(node, dict):
-            parameters = inspect.signature(construct.locate(node["_target_"])).parameters.values()
+            parameters = construct.parameters(construct.locate(node["_target_"])).values()
             keys = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
             assert set(node) - {"_target_", "_partial_"} == keys
 

@@ -6,19 +6,16 @@ files, checks their MD5 and reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from vit_train.construct import Few, Fraction, Positive, PositiveFloat, Seconds, Seed, Share, Side, Workers
+from vit_train.construct import Positive, Side
 from vit_train.data.arrays import ArraySource
 from vit_train.data.base import Found, ImageData, Split
-from vit_train.data.cache import Cache
-from vit_train.data.order import Sampling
 from vit_train.errors import DataError
 
 
@@ -36,44 +33,9 @@ class Cifar10(ImageData):
     default_num_classes: ClassVar[int | None] = 10
 
     def __init__(
-        self,
-        *,
-        root: str = "data",
-        batch_size: Positive = 128,
-        num_workers: Workers | None = None,
-        worker_timeout_seconds: Seconds = 600.0,
-        img_size: Side | None = 32,
-        in_channels: Literal[1, 3] = 3,
-        val_fraction: Fraction = 0.1,
-        train_fraction: Share = 1.0,
-        limit: Positive | None = None,
-        sampler: Sampling = "uniform",
-        repeats: Few = 1,
-        cache: Cache = "auto",
-        seed: Seed = 0,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[PositiveFloat, ...] | None = None,
-        num_classes: Positive | None = None,
-        sample_transform: Callable[..., Any] | None = None,
+        self, *, root: str = "data", batch_size: Positive = 128, img_size: Side | None = 32, **options: Any
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            worker_timeout_seconds=worker_timeout_seconds,
-            img_size=img_size,
-            in_channels=in_channels,
-            val_fraction=val_fraction,
-            train_fraction=train_fraction,
-            limit=limit,
-            sampler=sampler,
-            repeats=repeats,
-            cache=cache,
-            seed=seed,
-            mean=mean,
-            std=std,
-            num_classes=num_classes,
-            sample_transform=sample_transform,
-        )
+        super().__init__(batch_size=batch_size, img_size=img_size, **options)
         self.root = Path(root).expanduser()
 
     def load(self) -> Found:

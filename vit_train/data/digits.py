@@ -5,17 +5,14 @@ Source: E. Alpaydin, C. Kaynak (1998), Optical Recognition of Handwritten Digits
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from vit_train.construct import Few, Fraction, Positive, PositiveFloat, Seconds, Seed, Share, Side, Workers
+from vit_train.construct import Side
 from vit_train.data.arrays import ArraySource
 from vit_train.data.base import Found, ImageData
-from vit_train.data.cache import Cache
-from vit_train.data.order import Sampling
 
 _NUM_TEST = 360
 _MAX_VALUE = 16  # scikit-learn's pixels count ink from 0 to 16
@@ -34,44 +31,8 @@ class Digits(ImageData):
     default_num_classes: ClassVar[int | None] = 10
     max_workers: ClassVar[int] = 0
 
-    def __init__(
-        self,
-        *,
-        batch_size: Positive = 64,
-        num_workers: Workers | None = None,
-        worker_timeout_seconds: Seconds = 600.0,
-        img_size: Side | None = 8,
-        in_channels: Literal[1, 3] = 1,
-        val_fraction: Fraction = 0.1,
-        train_fraction: Share = 1.0,
-        limit: Positive | None = None,
-        sampler: Sampling = "uniform",
-        repeats: Few = 1,
-        cache: Cache = "auto",
-        seed: Seed = 0,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[PositiveFloat, ...] | None = None,
-        num_classes: Positive | None = None,
-        sample_transform: Callable[..., Any] | None = None,
-    ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            worker_timeout_seconds=worker_timeout_seconds,
-            img_size=img_size,
-            in_channels=in_channels,
-            val_fraction=val_fraction,
-            train_fraction=train_fraction,
-            limit=limit,
-            sampler=sampler,
-            repeats=repeats,
-            cache=cache,
-            seed=seed,
-            mean=mean,
-            std=std,
-            num_classes=num_classes,
-            sample_transform=sample_transform,
-        )
+    def __init__(self, *, img_size: Side | None = 8, in_channels: Literal[1, 3] = 1, **options: Any) -> None:
+        super().__init__(img_size=img_size, in_channels=in_channels, **options)
 
     def load(self) -> Found:
         """The embedded images as train and test."""

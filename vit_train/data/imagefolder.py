@@ -9,7 +9,7 @@ import hashlib
 import math
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, overload
@@ -19,16 +19,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from vit_train.construct import Few, Fraction, Positive, PositiveFloat, Seconds, Seed, Share, Side, Workers
+from vit_train.construct import Side
 from vit_train.data import layout
 from vit_train.data.bad_files import bad_files, unreadable
 from vit_train.data.base import Found, ImageData, Split
-from vit_train.data.cache import Cache
 from vit_train.data.decode import RGB, WHITE, ValueRange, decode, find_range
 from vit_train.data.listing import SUFFIXES, Listing, list_images
 from vit_train.data.loaders import Source
 from vit_train.data.names import Names
-from vit_train.data.order import Sampling
 from vit_train.data.sample_transforms import SampleTransform, plain
 from vit_train.errors import DataError
 
@@ -120,46 +118,14 @@ class ImageFolder(ImageData):
         self,
         *,
         root: str | None = None,
-        batch_size: Positive = 64,
-        num_workers: Workers | None = None,
-        worker_timeout_seconds: Seconds = 600.0,
-        img_size: Side | None = None,
         patch_size: Side = 1,
-        in_channels: Literal[1, 3] = 3,
         resize: Literal["crop", "squash"] = "crop",
         background: RGB = WHITE,
         value_range: ValueRange | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
-        val_fraction: Fraction = 0.1,
-        train_fraction: Share = 1.0,
-        limit: Positive | None = None,
-        sampler: Sampling = "uniform",
-        repeats: Few = 1,
-        cache: Cache = "auto",
-        seed: Seed = 0,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[PositiveFloat, ...] | None = None,
-        num_classes: Positive | None = None,
-        sample_transform: Callable[..., Any] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            worker_timeout_seconds=worker_timeout_seconds,
-            img_size=img_size,
-            in_channels=in_channels,
-            val_fraction=val_fraction,
-            train_fraction=train_fraction,
-            limit=limit,
-            sampler=sampler,
-            repeats=repeats,
-            cache=cache,
-            seed=seed,
-            mean=mean,
-            std=std,
-            num_classes=num_classes,
-            sample_transform=sample_transform,
-        )
+        super().__init__(**options)
         self.root = root
         self.patch_size = patch_size
         self.resize: Literal["crop", "squash"] = resize
