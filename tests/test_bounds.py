@@ -20,7 +20,7 @@ from vit_train.composed import GROUPS, Augmentation, Launch, Root, check_config,
 from vit_train.construct import TARGET, check, is_node, locate, make, parameters, with_defaults
 from vit_train.errors import ConfigError, DataError
 from vit_train.models import ViT
-from vit_train.trained import MODEL_CODE
+from vit_train.resume import STORED_CODE
 
 # Numbers that need no bound of their own, and why; infinity and NaN are refused here as well
 UNBOUNDED = {
@@ -282,7 +282,7 @@ def test_what_relates_two_keys_names_the_group(override: str, line: str) -> None
 def test_a_model_of_an_older_version_that_is_out_of_bounds_can_still_be_read() -> None:
     node = plain(compose("data.num_classes=10", "model.drop_rate=1.0"))["model"]
     assert check(node, key="model") == ["model.drop_rate: must be less than 1, got 1.0"]
-    assert isinstance(make(node, allow=MODEL_CODE), ViT)
+    assert isinstance(make(node, allow=STORED_CODE["model"]), ViT)
 
 
 # ------------------------------------------------------------------------------------------ what a node makes

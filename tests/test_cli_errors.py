@@ -328,19 +328,18 @@ def test_a_stored_configuration_chooses_no_code(refused, run, in_tmp, monkeypatc
         ("objective", {"_target_": "foreign_code.model", "_partial_": True}),
     ):
         (run / "config.yaml").write_text(yaml.safe_dump({**stored, key: node}))
-        refused(
-            "resume=run", words=["run/config.yaml", f"{key}._target_: {node['_target_']}", "not vit-train's"]
-        )
+        words = ["run/config.yaml", f"{key}._target_: {node['_target_']}", "not vit-train's"]
+        refused("resume=run", code=4, words=words)
     nested = {**stored["model"], "patch_embed": {"_target_": "foreign_code.model"}}
     (run / "config.yaml").write_text(yaml.safe_dump({**stored, "model": nested}))
-    refused("resume=run", words=["model.patch_embed._target_: foreign_code.model"])
+    refused("resume=run", code=4, words=["model.patch_embed._target_: foreign_code.model"])
     # behind a prefix of ours
     (run / "config.yaml").write_text(
         yaml.safe_dump(
             {**stored, "model": {"_target_": "vit_train.data.base.os.system", "command": "touch called"}}
         )
     )
-    refused("resume=run")
+    refused("resume=run", code=4)
     assert "foreign_code" not in sys.modules
     assert not list(in_tmp.glob("called")) + list(in_tmp.glob("imported"))
 

@@ -277,7 +277,7 @@ def test_foreign_code_is_neither_run_nor_imported(changed, tmp_path, monkeypatch
         node["_target_"] = target
 
     path = changed(name_foreign_code)
-    with pytest.raises(errors.CheckpointError, match=r"stored data may name only .*canary_code"):
+    with pytest.raises(errors.CheckpointError, match=r"type --trust canary_code if the code is yours"):
         load_trained(path, device=CPU)
     assert not canary.exists()
     assert not [name for name in sys.modules if name.startswith("canary_code")]
@@ -289,18 +289,18 @@ def test_foreign_code_is_neither_run_nor_imported(changed, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("vit_train.models.vit.torch.load", "torch.load is not defined in vit_train.models"),
-        ("vit_train.models.vit.nn.Linear", "nn.Linear is not defined in vit_train.models"),
-        ("vit_train.modelsx.Model", "stored data may name only"),
-        ("os.system", "stored data may name only"),
-        (3, "stored data may name only"),
+        ("vit_train.models.vit.torch.load", "(model._target_: vit_train.models.vit.torch.load)"),
+        ("vit_train.models.vit.nn.Linear", "(model._target_: vit_train.models.vit.nn.Linear)"),
+        ("vit_train.modelsx.Model", "(model._target_: vit_train.modelsx.Model)"),
+        ("os.system", "(model._target_: os.system)"),
+        (3, "(model._target_: 3)"),
     ],
 )
 def test_borrowed_names_are_refused(changed, target, message) -> None:
     def borrow(tensors, state):
         state["config"]["model"] = {"_target_": target}
 
-    with pytest.raises(errors.CheckpointError, match=re.escape(message)):
+    with pytest.raises(errors.CheckpointError, match=f"{re.escape(message)}$"):  # nor is trust advised
         load_trained(changed(borrow), device=CPU)
 
 

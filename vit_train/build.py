@@ -33,6 +33,7 @@ from vit_train.construct import as_config_error, foreign_code, make, with_defaul
 from vit_train.errors import CheckpointError, ConfigError, DataError
 from vit_train.report.origins import origins
 from vit_train.resume import (
+    allowed,
     check_budget,
     check_continuation,
     check_data,
@@ -43,6 +44,7 @@ from vit_train.resume import (
     old_warmup,
     rate_jump,
     read_config,
+    trusted,
 )
 from vit_train.run_dir import check_free, choose_run_dir, default_name, find_run, holds_run
 
@@ -69,25 +71,7 @@ _WITH_DEFAULTS = ("data", "trainer", "optimizer", "tracker")
 _SHIFT = "augment.batch.max_shift"
 # What decides how a run starts; runs of older versions do not have it
 _START = {"init_from": None, "init_strict": True}
-# What a stored configuration may name; the user's own command may name anything
-STORED_CODE = {
-    "model": ("vit_train.models", "vit_train.layers"),
-    # not all of vit_train.data, which also fetches URLs and starts processes
-    "data": (
-        "vit_train.data.cifar",
-        "vit_train.data.digits",
-        "vit_train.data.imagefolder",
-        "vit_train.data.sample_transforms",
-    ),
-    "augment": ("vit_train.data.sample_transforms", "vit_train.data.batch_transforms"),
-    "objective": ("vit_train.objective",),
-    "optimizer": ("vit_train.optim",),
-    "schedule": ("vit_train.optim",),
-    "strategy": ("vit_train.strategy",),
-    "trainer": ("vit_train.trainer",),
-    "tracker": ("vit_train.tracker",),
-}
-_NOT_IN_STORE = ("resume", "run_dir", "summary")
+_NOT_IN_STORE = ("resume", "run_dir", "summary", "trust")
 
 
 @dataclass
@@ -137,6 +121,7 @@ def _completed(stored: dict[str, Any]) -> dict[str, Any]:
     augment = stored.get("augment")
     if isinstance(augment, dict):
         stored = {**stored, "augment": {"repeats": 1, **augment}}
+    stored = {key: value for key, value in stored.items() if key != "trust"}  # what is trusted is typed
     return {**stored, **_START, **stored}
 
 
@@ -206,23 +191,17 @@ def _blaming(resume: str) -> Iterator[None]:
 
 def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run | Path:
     allow = named = None
+    trust = trusted(cfg.trust, hydra=True)
     notes: list[str] = []
     stored: dict[str, Any] = {}
     if cfg.resume is not None:
         run_dir, named = find_run(str(cfg.resume), None if cfg.run_dir is None else str(cfg.run_dir))
         stored, notes = read_config(run_dir)
         stored = _completed(stored)
-        foreign = [
-            line for key, node in stored.items() for line in foreign_code(node, STORED_CODE.get(key, ()), key)
-        ]
-        if foreign:
-            raise ConfigError(
-                f"{run_dir / 'config.yaml'} names code that is not vit-train's ({'; '.join(foreign)}); "
-                f"if it is yours, type the full command with run_dir={run_dir}"
-            )
+        allow = allowed(stored, trust, run_dir)
         stored |= {group: with_defaults(stored[group]) for group in _WITH_DEFAULTS}
         force = cfg.resume == "force"
-        cfg, allow = _with_overrides(stored, launch.overrides), STORED_CODE
+        cfg = _with_overrides(stored, launch.overrides)
         refuse_secrets(cfg)
         check_config(cfg)
     else:

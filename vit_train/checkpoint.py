@@ -333,7 +333,7 @@ def load_run(run: Path, fits: Fits | None = None) -> tuple[Checkpoint, list[str]
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
-        raise CheckpointError("; ".join(problems))
+        raise CheckpointError("; ".join(dict.fromkeys(problems)))
     missing = "holds no checkpoint" if run.exists() else "does not exist"
     raise CheckpointError(f"{run} {missing}; give a run directory or a checkpoint directory")
 

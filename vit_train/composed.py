@@ -71,6 +71,7 @@ class Root:
     run_dir: str | int | None = None
     resume: str | int | None = None
     summary: bool = False
+    trust: str | tuple[str, ...] = ()
 
 
 _ROOT = tuple(field.name for field in fields(Root))
@@ -202,9 +203,10 @@ def _copies(cfg: DictConfig, prefix: str = "") -> dict[str, str]:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
+    """All of it that a run stores: Hydra's own settings and what is trusted are not part of it."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items() if key != "hydra"}
+    return {str(key): value for key, value in plain.items() if key not in ("hydra", "trust")}
 
 
 def as_pretrained(cfg: DictConfig, weights: Pretrained, overrides: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, ConfigDict, PydanticUserError, Strict, TypeAdapter, ValidationError
 
-from vit_train.errors import ConfigError, suggest
+from vit_train.errors import CheckpointError, ConfigError, suggest
 
 TARGET, PARTIAL = "_target_", "_partial_"
 # Numbers with their bounds, for constructors whose arguments users type; none is infinite or NaN. What makes
@@ -88,6 +88,7 @@ def locate(path: Any, allow: tuple[str, ...] | None = None) -> Any:
     Raises:
         ConfigError: nothing importable has that name (a close name in the same module is suggested), or it is
             not allowed.
+        CheckpointError: it is allowed, and its module lacks another.
     """
     if allow is not None:
         return _locate_inside(path, allow)
@@ -123,7 +124,9 @@ def _locate_inside(path: Any, allow: tuple[str, ...]) -> Any:
         raise ConfigError(f"stored data may name only {', '.join(allow)}, not {path!r}")
     try:
         target = getattr(importlib.import_module(module_path), name, None)
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if not f"{module_path}.".startswith(f"{error.name}."):  # it is there and lacks another
+            raise CheckpointError(f"{path} cannot be imported: {error}") from error
         target = None
     if name.startswith("_") or not callable(target) or not _inside(getattr(target, "__module__", 0), allow):
         raise ConfigError(f"{path} is not defined in {', '.join(allow)}: not built")
@@ -212,10 +215,10 @@ def check(node: Any, *, key: str = "", pending: frozenset[str] = frozenset()) ->
     return errors + _check_arguments(target, node, key, pending)
 
 
-def foreign_code(node: Any, allow: tuple[str, ...], key: str = "") -> list[str]:
-    """`key._target_: path` of every node that names code it may not; see `locate`. Imports ours alone."""
+def foreign_code(node: Any, allow: tuple[str, ...], key: str = "") -> list[tuple[str, str]]:
+    """`key._target_` and path of every node that names code it may not; see `locate`. Imports what it may."""
     if isinstance(node, list | tuple):
-        return [line for value in node for line in foreign_code(value, allow, key)]
+        return [pair for value in node for pair in foreign_code(value, allow, key)]
     if not isinstance(node, Mapping):
         return []
     found = []
@@ -223,9 +226,9 @@ def foreign_code(node: Any, allow: tuple[str, ...], key: str = "") -> list[str]:
         try:
             locate(node[TARGET], allow)
         except ConfigError:
-            found = [f"{_join(key, TARGET)}: {' '.join(str(node[TARGET]).split())}"]
+            found = [(_join(key, TARGET), " ".join(str(node[TARGET]).split()))]
     return found + [
-        line for name, value in node.items() for line in foreign_code(value, allow, _join(key, str(name)))
+        pair for name, value in node.items() for pair in foreign_code(value, allow, _join(key, str(name)))
     ]
 
 

@@ -180,7 +180,8 @@ def load_file(content: bytes, file_format: Format, model: nn.Module) -> Forward:
     with torch.no_grad():
         for tensor in copied.state_dict().values():
             tensor.zero_()
-    copied.load_state_dict(to_ours(tensors)[0])
+    # a model of the user's own may have names that are another project's for ours
+    copied.load_state_dict(tensors if tensors.keys() == copied.state_dict().keys() else to_ours(tensors)[0])
     return copied
 
 

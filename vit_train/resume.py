@@ -1,22 +1,25 @@
 """Continuing a run: what it was, and what a continuation may change.
 
 A stored configuration comes from a file that someone else may have written: it is read as plain data, of a
-bounded size, without references to anything outside it. Which code it may name is decided in build.py and
-trained.py.
+bounded size, without references to anything outside it, and names vit-train's own code, or that of packages
+the user trusts. Trust is typed with each command, never stored and never read from a run.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
 from vit_train import checkpoint, durable
+from vit_train.construct import foreign_code
 from vit_train.errors import CheckpointError, ConfigError, DataError
 from vit_train.run_dir import CONFIG, check_entries
 
@@ -132,6 +135,78 @@ def check_plain(stored: Mapping[str, Any], path: Path) -> None:
         if endless or left < 0 or depth > _MAX_CONFIG_DEPTH:
             raise CheckpointError(f"{path} cannot be read: it is too large for a configuration")
         waiting += [(depth + 1, one) for one in inside]
+
+
+# ---------------------------------------------------------------------------------- which code it may name
+Packages: TypeAlias = tuple[str, ...]
+# What each group may name; of the data not what fetches URLs and starts processes
+STORED_CODE: Mapping[str, Packages] = {
+    "model": ("vit_train.models", "vit_train.layers"),
+    "data": tuple(f"vit_train.data.{m}" for m in ("cifar", "digits", "imagefolder", "sample_transforms")),
+    "augment": ("vit_train.data.sample_transforms", "vit_train.data.batch_transforms"),
+    "objective": ("vit_train.objective",),
+    "optimizer": ("vit_train.optim",),
+    "schedule": ("vit_train.optim",),
+    "strategy": ("vit_train.strategy",),
+    "trainer": ("vit_train.trainer",),
+    "tracker": ("vit_train.tracker",),
+}
+
+
+def trusted(typed: Any, *, hydra: bool = False) -> Packages:
+    """The packages that were typed, one or a sequence of them, imported.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    several = isinstance(typed, Sequence) and not isinstance(typed, str)
+    packages = tuple(map(str, typed if several else [typed]))
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # whatever its own code raises
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{as_typed([package], hydra=hydra).strip()} cannot be imported ({reason}): it must be "
+                "installed, or the folder that holds it be on PYTHONPATH"
+            ) from error
+    return packages
+
+
+def as_typed(packages: Sequence[str], *, hydra: bool = False) -> str:
+    """What to type behind a command: ` --trust a --trust b`, or ` 'trust=[a,b]'` for Hydra."""
+    if hydra and len(packages) > 1:
+        return f" 'trust=[{','.join(packages)}]'"
+    return "".join(f" {'trust=' if hydra else '--trust '}{package}" for package in packages)
+
+
+def allowed(nodes: Mapping[str, Any], trust: Packages, run_dir: Path | None = None) -> dict[str, Packages]:
+    """What each group of stored `nodes` may name; imports nothing else. `run_dir` is that of `resume=`.
+
+    Raises:
+        CheckpointError: a node names other code.
+    """
+    allow = {group: (*code, *trust) for group, code in STORED_CODE.items()}
+    if foreign := _foreign(nodes, allow):
+        named = "; ".join(f"{key}: {path}" for key, path in foreign)
+        new = sorted({path.partition(".")[0] for _, path in foreign})
+        never = {*sys.stdlib_module_names, "vit_train", *trust}  # an attacker's choice, or of no use
+        sensible = all(package.isidentifier() and package not in never for package in new)
+        where, option = ("the checkpoint", False) if run_dir is None else (run_dir / CONFIG, True)
+        raise CheckpointError(
+            f"{where} names code that is not vit-train's{''.join(f', nor of {p}' for p in trust)} ({named})"
+            + (f"; type{as_typed([*trust, *new], hydra=option)} if the code is yours" if sensible else "")
+        )
+    return allow
+
+
+def packages_of(config: Mapping[str, Any]) -> list[str]:
+    """The packages beside vit-train whose code a configuration names."""
+    return sorted({path.partition(".")[0] for _, path in _foreign(config, STORED_CODE)})
+
+
+def _foreign(nodes: Mapping[str, Any], allow: Mapping[str, Packages]) -> list[tuple[str, str]]:
+    return [pair for group, node in nodes.items() for pair in foreign_code(node, allow.get(group, ()), group)]
 
 
 # ----------------------------------------------------------------------------------------- what may change

@@ -1,7 +1,7 @@
 """The only way back in: a trained model from a run or checkpoint, for evaluation and everything after it.
 
-Stored data never chooses code: only classes defined in vit_train.models and vit_train.layers are built, and
-backbones never download (the weights are in the checkpoint).
+Stored data never chooses code: only classes defined in vit_train.models, vit_train.layers and packages the
+user trusts are built, and backbones never download (the weights are in the checkpoint).
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from vit_train.data.decode import RGB, WHITE, ValueRange
 from vit_train.data.sample_transforms import Steps, plain
 from vit_train.errors import CheckpointError, ConfigError
 from vit_train.precision import Precision, inference_precision
-from vit_train.resume import check_stored
+from vit_train.resume import Packages, allowed, check_stored
 
-MODEL_CODE = ("vit_train.models", "vit_train.layers")
 # What a constructor or a forward pass may raise where a file made up its arguments
 _NO_MODEL = (ConfigError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Weights = Literal["auto", "raw", "ema"]
@@ -77,23 +76,24 @@ class Trained:
         return Normalize(self.mean, self.std).to(next(self.model.parameters()).device)
 
 
-def fits(path: Path, state: Mapping[str, Any], shapes: checkpoint.Shapes) -> None:
+def fits(path: Path, state: Mapping[str, Any], shapes: checkpoint.Shapes, *, trust: Packages = ()) -> None:
     """That the tensors of a checkpoint are those of the model it describes; see `checkpoint.load`.
 
     The model is built without memory, so neither a lying file nor a lying configuration can allocate much.
 
     Raises:
-        CheckpointError: they are not, or the model is not one that can be built.
+        CheckpointError: they are not, or the model is not one that can or (see `trust`) may be built.
     """
     config = state.get("config")
     if not isinstance(config, dict) or not is_node(config.get("model")):
         raise CheckpointError(f"{path} does not describe a model")
     check_stored(config, path)
     node = config["model"]
+    allow = allowed({"model": node}, trust)
     check_sizes(node, shapes, path)
     try:
         with torch.device("meta"):
-            model = make(without_download(node), key="model", allow=MODEL_CODE)
+            model = make(without_download(node), key="model", allow=allow["model"])
             if not isinstance(model, nn.Module):
                 raise TypeError(f"{node['_target_']} makes a {type(model).__name__}")
             checkpoint.check_shapes(path, shapes, model)
@@ -156,7 +156,7 @@ def _check_inference(inference: Mapping[str, Any], model: nn.Module) -> None:
 
 
 def from_checkpoint(
-    stored: checkpoint.Checkpoint, *, device: torch.device, weights: Weights = "auto"
+    stored: checkpoint.Checkpoint, *, device: torch.device, weights: Weights = "auto", trust: Packages = ()
 ) -> Trained:
     """The model of a checkpoint that was read already; see `load`."""
     path = stored.path
@@ -167,7 +167,8 @@ def from_checkpoint(
     prefix = "ema/" if chosen == "ema" else "model/"
     try:
         config, inference = stored.state["config"], stored.state["inference"]
-        model = make(without_download(config["model"]), key="model", allow=MODEL_CODE)
+        allow = allowed({"model": config["model"]}, trust)
+        model = make(without_download(config["model"]), key="model", allow=allow["model"])
         state = {name[len(prefix) :]: t for name, t in stored.tensors.items() if name.startswith(prefix)}
         model.load_state_dict(state)
         return Trained(

@@ -8,11 +8,10 @@ import yaml
 from conftest import compose
 
 from vit_train import construct
-from vit_train.build import STORED_CODE
 from vit_train.composed import check_config, plain
 from vit_train.data import Cifar10, Normalize
 from vit_train.data.batch_transforms import auto_crop_scale
-from vit_train.resume import flat
+from vit_train.resume import STORED_CODE, flat
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from vit_train.errors import ConfigError, OutOfMemoryError, VitTrainError
 if TYPE_CHECKING:
     import torch
 
+    from vit_train.checkpoint import Checkpoint
     from vit_train.trained import Trained
 
 
@@ -48,7 +50,7 @@ def run(command: str, work: Callable[[], int | None]) -> int:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Adds RUN and --weights."""
+    """Adds RUN, --weights and --trust."""
     parser.add_argument(
         "run", metavar="RUN", help="a run directory (its best checkpoint, else its last) or a checkpoint"
     )
@@ -57,6 +59,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "ema", "raw"),
         default="auto",
         help="auto: the average where there is one",
+    )
+    parser.add_argument(
+        "--trust", metavar="PACKAGE", action="append", default=[], help="whose code RUN may name as well"
     )
 
 
@@ -102,17 +107,28 @@ def device(name: str) -> torch.device:
 
 
 def load_run(command: str, arguments: argparse.Namespace, device: torch.device) -> Trained:
-    """The model of RUN; says on stderr which damaged checkpoints were passed over.
+    """The model of RUN; see `read_run`."""
+    from vit_train.trained import from_checkpoint
+
+    stored, trust = read_run(command, arguments)
+    return from_checkpoint(stored, device=device, weights=arguments.weights, trust=trust)
+
+
+def read_run(command: str, arguments: argparse.Namespace) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The checkpoint of RUN and the packages of --trust; says on stderr which damaged ones were passed over.
 
     Raises:
-        CheckpointError: there is none that can be used.
+        CheckpointError, ConfigError: there is none that can be used, or no package to trust.
     """
     from vit_train import checkpoint
-    from vit_train.trained import fits, from_checkpoint
+    from vit_train.resume import trusted
+    from vit_train.trained import fits
 
-    stored, problems = checkpoint.load_run(Path(arguments.run), fits)
-    say_skipped(command, problems, stored.path)
-    return from_checkpoint(stored, device=device, weights=arguments.weights)
+    trust = trusted(arguments.trust)
+    stored, problems = checkpoint.load_run(Path(arguments.run), partial(fits, trust=trust))
+    for problem in problems:
+        print(f"{command}: skipped: {problem}; {stored.path.name} is used", file=sys.stderr)
+    return stored, trust
 
 
 def stdin_lines() -> Iterator[str]:
@@ -149,9 +165,3 @@ def output_folder(run: Path, name: str) -> Path:
     if folder.is_symlink():
         raise ConfigError(f"{folder} is a link, which is not followed; name another place with --out")
     return folder
-
-
-def say_skipped(command: str, problems: list[str], used: Path) -> None:
-    """One line on stderr for each damaged checkpoint that `used` stands in for."""
-    for problem in problems:
-        print(f"{command}: skipped: {problem}; {used.name} is used", file=sys.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_train.cli import command
-from vit_train.errors import CheckpointError, ConfigError, DataError, suggest
+from vit_train.errors import ConfigError, DataError, suggest
 
 if TYPE_CHECKING:
     import torch
@@ -62,23 +62,21 @@ def report(arguments: argparse.Namespace) -> None:
         CheckpointError, ConfigError, DataError: see the messages.
     """
     json = None if arguments.json is None else command.output_file("--json", arguments.json)
-    from vit_train import checkpoint
     from vit_train.report.console import Console
     from vit_train.report.evaluated import evaluation_tables
     from vit_train.report.evaluation_files import check_place
-    from vit_train.trained import fits, from_checkpoint, stored_config
+    from vit_train.trained import from_checkpoint, stored_config
 
-    stored, problems = checkpoint.load_run(Path(arguments.run), fits)
-    command.say_skipped("vit-eval", problems, stored.path)
+    stored, trust = command.read_run("vit-eval", arguments)
     config = with_overrides(stored_config(stored), arguments.overrides, stored.state["inference"])
     root = other_root(config["data"], stored_config(stored)["data"])
     if root is not None:
         for key, whole in (("limit", None), ("train_fraction", 1.0)):  # they are about the run's own images
-            if not any(text.startswith(f"data.{key}=") for text in arguments.overrides):
+            if key in config["data"] and not any(t.startswith(f"data.{key}=") for t in arguments.overrides):
                 config["data"][key] = whole
-    strategy, data = build_data(config)
+    strategy, data = build_data(config, trust)
     try:
-        trained = from_checkpoint(stored, device=strategy.device, weights=arguments.weights)
+        trained = from_checkpoint(stored, device=strategy.device, weights=arguments.weights, trust=trust)
         precision = precision_of(trained, config, strategy.device, arguments.overrides)
         split, splits = choose(arguments.split, data, elsewhere=root is not None)
         place = place_of(arguments, split, root, json)
@@ -323,34 +321,32 @@ def class_map(data_classes: list[str], model_classes: list[str]) -> Any:
     return torch.tensor([ids[name] for name in data_classes])
 
 
-def build_data(config: dict[str, Any]) -> tuple[Any, Any]:
+def build_data(config: dict[str, Any], trust: tuple[str, ...]) -> tuple[Any, Any]:
     """Strategy and data module of a stored configuration, the data at the size the model was trained with.
 
     Raises:
-        ConfigError, DataError: see the messages.
+        CheckpointError, ConfigError, DataError: see the messages.
     """
-    from vit_train.build import STORED_CODE
-    from vit_train.construct import check, foreign_code, make
+    from vit_train.construct import check, make
     from vit_train.precision import Precision
+    from vit_train.resume import allowed
 
-    # before `check`, which imports what is named
     # the classes may be fewer or in another order; they are matched by name
-    node = {**config["data"], "num_classes": None, "sample_transform": None}
-    foreign = foreign_code(node, STORED_CODE["data"], "data")
-    foreign += foreign_code(config["strategy"], STORED_CODE["strategy"], "strategy")
-    if foreign:
-        raise CheckpointError(f"the checkpoint names code that is not vit-train's: {'; '.join(foreign)}")
+    unused = {key: None for key in ("num_classes", "sample_transform") if key in config["data"]}
+    node = {**config["data"], **unused}
+    # before `check`, which imports what is named
+    allow = allowed({"data": node, "strategy": config["strategy"]}, trust)
     errors = check(node, key="data") + check(config["strategy"], key="strategy")
     if errors:
         raise ConfigError("; ".join(errors))
     precisions = typing.get_args(Precision)
     if config["trainer"].get("precision") not in precisions:
         raise ConfigError(f"trainer.precision: expected one of {', '.join(precisions)}")
-    strategy = make(config["strategy"], key="strategy", allow=STORED_CODE["strategy"])
-    data = make(node, key="data", allow=STORED_CODE["data"])
+    strategy = make(config["strategy"], key="strategy", allow=allow["strategy"])
+    data = make(node, key="data", allow=allow["data"])
     try:
         strategy.start()
-        data.setup(device=strategy.device, rank=0, world_size=1, training=False)
+        data.setup(device=strategy.device, rank=0, world_size=1, training=False, should_stop=lambda: False)
     except _UNFIT as error:
         raise ConfigError(f"data: {_reason(error)}") from error
     return strategy, data

@@ -24,9 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from vit_train import durable
 from vit_train.build import Run, build_run
 from vit_train.cli.typed import for_hydra, is_group, place
-from vit_train.composed import Launch, config_dir
+from vit_train.composed import Launch, config_dir, plain
 from vit_train.describe import describe
 from vit_train.errors import ConfigError, Interrupted, OutOfMemoryError, SaveError, VitTrainError, suggest
+from vit_train.resume import as_typed, packages_of, trusted
 
 if TYPE_CHECKING:
     from vit_train.guard import Signals, Stop
@@ -94,7 +95,9 @@ def train(cfg: DictConfig) -> float | None:
         if isinstance(built, Path):
             if (built / ".history.png").exists() or not (built / "history.png").exists():
                 _draw(built)  # killed at the very last
-            print(f"{built} is finished: nothing to do. Its figures:  vit-eval {shlex.quote(str(built))}")
+            own = packages_of(plain(cfg)) or trusted(cfg.trust, hydra=True)
+            evaluate = f"vit-eval {shlex.quote(str(built))}{as_typed(own)}"
+            print(f"{built} is finished: nothing to do. Its figures:  {evaluate}")
             return None
         result = execute(built)
     return None if result is None else result["best/val/top1"]
@@ -254,7 +257,8 @@ def _plan(run: Run) -> Plan:
 
 def _stopped(run: Run, stop: Stop) -> dict[str, Any] | None:
     message = f"{stop.reason}; step {run.trainer.state.step} is saved. Continue with:"
-    run.console.say(f"{message}\n  vit-train {place('resume', run.run_dir)}")
+    trust = as_typed(packages_of(run.config), hydra=True)
+    run.console.say(f"{message}\n  vit-train {place('resume', run.run_dir)}{trust}")
     if stop.signum is not None:
         raise Interrupted(message, stop.signum)
     return None
@@ -286,6 +290,7 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     durable.replace(run_dir / "result.json", json.dumps(result, indent=1))
     run.console.say(closing_table(result))
     by_steps = run.config["trainer"]["max_steps"] is not None
+    own = packages_of(run.config)
     longer = f"trainer.max_steps={2 * step}" if by_steps else f"trainer.epochs={2 * trainer.total_epochs}"
     if trainer.state.stopped_early:
         waited = trainer.state.evaluations_since_best
@@ -294,8 +299,8 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     run.console.say(
         f"run directory  {run_dir}\n"
         f"curves         tensorboard --logdir {shlex.quote(str(run_dir.parent))}\n"
-        f"evaluate       vit-eval {shlex.quote(str(run_dir))}\n"
-        f"train longer   vit-train {place('resume', run_dir)} {longer}"
+        f"evaluate       vit-eval {shlex.quote(str(run_dir))}{as_typed(own)}\n"
+        f"train longer   vit-train {place('resume', run_dir)}{as_typed(own, hydra=True)} {longer}"
     )
     return result
 

@@ -40,6 +40,7 @@ from vit_train.errors import DataError, WorkerLostError
 
 Split: TypeAlias = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+Flag: TypeAlias = Callable[[], bool]
 S = TypeVar("S", bound=Samples)
 
 
@@ -70,9 +71,9 @@ class DataModule(Protocol):
     notes: list[str]
 
     def setup(
-        self, *, device: torch.device, rank: int, world_size: int, should_stop: Callable[[], bool]
+        self, *, device: torch.device, rank: int, world_size: int, training: bool = True, should_stop: Flag
     ) -> None:
-        """Finds the data (lists a folder, loads arrays, may download); `should_stop` ends what takes long."""
+        """Finds the data; `should_stop` ends what takes long, `training` is False for evaluation alone."""
         ...
 
     def loader(self, split: Split) -> Loader:
@@ -85,6 +86,10 @@ class DataModule(Protocol):
 
     def examples(self, split: Split, count: int) -> Batch:
         """Up to `count` samples spread evenly over a split, as evaluation sees them."""
+        ...
+
+    def pick(self, split: Split, indices: Sequence[int]) -> Batch:
+        """These samples of a split, as evaluation sees them: `vit-eval` shows its mistakes."""
         ...
 
     def source(self, split: Split, index: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vit_train.data.base import ImageData, Split
+from vit_train.data.base import DataModule, Split
 from vit_train.data.batch import Batch
 
 
@@ -19,7 +19,7 @@ class Chosen:
         splits: which, all of them present.
     """
 
-    def __init__(self, data: ImageData, splits: Sequence[Split]) -> None:
+    def __init__(self, data: DataModule, splits: Sequence[Split]) -> None:
         self.data, self.splits = data, splits
         self._places = [(split, index) for split in splits for index in range(data.sizes[split])]
 

@@ -60,7 +60,8 @@ def methods(model: nn.Module) -> tuple[Method, ...]:
     planted patch it mostly missed that patch, which rollout found in every image.
     """
     if isinstance(model, ViT) and len(model.blocks):
-        return "rollout", "attention"
+        tells = all(hasattr(block.attn, "weights") for block in model.blocks)  # a subclass may have others
+        return ("rollout", "attention") if tells else ()
     return ("gradcam",) if isinstance(model, Swin) else ()
 
 
