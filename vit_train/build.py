@@ -107,7 +107,7 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
             continue
         added = override.is_add() and not override.is_force_add()  # the command forces, see cli/train.py
         if key in (*GROUPS, "experiment") or added or override.is_delete():
-            typed = str(override.input_line).lstrip("+")
+            typed = str(override.input_line).removeprefix("++")
             raise ConfigError(
                 f"{typed}: resume= continues with the stored configuration; only single values such as "
                 "trainer.epochs=50 can be given beside it"
