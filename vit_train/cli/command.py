@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vit_train.trained import Trained
 
 
-def run(command: str, work: Callable[[], int | None]) -> int:
+def run(command: str, work: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:
     """Does the work of a command and returns its exit code; an error of the user's becomes one line.
 
     Whatever the encoding of the terminal, a name it cannot show comes out as an escape.
@@ -28,12 +28,13 @@ def run(command: str, work: Callable[[], int | None]) -> int:
     Args:
         command: its name, which the line starts with.
         work: returns an exit code of its own, or None for 0.
+        arguments: parsed.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return work() or 0
+        return work(arguments) or 0
     except VitTrainError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import shlex
 import sys
@@ -20,13 +19,8 @@ _STDOUT = "-"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `vit-data` and returns its exit code.
-
-    Args:
-        argv: the arguments after the command; None takes the process's own.
-    """
-    arguments = _parser().parse_args(argv)
-    return command.run("vit-data", functools.partial(arguments.work, arguments))
+    """Runs `vit-data` on these arguments (None: the process's own) and returns its exit code."""
+    return command.run("vit-data", lambda arguments: arguments.work(arguments), _parser().parse_args(argv))
 
 
 def check(arguments: argparse.Namespace) -> int:

@@ -46,13 +46,9 @@ class Place:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `vit-eval` and returns its exit code.
-
-    Args:
-        argv: the arguments after the command; None takes the process's own.
-    """
+    """Runs `vit-eval` on these arguments (None: the process's own) and returns its exit code."""
     arguments = _parser().parse_intermixed_args(argv)  # key=value may stand anywhere
-    return command.run("vit-eval", lambda: report(arguments))
+    return command.run("vit-eval", report, arguments)
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -27,13 +27,8 @@ _LONGEST_NAME = 100  # characters of a file name
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `vit-export` and returns its exit code.
-
-    Args:
-        argv: the arguments after the command; None takes the process's own.
-    """
-    arguments = _parser().parse_args(argv)
-    return command.run("vit-export", lambda: export(arguments))
+    """Runs `vit-export` on these arguments (None: the process's own) and returns its exit code."""
+    return command.run("vit-export", export, _parser().parse_args(argv))
 
 
 def export(arguments: argparse.Namespace) -> None:

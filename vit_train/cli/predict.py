@@ -21,13 +21,8 @@ _FEW = 32  # images that are read before worker processes would have started
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `vit-predict` and returns its exit code.
-
-    Args:
-        argv: the arguments after the command; None takes the process's own.
-    """
-    arguments = _parser().parse_intermixed_args(argv)
-    return command.run("vit-predict", lambda: predict(arguments))
+    """Runs `vit-predict` on these arguments (None: the process's own) and returns its exit code."""
+    return command.run("vit-predict", predict, _parser().parse_intermixed_args(argv))
 
 
 def predict(arguments: argparse.Namespace) -> None:
