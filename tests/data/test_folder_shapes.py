@@ -1,6 +1,7 @@
 """Folders as people have them: each broken shape ends in one clear line, each odd one in the right result."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from conftest import TINY, checkpoint_hashes, vit_train_here
 from PIL import Image
 
 from vit_train.data import ImageFolder
+from vit_train.data.check import check_folder
+from vit_train.data.inputs import find_images
 
 SETTINGS = (
     *(setting for setting in TINY if not setting.startswith("data.limit")),
@@ -263,6 +266,10 @@ def made(root, **options):
     return data
 
 
+def checked(root):
+    return check_folder(str(root), num_workers=0)
+
+
 def note_with(data, words):
     return [note for note in data.notes if words in note]
 
@@ -346,20 +353,49 @@ def test_folders_that_are_no_split_are_told(tmp_path):
     assert note_with(made(tmp_path), "no split, ignored: annotations/")
 
 
+# as Synology, QNAP, Windows, ext4, macOS, image viewers and Jupyter name them
+LEFT_BEHIND = (
+    *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "$RECYCLE.BIN", "$Recycle.Bin"),
+    *("System Volume Information", "lost+found", "__MACOSX", "Network Trash Folder", ".thumbnails"),
+    ".ipynb_checkpoints",
+)
+
+
 def test_what_systems_leave_behind_is_not_even_counted(tmp_path):
     splits(tmp_path, "train", "val")
     (tmp_path / "train" / "empty").mkdir()
     for folder in ("", "train", "train/cat"):
-        for name in ("._x.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/x.png"):
-            path = tmp_path / folder / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(b"")
-        write(tmp_path / folder / ".ipynb_checkpoints" / "x.png")
+        for name in ("._x.jpg", ".DS_Store", "Thumbs.db", "desktop.ini"):
+            (tmp_path / folder / name).write_bytes(b"")
+        for name in LEFT_BEHIND:
+            write(tmp_path / folder / name / "x.png" / "SYNOPHOTO_THUMB_XL.jpg")
     (tmp_path / "train" / "empty").rmdir()
     data = made(tmp_path)
     assert data.class_names == ["cat", "dog"]
     assert data.sizes == {"train": 8, "val": 8, "test": 0}
     assert not note_with(data, "ignored")
+    assert find_images([str(tmp_path)], stdin=(), allow_url=False) == sorted(
+        f"{tmp_path}/{split}/{name}/{i}.png"
+        for split in ("train", "val")
+        for name in ("cat", "dog")
+        for i in range(4)
+    )
+    report = checked(tmp_path)
+    assert report.problems == []
+    [strays] = [finding for finding in report.warnings if finding.kind == "stray"]
+    assert {item.detail.split()[0] for item in strays.items} == {"left"}
+
+
+def test_the_bin_of_a_file_system_is_not_even_opened(tmp_path):
+    """Only the superuser may."""
+    fill(tmp_path, "cat", "dog")
+    (tmp_path / "lost+found").mkdir()
+    opened = []
+    sys.addaudithook(lambda event, names: opened.append(str(names[0])) if event == "os.scandir" else None)
+    assert made(tmp_path).class_names == ["cat", "dog"]
+    assert checked(tmp_path).problems == []
+    assert f"{tmp_path}/cat" in opened
+    assert f"{tmp_path}/lost+found" not in opened
 
 
 def test_files_that_are_no_images_by_name_are_counted(tmp_path):

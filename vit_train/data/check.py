@@ -27,7 +27,7 @@ from vit_train.data.bad_files import NOT_PLAIN, Progress, read, reason_in
 from vit_train.data.base import SPLITS, Split
 from vit_train.data.decode import ValueRange, find_range
 from vit_train.data.imagefolder import ImageFolder, sample_of
-from vit_train.data.listing import images_below, is_folder, is_image, is_visible
+from vit_train.data.listing import LEFT_BY, images_below, is_folder, is_image, is_visible
 from vit_train.data.pool import Crash, each_file
 from vit_train.data.stats import unusual
 from vit_train.errors import DataError, printable, suggest
@@ -36,14 +36,6 @@ _DIGEST_BYTES = 16
 _DARK = 3  # levels
 _PATCH_SIZE = 16  # of the model that data=imagefolder brings along
 _SIDE_EDGES = (32, 64, 128, 224, 384, 768, 1536)  # shorter side in pixels
-
-_LEFT_BY = {
-    ".DS_Store": "macOS",
-    "__MACOSX": "macOS",
-    "Thumbs.db": "Windows",
-    "desktop.ini": "Windows",
-    ".ipynb_checkpoints": "Jupyter",
-}
 
 
 class _Seen(NamedTuple):
@@ -226,8 +218,8 @@ def _walk(survey: _Survey, followed: set[str]) -> None:
 def _stray_reason(name: str) -> str:
     if name.startswith("._"):
         return "left by macOS"
-    if name in _LEFT_BY:
-        return f"left by {_LEFT_BY[name]}"
+    if name.lower() in LEFT_BY:
+        return f"left by {LEFT_BY[name.lower()]}"
     if not is_visible(name):
         return "hidden"
     return "in no class folder" if is_image(name) else "no image by name"

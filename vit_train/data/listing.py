@@ -1,7 +1,7 @@
 """Which images are below a folder: one walk, that remembers whatever else it meets.
 
-Hidden files and folders are skipped, and so is what operating systems leave behind (`__MACOSX`,
-`Thumbs.db`). Linked folders are not followed, because they may form a loop; but a folder that is asked for
+Hidden files and folders are skipped, and so is what other programs leave behind (`__MACOSX`, thumbnails and
+bins). Linked folders are not followed, because they may form a loop; but a folder that is asked for
 may be a link.
 """
 
@@ -29,7 +29,16 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".avif", ".jp2", ".j2k"),
 )
 
-_LEFT_BEHIND = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+# Name in lower case, in which programs do not agree -> who leaves it among the user's files
+LEFT_BY = {
+    **dict.fromkeys((".ds_store", "__macosx", "network trash folder"), "macOS"),
+    **dict.fromkeys(("thumbs.db", "ehthumbs.db", "desktop.ini"), "Windows"),
+    **dict.fromkeys(("$recycle.bin", "system volume information"), "Windows"),
+    **dict.fromkeys(("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"), "a network drive"),
+    "lost+found": "the file system",
+    ".thumbnails": "an image viewer",
+    ".ipynb_checkpoints": "Jupyter",
+}
 _PROGRESS_AFTER_SECONDS = 2
 
 
@@ -91,7 +100,7 @@ def images_below(folder: Path) -> list[str]:
 
 def is_visible(name: str) -> bool:
     """Whether a file or folder of this name is the user's."""
-    return not name.startswith(".") and name not in _LEFT_BEHIND
+    return not name.startswith(".") and name.lower() not in LEFT_BY
 
 
 def is_image(name: str) -> bool:
