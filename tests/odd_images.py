@@ -46,6 +46,12 @@ def saved(pixels, format_, **options):
     return file.getvalue()
 
 
+def heic(brand=b"heic", *compatible):
+    """The first bytes of what a phone writes (ISO/IEC 14496-12, 4.3), and no picture."""
+    body = b"ftyp" + brand + struct.pack(">I", 0) + b"".join(compatible or (b"mif1", b"heic"))
+    return struct.pack(">I", 4 + len(body)) + body + bytes(200)
+
+
 def oriented(orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, command, environment, everything_in, typed_here, vit_train_here
-from odd_images import EACH, KINDS, picture, saved
+from odd_images import EACH, KINDS, heic, picture, saved
 
 from vit_train.cli import data as data_command
 from vit_train.cli import predict
@@ -184,6 +184,17 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(typed, runs, images):
     assert ["error" in each for each in objects(done)] == [True, False, True]
     assert "skipped: no/such.png does not exist: check its name, or put it back\n" in done.err
     assert done.err.endswith("error: 2 of 3 images could not be read: each is named above\n")
+
+
+def test_pictures_of_a_phone(typed, runs, in_tmp):
+    (in_tmp / "phone").mkdir()
+    (in_tmp / "phone/IMG_1.heic").write_bytes(heic())
+    done = typed(runs[3], "phone/IMG_1.heic")
+    assert done.code == 3
+    skipped = "vit-predict: skipped: phone/IMG_1.heic is HEIC, which is not read: convert it to JPEG\n"
+    assert done.err.startswith(skipped)
+    done = typed(runs[3], "phone")
+    assert "; .heic is HEIC, which is not read: convert it to JPEG)\n" in done.err
 
 
 def test_nothing_to_predict(typed, runs, in_tmp):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from odd_images import EACH, KINDS, picture
+from odd_images import EACH, KINDS, heic, picture
 from PIL import Image
 
 from vit_train.data import ImageFolder
@@ -214,7 +214,7 @@ def test_what_is_not_used(root):
         "train/a/.0.png": "hidden",
         "train/loose.png": "in no class folder",
         "more.jpg": "in no class folder",
-        "train/a/photo.heic": "no image by name",
+        "train/a/photo.heic": "is HEIC, which is not read: convert it to JPEG",
         "readme.txt": "no image by name",
         "train/a/up/": "linked folder, not followed",
     }
@@ -264,6 +264,12 @@ def test_training_stops_at_an_empty_file_which_is_told_once(root):
     (root / "train/a/empty.png").write_bytes(b"")
     report = checked(root)
     assert found(report.problems) == {"unreadable": {"train/a/empty.png": "is not an image Pillow can read"}}
+
+
+def test_a_phone_s_picture_is_told_how_to_be_read(root):
+    (root / "train/a/IMG_1.jpg").write_bytes(heic())
+    detail = "is HEIC, which is not read: convert it to JPEG"
+    assert found(checked(root).problems) == {"unreadable": {"train/a/IMG_1.jpg": detail}}
 
 
 def test_a_pipe_among_the_images(root):

@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from odd_images import EACH, KINDS, STORED, oriented, picture, saved
+from odd_images import EACH, KINDS, STORED, heic, oriented, picture, saved
 from PIL import Image
 
 from vit_train.data.decode import decode
@@ -181,3 +181,32 @@ def test_the_model_sees_a_reduced_photograph_as_a_whole_one(img_size, times):
     assert 10 * np.log10(255**2 / (kept**2).mean()) > 42
     # it is the factor of 2 in least_side that keeps it so
     assert np.abs(seen(shorter_side(img_size)) - seen(None)).mean() > 2 * kept.mean()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [heic(), heic(b"heix"), heic(b"mif1"), heic(b"msf1", b"hevc"), heic(b"mif1", b"MiHB", b"heic")],
+)
+@pytest.mark.parametrize("kept", ["in a file", "in memory"])
+def test_heic_is_told_by_its_first_bytes(tmp_path, data, kept):
+    (tmp_path / "IMG_1.jpg").write_bytes(data)
+    file, name = (tmp_path / "IMG_1.jpg",) * 2 if kept == "in a file" else (data, "the image")
+    with pytest.raises(DataError) as raised:
+        decode(file)
+    assert str(raised.value) == f"{name} is HEIC, which is not read: convert it to JPEG"
+
+
+@pytest.mark.parametrize("data", [heic(b"mif1", b"avif"), heic(b"avif", b"mif1"), heic(b"isom", b"mp42")])
+def test_other_boxes_are_not_heic(data):
+    with pytest.raises(DataError, match="is not an image Pillow can read"):
+        decode(data)
+
+
+def test_a_name_alone_says_heic_only_of_what_cannot_be_read(tmp_path):
+    (tmp_path / "cut.HEIF").write_bytes(b"x")
+    (tmp_path / "renamed.heic").write_bytes(saved(picture(0), "JPEG"))
+    with pytest.raises(DataError, match=r"cut\.HEIF is HEIC, which is not read: convert it to JPEG$"):
+        decode(tmp_path / "cut.HEIF")
+    with pytest.raises(DataError, match=r"gone\.heic does not exist"):
+        decode(tmp_path / "gone.heic")
+    assert decode(tmp_path / "renamed.heic").size == (36, 24)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, checkpoint_hashes, vit_train_here
+from odd_images import heic
 from PIL import Image
 
 from vit_train.data import ImageFolder
@@ -59,6 +60,11 @@ def a_class_of_heic_only(root):
     for i in range(3):
         (root / "train" / "fox").mkdir(exist_ok=True)
         (root / "train" / "fox" / f"{i}.HEIC").write_bytes(b"x")
+
+
+def a_phone_s_picture_named_jpg(root):
+    splits(root, "train")
+    (root / "train" / "cat" / "IMG_1.jpg").write_bytes(heic())
 
 
 def a_class_in_capitals_in_val(root):
@@ -192,7 +198,13 @@ def a_link_to_nothing(root):
 ERRORS = {
     an_empty_class: ["photos/train/empty holds no images (.jpg ", "fill it or remove it"],
     several_empty_classes: ["photos/train/empty0, photos/train/empty1,", "empty4 and 2 more hold no images"],
-    a_class_of_heic_only: ["photos/train/fox holds no images", "; 3 files are no images by name (.heic)"],
+    a_class_of_heic_only: [
+        "photos/train/fox holds no images",
+        "; 3 files are no images by name (.heic); .heic is HEIC, which is not read: convert it to JPEG\n",
+    ],
+    a_phone_s_picture_named_jpg: [
+        "photos/train/cat/IMG_1.jpg is HEIC, which is not read: convert it to JPEG"
+    ],
     a_class_in_capitals_in_val: ["train has no class for photos/val/CAT; did you mean 'cat'?"],
     a_class_that_train_does_not_have: ["train has no class for photos/val/fox: rename it, or remove it"],
     a_class_that_is_a_link_to_its_parent: ["photos/train/loop is a link to ", "in: remove the link"],
@@ -404,7 +416,13 @@ def test_files_that_are_no_images_by_name_are_counted(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     data = made(tmp_path)
     assert data.sizes == {"train": 8, "val": 8, "test": 0}
-    assert "4 files are no images by name (no suffix, .heic, .txt): ignored" in data.notes
+    assert (
+        "4 files are no images by name (no suffix, .heic, .txt): ignored; .heic is HEIC, which is not read: "
+        "convert it to JPEG" in data.notes
+    )
+    (tmp_path / "train/cat/1.heic").unlink()
+    (tmp_path / "train/dog/2.HEIC").unlink()
+    assert "2 files are no images by name (no suffix, .txt): ignored" in made(tmp_path).notes
 
 
 def test_every_suffix_that_can_be_read(tmp_path):

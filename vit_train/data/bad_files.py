@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from PIL import Image
 
-from vit_train.data.decode import ValueRange, decode
+from vit_train.data.decode import NOT_READ, ValueRange, decode
 from vit_train.data.pool import each_file
 from vit_train.errors import DataError
 
@@ -69,9 +69,9 @@ NOT_PLAIN = "is no plain file, training would wait for it"
 
 
 def reason_in(error: DataError, path: str) -> str:
-    """WHAT in "PATH WHAT: ADVICE", as `read` and `decode` say it."""
+    """WHAT in "PATH WHAT: ADVICE", as `read` and `decode` say it; all of it about HEIC."""
     what = str(error.args[0]).removeprefix(path).strip()
-    return what.rpartition(": ")[0] or what
+    return what if what.endswith(NOT_READ) else what.rpartition(": ")[0] or what
 
 
 def unreadable(lines: Sequence[str]) -> str:

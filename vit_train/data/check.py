@@ -25,7 +25,7 @@ from PIL import Image
 from vit_train.data import layout
 from vit_train.data.bad_files import NOT_PLAIN, Progress, read, reason_in
 from vit_train.data.base import SPLITS, Split
-from vit_train.data.decode import ValueRange, find_range
+from vit_train.data.decode import HEIC, NOT_READ, ValueRange, find_range
 from vit_train.data.imagefolder import ImageFolder, sample_of
 from vit_train.data.listing import LEFT_BY, images_below, is_folder, is_image, is_visible
 from vit_train.data.pool import Crash, each_file
@@ -222,6 +222,8 @@ def _stray_reason(name: str) -> str:
         return f"left by {LEFT_BY[name.lower()]}"
     if not is_visible(name):
         return "hidden"
+    if name.lower().endswith(HEIC):
+        return NOT_READ
     return "in no class folder" if is_image(name) else "no image by name"
 
 

@@ -52,6 +52,10 @@ _FORMATS = tuple(
     if name in Image.OPEN
 )
 
+HEIC = (".heic", ".heif")  # what phones write
+NOT_READ = "is HEIC, which is not read: convert it to JPEG"
+_HEIC_BRANDS = (b"hei", b"hev", b"mif1", b"msf1")  # ISO/IEC 23008-12; AVIF shares the last two
+
 # What Pillow only warns of is either an error below or nothing a user can do anything about
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -127,13 +131,25 @@ def decode(
                 extent = shown.size
             shown.info = {EXTENT: extent}
             return shown
-    except UnidentifiedImageError:
-        raise DataError(f"{name} is not an image Pillow can read: repair or remove it") from None
     except FileNotFoundError:
         raise DataError(f"{name} does not exist: check its name, or put it back") from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
+        if name.lower().endswith(HEIC) or _is_heic(file):
+            raise DataError(f"{name} {NOT_READ}") from None
+        if isinstance(error, UnidentifiedImageError):
+            raise DataError(f"{name} is not an image Pillow can read: repair or remove it") from None
         reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
         raise DataError(f"{name} cannot be read ({reason}): repair or remove it") from error
+
+
+def _is_heic(file: str | Path | bytes) -> bool:
+    """Whether a file that cannot be read is HEIC, whatever it is named."""
+    head = file if isinstance(file, bytes) else b""
+    if not isinstance(file, bytes) and Path(file).is_file():  # a pipe would be waited for
+        with suppress(OSError), Path(file).open("rb") as opened:
+            head = opened.read(64)
+    brands = head[8 : int.from_bytes(head[:4])]
+    return head[4:8] == b"ftyp" and b"avif" not in brands and any(brand in brands for brand in _HEIC_BRANDS)
 
 
 def _check_size(image: Image.Image) -> None:

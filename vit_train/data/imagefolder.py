@@ -23,7 +23,7 @@ from vit_train.construct import Side
 from vit_train.data import layout
 from vit_train.data.bad_files import bad_files, unreadable
 from vit_train.data.base import Found, ImageData, Split
-from vit_train.data.decode import RGB, WHITE, ValueRange, decode, find_range
+from vit_train.data.decode import HEIC, NOT_READ, RGB, WHITE, ValueRange, decode, find_range
 from vit_train.data.listing import SUFFIXES, Listing, list_images
 from vit_train.data.loaders import Source
 from vit_train.data.names import Names
@@ -208,7 +208,7 @@ class ImageFolder(ImageData):
 
     def _add_listing_notes(self, listing: Listing) -> None:
         if listing.others:
-            self.notes.append(f"{_others(listing)}: ignored")
+            self.notes.append(_others(listing, ": ignored"))
         if listing.links:
             self.notes.append(
                 f"linked folders inside class folders are not followed: {layout.some(listing.links)}"
@@ -319,12 +319,13 @@ class ImageFolder(ImageData):
         return img_size
 
 
-def _others(listing: Listing) -> str:
+def _others(listing: Listing, what_of_it: str = "") -> str:
     """`2 files are no images by name (.txt)`, or nothing."""
     number = sum(listing.others.values())
     kinds = layout.some([kind or "no suffix" for kind in listing.others])
     what = "1 file is no image" if number == 1 else f"{number:,} files are no images"
-    return f"{what} by name ({kinds})" if number else ""
+    advice = "" if listing.others.keys().isdisjoint(HEIC) else f"; .heic {NOT_READ}"
+    return f"{what} by name ({kinds}){what_of_it}{advice}" if number else ""
 
 
 def _refuse_no_content(sources: Mapping[Split, FileSource]) -> None:

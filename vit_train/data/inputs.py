@@ -6,6 +6,7 @@ import glob
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from vit_train.data.decode import NOT_READ
 from vit_train.data.download import is_url
 from vit_train.data.listing import SUFFIXES, images_below
 from vit_train.errors import ConfigError, DataError
@@ -49,7 +50,9 @@ def find_images(arguments: Sequence[str], *, stdin: Iterable[str], allow_url: bo
         where = (
             "the list on stdin is empty" if [*arguments] == [STDIN] else f"no image in {', '.join(arguments)}"
         )
-        raise DataError(f"there are no images: {where} (images end in {' '.join(SUFFIXES)})")
+        raise DataError(
+            f"there are no images: {where} (images end in {' '.join(SUFFIXES)}; .heic {NOT_READ})"
+        )
     return found
 
 
