@@ -150,11 +150,20 @@ def as_older_version(run, *, held_out=True):
         run: the run directory.
         held_out: whether images were, and so were others than today's.
     """
-    for checkpoint in (run / "checkpoints").glob("step_*"):
-        state = json.loads((checkpoint / "state.json").read_text())
+
+    def change(state):
         state.pop("split_rule", None)
         if held_out:
             state["dataset_fingerprint"] = "0" * 64
+
+    change_states(run, change)
+
+
+def change_states(run, change):
+    """Changes the state.json of every checkpoint of a run, which stays valid."""
+    for checkpoint in (run / "checkpoints").glob("step_*"):
+        state = json.loads((checkpoint / "state.json").read_text())
+        change(state)
         data = json.dumps(state).encode()
         (checkpoint / "state.json").write_bytes(data)
         manifest = json.loads((checkpoint / "manifest.json").read_text())
