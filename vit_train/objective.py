@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Literal
+from unicodedata import normalize
 
 import torch
 import torch.nn.functional as F
@@ -91,9 +92,8 @@ def _class_weights(
         if empty:
             raise ValueError(f"class_weights=auto needs training images of every class; none of {empty[0]!r}")
         return [sum(counts) / (len(counts) * count) for count in counts]
-    weights = {
-        str(name): weight for name, weight in weights.items()
-    }  # YAML reads a class named 3 as a number
+    # YAML reads a class named 3 as a number
+    weights = {normalize("NFC", str(name)): weight for name, weight in weights.items()}
     unknown = sorted(set(weights) - set(names))
     if unknown:
         raise ValueError(

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+from unicodedata import normalize
 
 import yaml
 
@@ -397,7 +398,7 @@ def check_data(
             f"{what} start a new run with another run_dir, or type resume=force run_dir={run_dir} to go on "
             "all the same"
         )
-    if names != data.class_names:
+    if not isinstance(names, list) or [normalize("NFC", str(name)) for name in names] != data.class_names:
         raise DataError(f"the data has other classes than {run_dir} was trained on; start a new run")
     now = len(data.loader("train"))
     if steps != now:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unicodedata import normalize
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ class Trained:
 
     Attributes:
         model: in evaluation mode, on the device asked for.
-        class_names: K names in the order of the logits.
+        class_names: K names in the order of the logits, composed (NFC), which older versions did not store.
         mean, std: normalisation per channel, on the 0 to 1 scale.
         img_size: side of the images in pixels.
         in_channels: 1 or 3.
@@ -173,7 +174,7 @@ def from_checkpoint(
         model.load_state_dict(state)
         return Trained(
             model=model.to(device).eval(),
-            class_names=list(inference["class_names"]),
+            class_names=[normalize("NFC", name) for name in inference["class_names"]],
             mean=tuple(inference["mean"]),
             std=tuple(inference["std"]),
             img_size=inference["img_size"],

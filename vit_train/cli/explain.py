@@ -9,6 +9,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import normalize
 
 from vit_train.cli import command
 from vit_train.errors import ConfigError, DataError, printable, suggest
@@ -186,7 +187,7 @@ def class_id(trained: Trained, name: str) -> int:
     Raises:
         ConfigError: there is none.
     """
-    names = trained.class_names
+    names, name = trained.class_names, normalize("NFC", name)
     if name not in names:
         shown = ", ".join(names[:_SHOWN_CHOICES]) + (", ..." if len(names) > _SHOWN_CHOICES else "")
         raise ConfigError(f"--class {name}: no such class{suggest(name, names)} (classes: {shown})")

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class DataModule(Protocol):
     """What the trainer and the commands know about data. The attributes hold from `setup` on.
 
     Attributes:
-        num_classes, class_names: the classes, in the order of their ids.
+        num_classes, class_names: the classes, in the order of their ids, composed (NFC).
         class_counts: training images of each class.
         img_size, in_channels: shape of the images.
         mean, std: normalisation per channel, on the 0 to 1 scale.
@@ -115,7 +116,7 @@ class Found:
 
     Args:
         name: the dataset, for messages.
-        class_names: in the order of the ids.
+        class_names: in the order of the ids, spelled as they were found.
         sources: train, and those of val and test that exist; train may be missing where only evaluation
             follows (`ImageData.setup`).
         img_size: side of the images in pixels: exact for arrays, a proposal for files.
@@ -263,7 +264,8 @@ class ImageData(abc.ABC):
         self.close()
         self.notes, self._training, self._should_stop = [], training, should_stop
         found = self.load()
-        self.class_names = found.class_names
+        self._spelled = found.class_names
+        self.class_names = [normalize("NFC", name) for name in found.class_names]
         self.num_classes = len(found.class_names)
         if self._wanted_num_classes not in (None, self.num_classes):
             raise DataError(
@@ -338,7 +340,7 @@ class ImageData(abc.ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 over class names and, per split, the samples (names and file sizes, or pixels)."""
-        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        digest = hashlib.sha256(json.dumps(self._spelled).encode())
         for split, source in self._listed.items():
             digest.update(f"\0{split}\0".encode())
             source.update(digest)

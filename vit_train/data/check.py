@@ -16,6 +16,7 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ class _Survey:
 
     Attributes:
         root: the folder.
-        classes: split -> its class folders, with or without images, sorted.
+        classes: split -> its class folders below the root, with or without images, sorted -> their class.
         below: split -> its folder below the root with a slash at the end, or nothing where it is the root.
         names: images that training would list, as paths below the root.
         splits, labels: (n,) split and class of each.
@@ -153,7 +154,7 @@ class _Survey:
     """
 
     root: Path
-    classes: dict[Split, list[str]] = field(default_factory=dict)
+    classes: dict[Split, dict[str, str]] = field(default_factory=dict)
     below: dict[Split, str] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
@@ -172,13 +173,12 @@ def _survey(root: Path) -> _Survey:
     with suppress(DataError, OSError):  # then training's own line about it is all there is to say
         for split, folder in layout.split_folders(root, training=False, notes=[]).items():
             below = "" if folder == root else f"{folder.name}/"
-            survey.classes[split], survey.below[split] = layout.inside(folder).folders, below
+            names, survey.below[split] = layout.inside(folder).folders, below
+            survey.classes[split] = {below + name: normalize("NFC", name) for name in names}
     followed = {""}
-    for split, labels in survey.classes.items():
-        followed.add(survey.below[split].rstrip("/"))
-        for label in labels:
-            place = survey.below[split] + label
-            followed.add(place)
+    for split, places in survey.classes.items():
+        followed |= {survey.below[split].rstrip("/"), *places}
+        for place, label in places.items():
             with suppress(OSError):  # the walk over everything names the folder
                 found = images_below(root / place)
                 survey.names += [f"{place}/{name}" for name in found]
@@ -375,10 +375,9 @@ def _refused_folders(survey: _Survey) -> Finding | None:
 def _empty_classes(survey: _Survey) -> Finding | None:
     """Of train: nothing to learn a class from."""
     counts, refused = survey.pairs(), {item.files[0] for item in survey.refused}
-    places = {label: survey.below["train"] + label for label in survey.classes.get("train", [])}
     items = [
         Item((place,), "no images")
-        for label, place in places.items()
+        for place, label in survey.classes.get("train", {}).items()
         if not counts["train", label] and place not in refused
     ]
     count = _several(len(items), "class has no training image", "classes have no training image")
@@ -389,15 +388,15 @@ def _unknown_classes(survey: _Survey) -> Finding | None:
     """Of val and test: the model has no such output."""
     if "train" not in survey.classes:
         return None
-    known = survey.classes["train"]
+    known = {*survey.classes["train"].values()}
     in_capitals = {name.casefold(): name for name in known}
     items = []
-    for split, labels in survey.classes.items():
-        for label in labels:
+    for places in survey.classes.values():
+        for place, label in places.items():
             if label not in known:
                 alike = in_capitals.get(label.casefold())
                 detail = f"train has {alike!r}" if alike else f"not in train{suggest(label, known)}"
-                items.append(Item((survey.below[split] + label,), detail))
+                items.append(Item((place,), detail))
     count = _several(len(items), "class folder is", "class folders are")
     return _finding("unknown_class", f"{count} unknown to train: rename or remove", items)
 
@@ -405,24 +404,21 @@ def _unknown_classes(survey: _Survey) -> Finding | None:
 def _unmeasured(survey: _Survey) -> Finding | None:
     """Classes of train that val or test say nothing about."""
     counts, items = survey.pairs(), []
-    for split, labels in survey.classes.items():
-        for label in survey.classes.get("train", []):
+    for split, places in survey.classes.items():
+        there = dict(zip(places.values(), places))
+        for label in survey.classes.get("train", {}).values():
             if split != "train" and counts["train", label] and not counts[split, label]:
-                detail = "no images" if label in labels else "no such folder"
-                items.append(Item((survey.below[split] + label,), detail))
+                detail = "no images" if label in there else "no such folder"
+                items.append(Item((there.get(label, survey.below[split] + label),), detail))
     count = _several(len(items), "class is", "classes are")
     return _finding("missing_class", f"{count} missing in val or test: nothing is measured there", items)
 
 
 def _alike_classes(survey: _Survey) -> Finding | None:
-    alike: dict[str, list[str]] = {}
-    for label in survey.classes.get("train", []):
-        alike.setdefault(label.casefold(), []).append(label)
-    items = [
-        Item(tuple(survey.below["train"] + label for label in labels))
-        for labels in alike.values()
-        if len(labels) > 1
-    ]
+    alike: dict[str, dict[str, str]] = {}
+    for place, label in survey.classes.get("train", {}).items():
+        alike.setdefault(label.casefold(), {})[label] = place
+    items = [Item(tuple(places.values())) for places in alike.values() if len(places) > 1]
     return _finding("alike", "classes that differ only in upper and lower case: are they one?", items)
 
 
@@ -463,5 +459,5 @@ def _strays(survey: _Survey) -> Finding | None:
 
 def _counts(survey: _Survey) -> dict[str, dict[str, int]]:
     pairs = survey.pairs()
-    labels = sorted({label for labels in survey.classes.values() for label in labels})
+    labels = sorted({label for places in survey.classes.values() for label in places.values()})
     return {split: {label: pairs[split, label] for label in labels} for split in survey.classes}

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, overload
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +80,7 @@ class FileSource:
 
     def keys(self) -> Iterator[str]:
         """Paths below the class folder, composed (NFC): the same wherever it is moved, and from a Mac."""
-        return (unicodedata.normalize("NFC", name.split("/", self.depth)[-1]) for name in self.names)
+        return (normalize("NFC", name.split("/", self.depth)[-1]) for name in self.names)
 
     def select(self, indices: NDArray[np.int64]) -> FileSource:
         return replace(
@@ -154,11 +154,12 @@ class ImageFolder(ImageData):
         if self._training:
             class_names = classes["train"]
             layout.refuse_too_few(folders["train"], class_names)
-            for split, names in classes.items():
-                layout.refuse_unknown(folders[split], names, class_names)
-        else:  # a class need not have images everywhere
-            class_names = sorted({name for names in classes.values() for name in names})
-
+        else:  # a class need not have images everywhere; where it has, it is spelled as in the first split
+            spelled = {normalize("NFC", name): name for names in [*classes.values()][::-1] for name in names}
+            class_names = sorted(spelled.values())
+        ids = {normalize("NFC", name): i for i, name in enumerate(class_names)}
+        for split, names in classes.items():
+            layout.refuse_unknown(folders[split], names, ids)
         below = [
             (folders[split] / name).relative_to(root).as_posix()
             for split, names in classes.items()
@@ -167,13 +168,13 @@ class ImageFolder(ImageData):
         listing = list_images(root, below)
         self._add_listing_notes(listing)
         sources: dict[Split, FileSource] = {}
-        ids = {name: i for i, name in enumerate(class_names)}
         counts, first = listing.counts, 0  # those of the splits to come, and where their images begin
         for split, names in classes.items():
             here, counts = counts[: len(names)], counts[len(names) :]
             self._refuse_empty(split, folders[split], names, here, _others(listing))
             rows = np.arange(first, first + here.sum())
-            targets = np.repeat(np.array([ids[name] for name in names], dtype=np.int64), here)
+            known_as = [ids[normalize("NFC", name)] for name in names]
+            targets = np.repeat(np.array(known_as, dtype=np.int64), here)
             files, sizes = listing.names.select(rows), listing.sizes[rows]
             depth = 1 + len(folders[split].relative_to(root).parts)
             sources[split] = FileSource(str(root), files, targets, sizes, self.background, depth=depth)

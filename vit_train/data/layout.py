@@ -7,9 +7,10 @@ root/<class>/...         everything is train
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 from vit_train.data.base import Split
 from vit_train.data.listing import is_folder, is_image, is_visible
@@ -157,7 +158,7 @@ def class_folders(folder: Path, *, notes: list[str]) -> list[str]:
 
     Raises:
         DataError: there are images and no class folders, a class folder is a link to nothing, or two of them
-            hold the same images.
+            hold the same images or have one name.
         OSError: a folder cannot be listed.
     """
     here = inside(folder)
@@ -165,6 +166,13 @@ def class_folders(folder: Path, *, notes: list[str]) -> list[str]:
         raise DataError(f"{folder / here.broken[0]} is a link to nothing: repair or remove it")
     if here.linked:
         _refuse_images_twice(folder, here)
+    spelled: dict[str, str] = {}
+    for name in here.folders:
+        if (other := spelled.setdefault(normalize("NFC", name), name)) != name:
+            raise DataError(
+                f"{folder} holds {other!a} and {name!a}, one name in two spellings of Unicode: put "
+                "the images of both into one of them"
+            )
     if here.num_images and not here.folders:
         raise DataError(
             f"{folder} holds {count(here.num_images, 'image')} but no class folders: expected "
@@ -212,15 +220,14 @@ def refuse_too_few(train: Path, names: Sequence[str]) -> None:
         )
 
 
-def refuse_unknown(folder: Path, names: Sequence[str], class_names: Sequence[str]) -> None:
-    """Every class of a split must be one of these.
+def refuse_unknown(folder: Path, names: Sequence[str], class_names: Collection[str]) -> None:
+    """Every class of a split must be one of these, which are composed (NFC).
 
     Raises:
         DataError: one is not; the line names the class that was probably meant.
     """
-    known = set(class_names)
     for name in names:
-        if name not in known:
+        if normalize("NFC", name) not in class_names:
             alike = next((known for known in class_names if known.lower() == name.lower()), name)
             what_to_do = suggest(alike, class_names) or ": rename it, or remove it"
             raise DataError(f"train has no class for {folder / name}{what_to_do}")

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -283,7 +284,7 @@ def _own(
         whose,
         tensors,
         mask_padding=masked if isinstance(masked, bool) else None,
-        class_names=[str(name) for name in names] if isinstance(names, list) else None,
+        class_names=[normalize("NFC", str(name)) for name in names] if isinstance(names, list) else None,
         mean=_numbers(mean),
         std=_numbers(std),
         skipped=skipped,
