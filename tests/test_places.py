@@ -19,7 +19,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from vit_train.cli import data, evaluate, explain, export, predict
-from vit_train.cli.typed import for_hydra, place
+from vit_train.cli.typed import for_hydra
+from vit_train.places import as_typed
 
 NAMES = (
     "Bär & Söhne",
@@ -86,7 +87,7 @@ def test_a_place_is_the_text_that_was_typed(name):
 
 @pytest.mark.parametrize("name", [*NAMES, "null", "${x}", "'all of it'", '"all of it"', "", "'", "''"])
 def test_a_printed_place_is_read_as_itself_behind_a_real_shell(name):
-    printed = place("resume", name)
+    printed = as_typed("resume", name)
     seen = subprocess.run(
         ["sh", "-c", f"printf %s {printed}"], capture_output=True, check=True
     ).stdout.decode()

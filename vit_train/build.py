@@ -31,6 +31,7 @@ from vit_train.composed import (
 )
 from vit_train.construct import as_config_error, foreign_code, make, with_defaults
 from vit_train.errors import CheckpointError, ConfigError, DataError
+from vit_train.places import as_typed, expanded
 from vit_train.report.origins import origins
 from vit_train.resume import (
     allowed,
@@ -300,7 +301,7 @@ def _build(
             "data.sampler=balanced and objective.class_weights correct the same twice: leave one of them out"
         )
     if cfg.data.get("root") is not None:  # so that the run can be continued from any directory
-        cfg.data.root = str(Path(str(cfg.data.root)).expanduser().absolute())
+        cfg.data.root = str(expanded(cfg.data.root).absolute())
     for key in ("num_classes", "img_size", "in_channels"):
         OmegaConf.update(cfg, f"data.{key}", getattr(data, key), force_add=True)
     cfg.data.mean, cfg.data.std = list(data.mean), list(data.std)
@@ -337,7 +338,7 @@ def _build(
     if allow is not None and found is None and (offline != config["model"] or cfg.init_from is not None):
         raise CheckpointError(
             f"{run_dir} was to start from pretrained weights and has no checkpoint yet; type the full "
-            f"command with run_dir={run_dir}: nothing stored starts a download or names a file to read"
+            f"command with {as_typed('run_dir', run_dir)}: nothing stored starts a download or names a file"
         )
     if allow is not None:
         model = make(offline, key="model", allow=allow["model"])

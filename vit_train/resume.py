@@ -19,7 +19,7 @@ from unicodedata import normalize
 
 import yaml
 
-from vit_train import checkpoint, durable
+from vit_train import checkpoint, durable, places
 from vit_train.construct import foreign_code
 from vit_train.errors import CheckpointError, ConfigError, DataError
 from vit_train.run_dir import CONFIG, check_entries
@@ -49,7 +49,7 @@ def checkpoint_to_continue(
         if found.path.resolve() != newest.resolve():
             raise ConfigError(
                 f"{named} is not the newest checkpoint of the run: {newest.name} is. A run has one history; "
-                f"type resume={run_dir}, or copy the run without the later checkpoints and result.json"
+                f"type {places.as_typed('resume', run_dir)}, or copy the run without what came later and result.json"
             )
         return found, []
     newest_valid, problems = checkpoint.newest_valid(run_dir, fits)
@@ -395,8 +395,8 @@ def check_data(
         )
     if not force:
         raise DataError(
-            f"{what} start a new run with another run_dir, or type resume=force run_dir={run_dir} to go on "
-            "all the same"
+            f"{what} start a new run with another run_dir, or type resume=force "
+            f"{places.as_typed('run_dir', run_dir)} to go on all the same"
         )
     if not isinstance(names, list) or [normalize("NFC", str(name)) for name in names] != data.class_names:
         raise DataError(f"the data has other classes than {run_dir} was trained on; start a new run")

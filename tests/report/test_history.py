@@ -38,6 +38,14 @@ def test_the_picture_is_drawn(tmp_path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "history.png"}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("title", ["\u5199\u771f", "\U0001f436 dogs", "cost $5 \\$ and $6$", "Bär & Söhne"])
+def test_any_run_directory_is_a_title(title, tmp_path) -> None:
+    """What no installed font shows is a question mark, and nothing is mathematics."""
+    write(tmp_path, [*STEPS, *EPOCHS])
+    assert draw_history(tmp_path, title) is not None
+
+
 def test_every_curve_is_on_it(tmp_path) -> None:
     """Each piece of the figures changes the picture."""
     test = {"event": "test", "step": 10, "test/top1": 0.4}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_train.errors import ConfigError, OutOfMemoryError, VitTrainError
+from vit_train.places import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +148,7 @@ def output_file(option: str, path: str) -> Path:
         ConfigError: it is a directory, a device, a pipe or a link, which a rename would destroy; or there can
             be no file.
     """
-    target = Path(path).expanduser()
+    target = expanded(path)
     if path.endswith(("/", os.sep)) or target.is_symlink() or (target.exists() and not target.is_file()):
         raise ConfigError(f"{option} {path} is no plain file; type the name of one")
     above = next(folder for folder in target.absolute().parents if folder.exists())

@@ -14,6 +14,7 @@ from typing import Any
 
 from vit_train.cli import command
 from vit_train.errors import ConfigError, DataError, WorkerLostError
+from vit_train.places import as_typed, expanded
 
 _STDOUT = "-"
 
@@ -176,7 +177,7 @@ def write_digits(root: str) -> None:
         DataError: `root` holds something already, or cannot be written.
     """
     # Resolved, because the finished folder can replace an empty one but not a link to it.
-    target = Path(root).expanduser().resolve()
+    target = expanded(root).resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise DataError(f"{target} is not an empty folder: name a new one")
     try:
@@ -191,7 +192,8 @@ def write_digits(root: str) -> None:
     except OSError as error:
         raise DataError(f"{target} cannot be written ({error.strerror or error})") from error
     print(f"wrote {counts} to {target}")
-    print(f"train on it: vit-train data=imagefolder data.root={target} data.in_channels=1 model=vit_digits")
+    root = as_typed("data.root", target)
+    print(f"train on it: vit-train data=imagefolder {root} data.in_channels=1 model=vit_digits")
 
 
 def _write_splits(folder: Path) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vit_train.cli import command
 from vit_train.errors import ConfigError, DataError, suggest
+from vit_train.places import expanded, is_text
 
 if TYPE_CHECKING:
     import torch
@@ -231,8 +232,8 @@ def choose(asked: str | None, data: Any, *, elsewhere: bool) -> tuple[str, list[
 def other_root(data: dict[str, Any], stored: dict[str, Any]) -> Path | None:
     """The folder that was typed, where it is not the one of the run."""
     if data.get("_target_") != stored.get("_target_"):
-        return Path(str(data.get("root"))).expanduser()
-    folders = [Path(str(node.get("root"))).expanduser() for node in (data, stored)]
+        return expanded(data.get("root"))
+    folders = [expanded(node.get("root")) for node in (data, stored)]
     return folders[0] if folders[0].absolute() != folders[1].absolute() else None
 
 
@@ -246,7 +247,7 @@ def place_of(arguments: argparse.Namespace, split: str, root: Path | None, json:
 
     run = Path(arguments.run)
     if arguments.out is not None:
-        return Place(Path(arguments.out).expanduser(), None, json)
+        return Place(expanded(arguments.out), None, json)
     if json is not None or (run / MANIFEST).is_file():
         return Place(None, None, json)
     name = split
@@ -370,8 +371,6 @@ def with_overrides(
     import copy
 
     import yaml
-
-    from vit_train.cli.typed import is_text
 
     config = copy.deepcopy(config)
     groups = [text for text in overrides if text.startswith("data=")]

@@ -13,6 +13,7 @@ from unicodedata import normalize
 
 from vit_train.cli import command
 from vit_train.errors import ConfigError, DataError, printable, suggest
+from vit_train.places import expanded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -243,7 +244,7 @@ def _folder(arguments: argparse.Namespace) -> Path:
     run = Path(arguments.run)
     is_run = not (run / checkpoint.MANIFEST).is_file()
     if arguments.out:
-        folder = Path(arguments.out).expanduser()
+        folder = expanded(arguments.out)
     else:
         folder = command.output_folder(run if is_run else Path(), "explain")
     try:

@@ -21,9 +21,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from vit_train import durable
+from vit_train import durable, places
 from vit_train.build import Run, build_run
-from vit_train.cli.typed import for_hydra, is_group, place
+from vit_train.cli.typed import for_hydra, is_group
 from vit_train.composed import Launch, config_dir, plain
 from vit_train.describe import describe
 from vit_train.errors import ConfigError, Interrupted, OutOfMemoryError, SaveError, VitTrainError, suggest
@@ -258,7 +258,7 @@ def _plan(run: Run) -> Plan:
 def _stopped(run: Run, stop: Stop) -> dict[str, Any] | None:
     message = f"{stop.reason}; step {run.trainer.state.step} is saved. Continue with:"
     trust = as_typed(packages_of(run.config), hydra=True)
-    run.console.say(f"{message}\n  vit-train {place('resume', run.run_dir)}{trust}")
+    run.console.say(f"{message}\n  vit-train {places.as_typed('resume', run.run_dir)}{trust}")
     if stop.signum is not None:
         raise Interrupted(message, stop.signum)
     return None
@@ -300,7 +300,7 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
         f"run directory  {run_dir}\n"
         f"curves         tensorboard --logdir {shlex.quote(str(run_dir.parent))}\n"
         f"evaluate       vit-eval {shlex.quote(str(run_dir))}{as_typed(own)}\n"
-        f"train longer   vit-train {place('resume', run_dir)}{as_typed(own, hydra=True)} {longer}"
+        f"train longer   vit-train {places.as_typed('resume', run_dir)}{as_typed(own, hydra=True)} {longer}"
     )
     return result
 

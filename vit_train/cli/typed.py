@@ -1,4 +1,4 @@
-"""`key=value` as people type it, in the words of Hydra's grammar; and back, for commands that are printed.
+"""`key=value` as people type it, in the words of Hydra's grammar.
 
 The value of a key that names a place is plain text: a folder may be called `Bilder & Fotos [2024]`, which the
 grammar has no place for. And every single value is typed as an addition (`++`), so that a key that does not
@@ -8,13 +8,12 @@ exist is found by the check of the whole configuration, beside all other mistake
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from vit_train.composed import config_dir
+from vit_train.places import is_text, quoted
 
-_PLACES = ("data.root", "run_dir", "resume", "init_from", "objective.teacher")
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
 # Flags with which Hydra shows a configuration instead of running it: nobody would check it
 _SHOWN = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--shell-completion", "-sc")
@@ -43,7 +42,7 @@ def _override(argument: str, *, raw: bool, checked: bool) -> str:
     # the shell leaves the ~ of key=~/path to us
     value = re.sub(r"^~(?=/|$)", str(Path.home()), value)
     if raw and is_text(key, value):
-        value = _quoted(value)
+        value = quoted(value)
     if checked and not sign and not is_group(key) and not key.startswith("hydra."):
         sign = "++"
     return f"{sign}{key}={value}"
@@ -52,20 +51,3 @@ def _override(argument: str, *, raw: bool, checked: bool) -> str:
 def is_group(name: str) -> bool:
     """Whether `name=...` chooses a config, and is not a value."""
     return "." not in name and (config_dir() / name).is_dir()
-
-
-def is_text(key: str, value: str) -> bool:
-    """Whether what stands behind `key=` names a place as it is, and no grammar has a say in it."""
-    special = value in ("", "null") or "${" in value or (value[0] in "'\"" and value[1:].endswith(value[0]))
-    return key in _PLACES and not special
-
-
-def _quoted(text: str) -> str:
-    """Text as Hydra quotes it: backslashes count only before a quote."""
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + (m[2] and r"\'"), text) + "'"
-
-
-def place(key: str, path: object) -> str:
-    """`key=path` as a shell takes it, for a command that is printed."""
-    text = str(path)
-    return shlex.quote(f"{key}={text if is_text(key, text) else _quoted(text)}")

@@ -6,7 +6,6 @@ files, checks their MD5 and reads them.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +16,7 @@ from vit_train.construct import Positive, Side
 from vit_train.data.arrays import ArraySource
 from vit_train.data.base import Found, ImageData, Split
 from vit_train.errors import DataError
+from vit_train.places import expanded
 
 
 class Cifar10(ImageData):
@@ -36,7 +36,7 @@ class Cifar10(ImageData):
         self, *, root: str = "data", batch_size: Positive = 128, img_size: Side | None = 32, **options: Any
     ) -> None:
         super().__init__(batch_size=batch_size, img_size=img_size, **options)
-        self.root = Path(root).expanduser()
+        self.root = expanded(root)
 
     def load(self) -> Found:
         """The arrays of train and test.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -269,7 +270,7 @@ class ImageFolder(ImageData):
         """
         sources = {split: s for split, s in self.sources.items() if isinstance(s, FileSource)}
         if sum(len(source.targets) for source in sources.values()) > _MOST_READ_AGAIN:
-            return f"{unreadable(lines)} (vit-data check {self.root} names all)"
+            return f"{unreadable(lines)} (vit-data check {shlex.quote(str(self.root))} names all)"
         found = {split: self._bad_lines(source) for split, source in sources.items()}
         known = [line for bad in found.values() for line in bad.values()]
         # a transform may have failed on others, which can be read

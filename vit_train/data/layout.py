@@ -15,6 +15,7 @@ from unicodedata import normalize
 from vit_train.data.base import Split
 from vit_train.data.listing import is_folder, is_image, is_visible
 from vit_train.errors import DataError, suggest
+from vit_train.places import as_typed, expanded
 
 _SPLITS: dict[str, Split] = {
     "train": "train",
@@ -76,7 +77,7 @@ def existing_folder(root: str | None) -> Path:
     """
     if not root:  # also what an unset variable of the shell leaves
         raise DataError("data.root is not set: type data.root=/path/to/your/folder")
-    path = Path(root).expanduser()
+    path = expanded(root)
     if path.is_dir():
         return path
     if path.is_symlink() and not path.exists():
@@ -214,7 +215,9 @@ def refuse_too_few(train: Path, names: Sequence[str]) -> None:
     if len(names) == 1:
         below = inside(train / names[0]).folders
         if any(name.lower() in _SPLITS for name in below) or len(below) > 1:
-            raise DataError(f"{train} holds one folder only: did you mean data.root={train / names[0]}?")
+            raise DataError(
+                f"{train} holds one folder only: did you mean {as_typed('data.root', train / names[0])}?"
+            )
         raise DataError(
             f"{train} holds one class only ({names[0]}): training needs two or more class folders"
         )

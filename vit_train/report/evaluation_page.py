@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_train.errors import printable
+from vit_train.places import expanded
 from vit_train.report.evaluated import ClassFigures, Evaluated, worst_first
 from vit_train.report.summary import percent
 
@@ -185,7 +186,7 @@ def _mistakes(report: Evaluated, picture: bytes | None) -> str:
     if picture is None:
         return f"{heading}\n<p>There are none: every image was recognised.</p>"
     found, names, rows = report.predictions, report.class_names, []
-    root = f"{Path(report.about['data']).expanduser()}/"
+    root = f"{expanded(report.about['data'])}/"
     for number, i in enumerate(report.mistakes, start=1):
         rows.append(
             f'<tr><td>{number}</td><td class="text file">{_text(report.files[i].removeprefix(root))}</td>'

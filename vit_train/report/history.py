@@ -49,6 +49,8 @@ def draw_history(run_dir: Path, title: str) -> Path | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    from vit_train.report.pictures import fonts_for, with_glyphs
+
     events = read_events(run_dir / "metrics.jsonl")
     epochs = [event for event in events if event["event"] == "epoch"]
     steps = [
@@ -91,7 +93,8 @@ def draw_history(run_dir: Path, title: str) -> Path | None:
     for axis in (loss, accuracy):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    shown = with_glyphs(title)
+    figure.suptitle(shown, fontsize=10, family=fonts_for([shown]), parse_math=False)
     path = run_dir / "history.png"
     aside = run_dir / ".history.png"
     figure.savefig(aside, format="png")

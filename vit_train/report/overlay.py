@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vit_train.errors import printable
-from vit_train.report.pictures import fonts_for
+from vit_train.report.pictures import fonts_for, with_glyphs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -250,7 +250,7 @@ class _Page:
         canvas = FigureCanvasAgg(figure)
         figure.figimage(self.pixels, 0, 0, origin="upper")
         for text, x, y, size, room, color in self.texts:
-            shown = _with_glyphs(text)
+            shown = with_glyphs(text)
             families = fonts_for([shown])
             line = figure.text(
                 x / self.width,
@@ -267,14 +267,6 @@ class _Page:
                 line.set_text(shown := f"{shown.rstrip()}...")
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _with_glyphs(text: str) -> str:
-    """The text with a question mark for each character that no installed font has."""
-    if fonts_for([text]):
-        return text
-    missing = {c for c in set(text) if not fonts_for([c])}
-    return "".join("?" if c in missing else c for c in text)
 
 
 def _panel_size(size: tuple[int, int], columns: int) -> tuple[int, int]:

@@ -209,6 +209,14 @@ def fonts_for(texts: Iterable[str]) -> list[str] | None:
     return None
 
 
+def with_glyphs(text: str) -> str:
+    """The text with a question mark for each character that no installed font has."""
+    if fonts_for([text]):
+        return text
+    missing = {c for c in set(text) if not fonts_for([c])}
+    return "".join("?" if c in missing else c for c in text)
+
+
 @lru_cache(maxsize=1)
 def _installed_fonts() -> list[tuple[str, str]]:
     from matplotlib import font_manager

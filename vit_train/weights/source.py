@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vit_train import checkpoint
 from vit_train.errors import CheckpointError, ConfigError, suggest
+from vit_train.places import expanded
 from vit_train.weights.names import common_front, models_in, recognise, to_ours
 
 TORCHVISION = "torchvision:"
@@ -78,7 +79,7 @@ def absolute_source(source: str | None) -> str | None:
     """The same source from any directory."""
     if source is None or source.startswith(TORCHVISION):
         return source
-    return str(Path(source).expanduser().absolute())
+    return str(expanded(source).absolute())
 
 
 def read_pretrained(source: str) -> Pretrained:
@@ -95,7 +96,7 @@ def read_pretrained(source: str) -> Pretrained:
     """
     if source.startswith(TORCHVISION):
         return _from_torchvision(source)
-    path = Path(source).expanduser()
+    path = expanded(source)
     try:
         if path.is_dir():
             whole = [path / name for name in _IN_FOLDER if (path / name).is_file()]

@@ -1,0 +1,32 @@
+"""Places as people type them: folders and files behind `key=`, and in the commands that are printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+_KEYS = ("data.root", "run_dir", "resume", "init_from", "objective.teacher")
+
+
+def expanded(path: object) -> Path:
+    """A leading `~` or `~user` is that user's home; of no user, it is the beginning of a name."""
+    return Path(os.path.expanduser(str(path)))  # noqa: PTH111 - Path.expanduser ends at an unknown user
+
+
+def is_text(key: str, value: str) -> bool:
+    """Whether what stands behind `key=` names a place as it is, and no grammar has a say in it."""
+    special = value in ("", "null") or "${" in value or (value[0] in "'\"" and value[1:].endswith(value[0]))
+    return key in _KEYS and not special
+
+
+def quoted(text: str) -> str:
+    """Text as Hydra quotes it: backslashes count only before a quote."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + (m[2] and r"\'"), text) + "'"
+
+
+def as_typed(key: str, path: object) -> str:
+    """`key=path` as a shell takes it, for a command that is printed."""
+    text = str(path)
+    return shlex.quote(f"{key}={text if is_text(key, text) else quoted(text)}")
