@@ -49,7 +49,7 @@ def checkpoint_to_continue(
         if found.path.resolve() != newest.resolve():
             raise ConfigError(
                 f"{named} is not the newest checkpoint of the run: {newest.name} is. A run has one history; "
-                f"type {places.as_typed('resume', run_dir)}, or copy the run without what came later and result.json"
+                f"type {places.as_typed('resume', run_dir)}, or copy the run without what came later"
             )
         return found, []
     newest_valid, problems = checkpoint.newest_valid(run_dir, fits)
