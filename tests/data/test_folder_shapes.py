@@ -77,6 +77,26 @@ def a_class_that_train_does_not_have(root):
     fill(root / "val", "fox")
 
 
+def some_classes_of_test_that_train_does_not_have(root):
+    splits(root, "train", "test")
+    fill(root / "test", "unknown")
+
+
+def classes_of_test_in_capitals(root):
+    splits(root, "train")
+    splits(root, "test", classes=("CAT", "DOG"))
+
+
+def val_without_labels(root):
+    splits(root, "train")
+    fill(root / "val", "unknown")
+
+
+def images_in_val_and_no_class_folders(root):
+    splits(root, "train")
+    write(root / "val" / "0.png")
+
+
 def a_class_that_is_a_link_to_its_parent(root):
     splits(root, "train")
     link(root / "train" / "loop", root / "train")
@@ -195,6 +215,10 @@ def a_link_to_nothing(root):
     root.symlink_to("/nowhere/photos")
 
 
+def checked(root):
+    return check_folder(str(root), num_workers=0)
+
+
 ERRORS = {
     an_empty_class: ["photos/train/empty holds no images (.jpg ", "fill it or remove it"],
     several_empty_classes: ["photos/train/empty0, photos/train/empty1,", "empty4 and 2 more hold no images"],
@@ -206,7 +230,16 @@ ERRORS = {
         "photos/train/cat/IMG_1.jpg is HEIC, which is not read: convert it to JPEG"
     ],
     a_class_in_capitals_in_val: ["train has no class for photos/val/CAT; did you mean 'cat'?"],
-    a_class_that_train_does_not_have: ["train has no class for photos/val/fox: rename it, or remove it"],
+    a_class_that_train_does_not_have: [
+        "train has no class for photos/val/fox: rename it, or move it elsewhere"
+    ],
+    some_classes_of_test_that_train_does_not_have: ["train has no class for photos/test/unknown: rename it"],
+    classes_of_test_in_capitals: ["train has no class for photos/test/CAT; did you mean 'cat'?"],
+    val_without_labels: ["train has no class for photos/val/unknown: rename it, or move it elsewhere"],
+    images_in_val_and_no_class_folders: [
+        "photos/val holds 1 image but no class folders: expected photos/val/<class>/<image>, or the images "
+        "elsewhere: images without labels are for vit-predict RUN photos/val\n"
+    ],
     a_class_that_is_a_link_to_its_parent: ["photos/train/loop is a link to ", "in: remove the link"],
     a_class_that_is_a_link_to_the_root: ["photos/train/loop is a link to ", "in: remove the link"],
     a_class_that_is_a_link_to_itself: ["photos/train/loop is a link to nothing: repair or remove it"],
@@ -261,6 +294,8 @@ def test_an_error(tmp_path, shape):
     for words in ERRORS[shape]:
         assert words in done.err
     assert not (tmp_path / "run").exists()
+    if (tmp_path / "photos").is_dir():
+        assert checked(tmp_path / "photos").problems
 
 
 def test_the_root_is_not_set(tmp_path):
@@ -273,13 +308,13 @@ def test_the_root_is_not_set(tmp_path):
 
 # --------------------------------------------------------------------------------------- shapes that are results
 def made(root, **options):
-    data = ImageFolder(root=str(root), **{"num_workers": 0, "batch_size": 4, "cache": "none", **options})
+    usual = {"num_workers": 0, "batch_size": 4, "cache": "none", "patch_size": 16}
+    data = ImageFolder(root=str(root), **usual | options)
     data.setup(device=torch.device("cpu"), rank=0, world_size=1)
+    report = checked(root)
+    assert report.problems == []
+    assert {*data.notes} & {*report.notes} or not data.notes
     return data
-
-
-def checked(root):
-    return check_folder(str(root), num_workers=0)
 
 
 def note_with(data, words):
@@ -408,6 +443,46 @@ def test_the_bin_of_a_file_system_is_not_even_opened(tmp_path):
     assert checked(tmp_path).problems == []
     assert f"{tmp_path}/cat" in opened
     assert f"{tmp_path}/lost+found" not in opened
+
+
+@pytest.mark.parametrize("names", [("0.png", "1.png"), ("unknown/0.png",), ("images/0.png", "more/0.png")])
+def test_a_test_folder_without_labels_is_left_out(tmp_path, names):
+    """As Kaggle has it."""
+    root = tmp_path / "two words"
+    splits(root, "train", "val")
+    for name in names:
+        write(root / "test" / name)
+    data = made(root)
+    assert (data.class_names, data.sizes) == (["cat", "dog"], {"train": 8, "val": 8, "test": 0})
+    note = (
+        f"{root}/test holds no class of train, the test split is left out: images without labels are for "
+        f"vit-predict RUN '{root}/test'"
+    )
+    assert note_with(data, "left out") == [note]
+    report = checked(root)
+    assert note in report.notes
+    assert {*report.counts} == {"train", "val"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [
+        (("pets/cats", "pets/dogs", "other/thing"), "; did you mean data.root={}/pets?"),
+        (("pets/train/cats", "pets/train/dogs", "other/a", "other/b"), "; did you mean data.root={}/pets?"),
+        (("pets/cats", "pets/dogs", "other/a", "other/b"), ""),
+        (("birds/owl", "mammals/cat"), ""),
+    ],
+)
+def test_a_folder_too_high_is_told(tmp_path, shape, hint):
+    fill(tmp_path, *shape)
+    classes = sorted({name.split("/")[0] for name in shape})
+    note = f"the classes are folders of folders ({', '.join(classes)}), their images lie deeper"
+    data = made(tmp_path)
+    assert data.class_names == classes
+    assert note_with(data, "deeper") == [note + hint.format(tmp_path)]
+    assert note + hint.format(tmp_path) in checked(tmp_path).notes
+    write(tmp_path / classes[-1] / "0.png")
+    assert not note_with(made(tmp_path), "deeper")
 
 
 def test_files_that_are_no_images_by_name_are_counted(tmp_path):

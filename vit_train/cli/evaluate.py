@@ -217,7 +217,7 @@ def choose(asked: str | None, data: Any, *, elsewhere: bool) -> tuple[str, list[
     training held out of the run's own data means nothing there.
 
     Raises:
-        DataError: the data has no such images.
+        DataError: the data has no such images with labels.
     """
     present: list[Split] = [name for name, size in data.sizes.items() if size]
     if asked is None:
@@ -225,7 +225,8 @@ def choose(asked: str | None, data: Any, *, elsewhere: bool) -> tuple[str, list[
     if asked == "all":
         return asked, present
     if asked not in present:
-        raise DataError(f"this data has no {asked} images; type --split with one of {', '.join(present)}")
+        others = ", ".join(present)
+        raise DataError(f"this data has no {asked} images with labels; type --split with one of {others}")
     return asked, [name for name in present if name == asked]
 
 
@@ -314,11 +315,12 @@ def class_map(data_classes: list[str], model_classes: list[str]) -> Any:
         raise DataError(
             f"{what}: names must be equal, capitals included: rename the folder, or leave it out "
             f"(it knows: {', '.join(model_classes)})"
+            + ("; images without labels are for vit-predict" if len(unknown) == len(data_classes) else "")
         )
     return torch.tensor([ids[name] for name in data_classes])
 
 
-def build_data(config: dict[str, Any], trust: tuple[str, ...]) -> tuple[Any, Any]:
+def build_data(config: dict[str, Any], trust: tuple[str, ...] = ()) -> tuple[Any, Any]:
     """Strategy and data module of a stored configuration, the data at the size the model was trained with.
 
     Raises:

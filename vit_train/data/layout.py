@@ -7,7 +7,8 @@ root/<class>/...         everything is train
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+import shlex
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
@@ -109,13 +110,14 @@ def split_folders(root: Path, *, training: bool, notes: list[str]) -> dict[Split
         if here.num_images:
             raise DataError(
                 f"{root} holds {count(here.num_images, 'image')} but no class folders: {expected}; "
-                "move the images of each class into a folder of its own"
+                f"move the images of each class into a folder of its own; {_unlabelled(root)}"
             )
         raise DataError(f"{root} holds no folders: {expected}")
     known = [name for name in names if name.lower() in _SPLITS]
     others = [name for name in names if name not in known]
     if "train" not in names and others:
         _refuse_splits_as_classes(root, names)
+        notes += _one_too_high(root, names)
         return {"train": root}
     folders: dict[Split, Path] = {}
     for name in known:
@@ -130,6 +132,12 @@ def split_folders(root: Path, *, training: bool, notes: list[str]) -> dict[Split
         raise DataError(f"{root} holds {' and '.join(names)} but no train/: put the training images there")
     if others:
         notes.append(f"no split, ignored: {some([f'{name}/' for name in others])}")
+    if {"train", "test"} <= folders.keys():
+        both = inside(folders["train"]), inside(folders["test"])
+        ours, theirs = ({normalize("NFC", name).casefold() for name in each.folders} for each in both)
+        if ours and (theirs or both[1].num_images) and not ours & theirs:  # as Kaggle has it
+            test = folders.pop("test")
+            notes.append(f"{test} holds no class of train, the test split is left out: {_unlabelled(test)}")
     return {split: folders[split] for split in _WORDS if split in folders}
 
 
@@ -148,6 +156,19 @@ def _refuse_splits_as_classes(root: Path, names: Sequence[str]) -> None:
             f"{root} holds {some(suspects)}{beside}, which would become classes: name the splits train, val "
             "and test, and move everything else out of the folder or into train/"
         )
+
+
+def _one_too_high(root: Path, names: Sequence[str]) -> Iterator[str]:
+    """A note where every class is a folder of folders: nested ones, or whole data sets."""
+    below = {}
+    for name in names:
+        below[name] = inside(root / name)
+        if below[name].num_images or not below[name].folders:
+            return
+    meant = [name for name in names if "train" in map(str.lower, below[name].folders)]
+    meant = meant or [name for name in names if len(below[name].folders) > 1]
+    hint = f"; did you mean {as_typed('data.root', root / meant[0])}?" if len(meant) == 1 else ""
+    yield f"the classes are folders of folders ({some(names)}), their images lie deeper{hint}"
 
 
 def class_folders(folder: Path, *, notes: list[str]) -> list[str]:
@@ -177,7 +198,7 @@ def class_folders(folder: Path, *, notes: list[str]) -> list[str]:
     if here.num_images and not here.folders:
         raise DataError(
             f"{folder} holds {count(here.num_images, 'image')} but no class folders: expected "
-            f"{folder}/<class>/<image>"
+            f"{folder}/<class>/<image>, or the images elsewhere: {_unlabelled(folder)}"
         )
     if here.num_images:
         notes.append(f"{count(here.num_images, 'image')} directly in {folder}, in no class folder: ignored")
@@ -232,8 +253,12 @@ def refuse_unknown(folder: Path, names: Sequence[str], class_names: Collection[s
     for name in names:
         if normalize("NFC", name) not in class_names:
             alike = next((known for known in class_names if known.lower() == name.lower()), name)
-            what_to_do = suggest(alike, class_names) or ": rename it, or remove it"
+            what_to_do = suggest(alike, class_names) or ": rename it, or move it elsewhere"
             raise DataError(f"train has no class for {folder / name}{what_to_do}")
+
+
+def _unlabelled(folder: Path) -> str:
+    return f"images without labels are for vit-predict RUN {shlex.quote(str(folder))}"
 
 
 def some(names: Sequence[object], *, of: int | None = None) -> str:

@@ -32,8 +32,7 @@ SUFFIXES = (
 # Name in lower case, in which programs do not agree -> who leaves it among the user's files
 LEFT_BY = {
     **dict.fromkeys((".ds_store", "__macosx", "network trash folder"), "macOS"),
-    **dict.fromkeys(("thumbs.db", "ehthumbs.db", "desktop.ini"), "Windows"),
-    **dict.fromkeys(("$recycle.bin", "system volume information"), "Windows"),
+    **dict.fromkeys(("thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"), "Windows"),
     **dict.fromkeys(("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"), "a network drive"),
     "lost+found": "the file system",
     ".thumbnails": "an image viewer",
