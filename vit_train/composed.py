@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vit_train.construct import Few, Seed, check, is_node
 from vit_train.errors import ConfigError, suggest
+from vit_train.places import WEIGHT_FILES, expanded
 
 if TYPE_CHECKING:
     from vit_train.weights import Pretrained
@@ -229,6 +231,29 @@ def as_pretrained(cfg: DictConfig, weights: Pretrained, overrides: list[str]) ->
         cfg.data.mean, cfg.data.std = list(weights.mean or ()), list(weights.std or ())
         notes.append("data.mean and data.std are those the weights were trained with")
     return notes
+
+
+def read_class_weights(cfg: DictConfig) -> None:
+    """A file of class weights becomes the mapping it holds; the run keeps that, and never reads it again.
+
+    Every class is read as text: `true`, `1e3` and `null` are names there.
+
+    Raises:
+        ConfigError: it cannot be read, or a weight is not a number.
+    """
+    path = OmegaConf.select(cfg, "objective.class_weights", throw_on_resolution_failure=False)
+    if not isinstance(path, str) or not path.endswith(WEIGHT_FILES):
+        return
+    try:
+        with expanded(path).open(encoding="utf-8") as file:
+            written = yaml.load(file, yaml.BaseLoader)
+        weights = {name: float(weight) for name, weight in written.items()}
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"objective.class_weights={path} is not a file of `class: weight` ({reason})"
+        ) from error
+    cfg.objective.class_weights = weights
 
 
 def is_typed(key: str, overrides: list[str]) -> bool:

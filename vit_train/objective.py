@@ -97,6 +97,8 @@ def _class_weights(
     unknown = sorted(set(weights) - set(names))
     if unknown:
         raise ValueError(
-            f"class_weights names {unknown[0]!r}, which is not a class; classes: {', '.join(names)}"
+            f"class_weights names {unknown[0]!r}, which is not a class; classes: {', '.join(names)}; "
+            "names that cannot be typed go into a file, one `name: weight` a line: "
+            "objective.class_weights=FILE.yaml"
         )
     return [float(weights.get(name, 1.0)) for name in names]

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 _KEYS = ("data.root", "run_dir", "resume", "init_from", "objective.teacher")
+WEIGHT_FILES = (".yaml", ".yml", ".json")  # of classes; their key takes other values as well
 
 
 def expanded(path: object) -> Path:
@@ -18,7 +19,8 @@ def expanded(path: object) -> Path:
 def is_text(key: str, value: str) -> bool:
     """Whether what stands behind `key=` names a place as it is, and no grammar has a say in it."""
     special = value in ("", "null") or "${" in value or (value[0] in "'\"" and value[1:].endswith(value[0]))
-    return key in _KEYS and not special
+    named = key in _KEYS or (key == "objective.class_weights" and value.endswith(WEIGHT_FILES))
+    return named and not special
 
 
 def quoted(text: str) -> str:

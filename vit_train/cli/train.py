@@ -324,7 +324,10 @@ def explain(error: BaseException) -> str:
         return f"{match.group(1)}: there is no such key (`vit-train --cfg job` shows all)"
     if isinstance(error, OverrideParseException):
         typed = getattr(error, "override", None) or "an argument"
-        return f"{typed}: expected key=value, such as trainer.epochs=3 (a value with spaces or = in quotes)"
+        hint = "a value with spaces or = in quotes"
+        if "class_weights=" in typed:
+            hint = "class names may need a file, `name: weight` each line: objective.class_weights=FILE.yaml"
+        return f"{typed.removeprefix('++')}: expected key=value, such as trainer.epochs=3 ({hint})"
     return " ".join(str(error).split())
 
 
