@@ -120,11 +120,11 @@ def check_config(cfg: DictConfig) -> None:
 
 def _unknown(tree: dict[str, Any]) -> list[str]:
     """A line for each key at the root that is not one: `lr` means `optimizer.lr`, `optimzer.lr` as well."""
-    lines = []
+    lines, it_has = [], f" (it has: {', '.join(_ROOT)})"
     for key in sorted(tree.keys() - {*_ROOT}):
         owners = [f"{group}.{key}" for group in GROUPS if key in (tree.get(group) or ())]
         guess = f"; did you mean {' or '.join(map(repr, owners))}?" if owners else suggest(key, _ROOT)
-        lines.append(f"{key}: the configuration has no such key{guess} (it has: {', '.join(_ROOT)})")
+        lines.append(f"{key}: the configuration has no such key{guess or it_has}")
     return lines
 
 

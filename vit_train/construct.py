@@ -246,7 +246,7 @@ def with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
 def _check_arguments(
     target: Callable[..., Any], node: Mapping[str, Any], key: str, pending: frozenset[str]
 ) -> list[str]:
-    known = parameters(target)
+    known, owner = parameters(target), str(node[TARGET]).rpartition(".")[2]
     keywords = [n for n, p in known.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     partial = node.get(PARTIAL, False)
@@ -261,14 +261,13 @@ def _check_arguments(
             errors += _check_value(full, known[name].annotation, value)
         elif not takes_any:
             it_has = ", ".join(n for n in keywords if not (partial and known[n].kind is not _KEYWORD))
-            owner = node[TARGET].rsplit(".", 1)[-1]
-            guess = suggest(str(name), keywords, inside=key)
-            errors.append(f"{full}: {owner} has no such key{guess} (it has: {it_has})")
+            guess = suggest(str(name), keywords, inside=key) or f" (it has: {it_has})"
+            errors.append(f"{full}: {owner} has no such key{guess}")
     for name, parameter in known.items():
         required = parameter.default is parameter.empty and name in keywords
         arrives_later = partial and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         if required and name not in node and not arrives_later:
-            errors.append(f"{_join(key, name)}: missing, {node[TARGET].rsplit('.', 1)[-1]} needs it")
+            errors.append(f"{_join(key, name)}: missing, {owner} needs it")
     return errors
 
 
