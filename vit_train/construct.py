@@ -88,7 +88,7 @@ def locate(path: Any, allow: tuple[str, ...] | None = None) -> Any:
     Raises:
         ConfigError: nothing importable has that name (a close name in the same module is suggested), or it is
             not allowed.
-        CheckpointError: it is allowed, and its module lacks another.
+        CheckpointError: it is allowed, and its module cannot be imported.
     """
     if allow is not None:
         return _locate_inside(path, allow)
@@ -124,9 +124,10 @@ def _locate_inside(path: Any, allow: tuple[str, ...]) -> Any:
         raise ConfigError(f"stored data may name only {', '.join(allow)}, not {path!r}")
     try:
         target = getattr(importlib.import_module(module_path), name, None)
-    except ModuleNotFoundError as error:
-        if not f"{module_path}.".startswith(f"{error.name}."):  # it is there and lacks another
-            raise CheckpointError(f"{path} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever code that is trusted raises
+        absent = isinstance(error, ModuleNotFoundError) and f"{module_path}.".startswith(f"{error.name}.")
+        if not absent:  # it is there, and lacks another or is broken
+            raise CheckpointError(f"{path} cannot be imported: {' '.join(str(error).split())}") from error
         target = None
     if name.startswith("_") or not callable(target) or not _inside(getattr(target, "__module__", 0), allow):
         raise ConfigError(f"{path} is not defined in {', '.join(allow)}: not built")

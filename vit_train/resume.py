@@ -165,7 +165,7 @@ def trusted(typed: Any, *, hydra: bool = False) -> Packages:
     for package in packages:
         try:
             importlib.import_module(package)
-        except Exception as error:  # whatever its own code raises
+        except (Exception, SystemExit) as error:  # whatever its own code raises
             reason = " ".join(str(error).split())
             raise ConfigError(
                 f"{as_typed([package], hydra=hydra).strip()} cannot be imported ({reason}): it must be "
