@@ -366,6 +366,21 @@ def test_what_is_not_the_users_is_not_offered(lib, copied, target) -> None:
         assert line.endswith(f"(data._target_: {target})\n")
 
 
+def test_a_full_command_builds_nothing_that_is_stored(lib, tmp_path) -> None:
+    swin = "model=swin_cifar model.embed_dim=16 model.depths=[1,1] model.num_heads=[1,2] model.window_size=2"
+    short = "data.limit=32 data.batch_size=16 tracker.tensorboard=false trainer.max_steps=2"
+    arguments = (*swin.split(), *short.split())
+    assert lib.train(*arguments, "run_dir=source", cwd=tmp_path).code == 0
+    full = (*arguments, "run_dir=run", "init_from=source")
+    assert lib.train(*full, "trainer.stop_at_step=1", cwd=tmp_path).code == 0
+    path, before = tmp_path / "run" / "config.yaml", lib.imported()
+    stored = yaml.safe_load(path.read_text())
+    stored["model"]["mask_padding"] = {"_target_": "mine.momentum", "model": None}
+    path.write_text(yaml.safe_dump(stored))
+    assert "mask_padding" in one_line(lib.train(*full, cwd=tmp_path), 2, "vit-train")
+    assert lib.imported() == before
+
+
 # --------------------------------------------------------------------------------------------------- the rest
 @pytest.mark.parametrize("package", ["not_there", "mine.broken", "quits", "", ".mine", "os.path.nothing"])
 def test_a_package_that_cannot_be_imported_is_one_line(lib, scaled, package) -> None:

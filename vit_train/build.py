@@ -135,12 +135,10 @@ def _adopt(cfg: DictConfig, stored: Mapping[str, Any], overrides: list[str]) -> 
         # not a node: it would be built, and the user did not name it
         if left_open and key in known and not foreign_code(known[key], ()):
             OmegaConf.update(cfg, key, known[key])
-    if (
-        cfg.init_from is not None
-        and "mask_padding" in stored["model"]
-        and not is_typed("model.mask_padding", overrides)
-    ):
-        cfg.model.mask_padding = stored["model"]["mask_padding"]
+    masks = stored["model"].get("mask_padding")
+    # a node would be built, as above
+    if cfg.init_from is not None and type(masks) is bool and not is_typed("model.mask_padding", overrides):
+        cfg.model.mask_padding = masks
     if cfg.trainer.auto_batch and stored["trainer"].get("auto_batch"):
         cfg.trainer.grad_accum_steps = stored["trainer"]["grad_accum_steps"]
 
