@@ -406,3 +406,29 @@ def test_nothing_of_our_own_asks_for_trust() -> None:
     ]
     assert len(nodes) > 20
     assert not [node for group, node in nodes if packages_of({group: node})]
+
+
+def test_the_example_for_contributors_works_as_it_is_written(tmp_path) -> None:
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    code, config, lines = re.findall(r"```(?:python|yaml|sh)\n(.*?)```", text, re.DOTALL)
+    for name, content in (("mine/__init__.py", code), ("conf/model/pixels.yaml", config)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(content)
+    export_, *typed = lines.splitlines()
+    assert export_ == "export PYTHONPATH=$PWD"
+    short = ["data.limit=80", "data.batch_size=16", "trainer.max_steps=5", "trainer.stop_at_step=2"]
+    forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        train, resume, evaluated = map(shlex.split, typed)
+        done = vit_train_here(*train[1:], *short, cwd=tmp_path)
+        assert done.code == 0, done.err
+        assert RESUME.findall(done.out) == [typed[1]]
+        forget()
+        done = vit_train_here(*resume[1:], cwd=tmp_path)
+        assert done.code == 0, done.err
+        assert typed[2] in done.out
+        forget()
+        assert evaluated[0] == "vit-eval"
+        assert typed_here(evaluate.main, *evaluated[1:], cwd=tmp_path).code == 0
+    forget()
