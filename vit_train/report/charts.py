@@ -15,7 +15,8 @@ from PIL import Image
 
 from vit_train.errors import printable
 from vit_train.report.evaluated import NUM_BINS, Calibration
-from vit_train.report.pictures import fonts_for, short
+from vit_train.report.fonts import fonts_for
+from vit_train.report.pictures import short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -49,7 +49,7 @@ def draw_history(run_dir: Path, title: str) -> Path | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    from vit_train.report.pictures import fonts_for, with_glyphs
+    from vit_train.report.fonts import fonts_for, with_glyphs
 
     events = read_events(run_dir / "metrics.jsonl")
     epochs = [event for event in events if event["event"] == "epoch"]
@@ -95,8 +95,6 @@ def draw_history(run_dir: Path, title: str) -> Path | None:
             axis.legend(frameon=False, fontsize=8)
     shown = with_glyphs(title)
     figure.suptitle(shown, fontsize=10, family=fonts_for([shown]), parse_math=False)
-    path = run_dir / "history.png"
     aside = run_dir / ".history.png"
     figure.savefig(aside, format="png")
-    aside.replace(path)
-    return path
+    return aside.replace(run_dir / "history.png")

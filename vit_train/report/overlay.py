@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vit_train.errors import printable
-from vit_train.report.pictures import fonts_for, with_glyphs
+from vit_train.report.fonts import fonts_for, with_glyphs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

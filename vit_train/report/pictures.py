@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from vit_train.errors import printable
+from vit_train.report.fonts import fonts_for
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -193,49 +193,3 @@ def mistake_sheet(
 def short(name: str, longest: int = 16) -> str:
     """The name, cut and marked as cut where it has more characters than `longest`."""
     return name if len(name) <= longest else f"{name[: longest - 1]}..."
-
-
-def fonts_for(texts: Iterable[str]) -> list[str] | None:
-    """Font families that together have a glyph for every character, or None where none do."""
-    missing = {ord(c) for text in texts for c in text if not c.isspace()} | {ord(".")}
-    families = []
-    for family, path in _installed_fonts():
-        covered = missing & _glyphs(path)
-        if covered:
-            families.append(family)
-            missing -= covered
-        if not missing:
-            return families
-    return None
-
-
-def with_glyphs(text: str) -> str:
-    """The text with a question mark for each character that no installed font has."""
-    if fonts_for([text]):
-        return text
-    missing = {c for c in set(text) if not fonts_for([c])}
-    return "".join("?" if c in missing else c for c in text)
-
-
-@lru_cache(maxsize=1)
-def _installed_fonts() -> list[tuple[str, str]]:
-    from matplotlib import font_manager
-
-    found: dict[str, str] = {}
-    for entry in font_manager.fontManager.ttflist:
-        # Last Resort covers all of Unicode with boxes that say nothing
-        readable = "lastresort" not in entry.name.replace(" ", "").lower()
-        if readable and entry.style == "normal" and entry.weight in (400, "normal", "regular", "book"):
-            found.setdefault(entry.name, entry.fname)
-    # matplotlib's own font first: most names need no other
-    return sorted(found.items(), key=lambda item: (item[0] != "DejaVu Sans", item[0]))
-
-
-@lru_cache(maxsize=64)
-def _glyphs(path: str) -> frozenset[int]:
-    from matplotlib.ft2font import FT2Font
-
-    try:
-        return frozenset(FT2Font(path).get_charmap())
-    except (RuntimeError, OSError):
-        return frozenset()
