@@ -438,7 +438,7 @@ def test_the_same_configuration_differs_in_nothing() -> None:
         ("data.batch_size", 32, "data.batch_size: 16 -> 32"),
         ("data.rooted", "b", "data.rooted: (absent) -> b"),  # a prefix of letters is not a prefix of keys
         ("trainer.precision", "bf16", "trainer.precision: fp32 -> bf16"),
-        ("model.extra", None, "model.extra: (absent) -> None"),
+        ("model.extra", None, "model.extra: (absent) -> null"),
     ],
 )
 def test_identity_must_be_equal(key, value, line) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from vit_train.data import ImageFolder
 from vit_train.data.check import check_folder
 from vit_train.data.inputs import find_images
+from vit_train.errors import DataError
 
 SETTINGS = (
     *(setting for setting in TINY if not setting.startswith("data.limit")),
@@ -462,6 +463,13 @@ def test_a_test_folder_without_labels_is_left_out(tmp_path, names):
     report = checked(root)
     assert note in report.notes
     assert {*report.counts} == {"train", "val"}
+
+
+def test_a_test_folder_with_the_classes_of_train_misspelt_is_no_such_folder(tmp_path):
+    splits(tmp_path, "train", "val")
+    fill(tmp_path / "test", "cats")
+    with pytest.raises(DataError, match=r"train has no class for .*/test/cats; did you mean 'cat'\?"):
+        made(tmp_path)
 
 
 @pytest.mark.parametrize(

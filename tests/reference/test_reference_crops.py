@@ -35,9 +35,9 @@ def written_out(draws: list[float], size, scale, ratio, *, erased: bool) -> list
     h, w = H, W
     image_ratio = W / H
     if image_ratio < ratio[0]:
-        h = round(W / ratio[0])
+        h = round(W / ratio[0]) or 1  # torchvision's box would have no pixels
     elif image_ratio > ratio[1]:
-        w = round(H * ratio[1])
+        w = round(H * ratio[1]) or 1
     return [(H - h) // 2, (W - w) // 2, h, w]
 
 

@@ -18,8 +18,8 @@ from vit_train.data.sample_transforms import plain, seen_box
 from vit_train.layers import ConvStem, PatchEmbed
 from vit_train.models import DeiT, HybridEmbed, Swin, ViT
 from vit_train.report.attention import each_attention, explain, methods, rollout, sheet_of_attention
+from vit_train.report.fonts import fonts_for
 from vit_train.report.overlay import Explained, Sheet, overlay, picture, place
-from vit_train.report.pictures import fonts_for
 
 SIDE, PATCH, CLASSES = 16, 4, 4
 GRID = SIDE // PATCH

@@ -9,7 +9,8 @@ from conftest import TINY, build, with_trained_head
 
 from vit_train.data import Batch
 from vit_train.data.batch_transforms import Normalize
-from vit_train.report.pictures import batch_grid, fonts_for, prediction_sheet, sheet_of_predictions
+from vit_train.report.fonts import fonts_for
+from vit_train.report.pictures import batch_grid, prediction_sheet, sheet_of_predictions
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
 NAMES = ["cat", "dog", "owl"]

@@ -135,7 +135,8 @@ def split_folders(root: Path, *, training: bool, notes: list[str]) -> dict[Split
     if {"train", "test"} <= folders.keys():
         both = inside(folders["train"]), inside(folders["test"])
         ours, theirs = ({normalize("NFC", name).casefold() for name in each.folders} for each in both)
-        if ours and (theirs or both[1].num_images) and not ours & theirs:  # as Kaggle has it
+        alike = any(suggest(name, ours) for name in theirs)
+        if ours and (theirs or both[1].num_images) and not alike:  # as Kaggle has it
             test = folders.pop("test")
             notes.append(f"{test} holds no class of train, the test split is left out: {_unlabelled(test)}")
     return {split: folders[split] for split in _WORDS if split in folders}
