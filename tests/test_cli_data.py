@@ -231,7 +231,7 @@ def test_ctrl_c_ends_it_with_130_and_leaves_no_process(root, tmp_path):
             workers = [int(pid) for pid in file.read().split()]
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (130, "", "")
     assert len(workers) == 2
     for pid in workers:
