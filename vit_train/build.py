@@ -28,7 +28,6 @@ from vit_train.composed import (
     is_typed,
     plain,
     read_class_weights,
-    refuse_secrets,
 )
 from vit_train.construct import as_config_error, foreign_code, make, with_defaults
 from vit_train.errors import CheckpointError, ConfigError, DataError
@@ -204,11 +203,9 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         cfg = _with_overrides(stored, launch.overrides)
         if is_typed("objective.class_weights", launch.overrides):  # what is stored names no file to read
             read_class_weights(cfg)
-        refuse_secrets(cfg)
         check_config(cfg)
     else:
         force = False
-        refuse_secrets(cfg)  # first: the other check repeats the values it does not like
         read_class_weights(cfg)
         check_config(cfg)
         if cfg.name is None:

@@ -92,8 +92,9 @@ def check_config(cfg: DictConfig) -> None:
     """Every error of a composed configuration at once, without building or touching anything.
 
     Raises:
-        ConfigError: one line per error, each with its full key.
+        ConfigError: one line per error, each with its full key; alone, a secret that would be stored.
     """
+    _refuse_secrets(cfg)  # first: the rest repeats the values it does not like
     broken = _broken_interpolations(cfg)
     sound = cfg.copy() if broken else cfg
     for key in broken:
@@ -176,7 +177,7 @@ def _broken_interpolations(cfg: DictConfig, prefix: str = "") -> dict[str, str]:
     return errors
 
 
-def refuse_secrets(cfg: DictConfig) -> None:
+def _refuse_secrets(cfg: DictConfig) -> None:
     """What a configuration holds is written into the run directory, for anyone to read.
 
     Raises:

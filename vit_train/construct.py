@@ -318,7 +318,8 @@ def _explain(full: str, hint: Any, value: Any, error: ValidationError) -> str:
     if choices:
         others = [_name(t) for t in _members(hint) if get_origin(t) is not Literal and t is not type(None)]
         return f"{full}: {value!r} is not one of {', '.join(choices + others)}{suggest(str(value), choices)}"
-    return f"{full}: expected {_name(hint)}, got {value!r} ({type(value).__name__}){inside}"
+    got = "null" if value is None else f"{value!r} ({type(value).__name__})"
+    return f"{full}: expected {_name(hint)}, got {got}{inside}"
 
 
 def _name(hint: Any) -> str:

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from vit_train.build import make_part, outline, resolve_auto
-from vit_train.composed import (
-    Launch,
-    check_config,
-    check_launch,
-    check_numbers,
-    plain,
-    read_class_weights,
-    refuse_secrets,
-)
+from vit_train.composed import Launch, check_config, check_launch, check_numbers, plain, read_class_weights
 from vit_train.construct import as_config_error, locate, with_defaults
 from vit_train.errors import ConfigError
 
@@ -63,7 +55,6 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
     check_launch(launch, cfg)
     if cfg.resume is not None:
         raise ConfigError("summary=true describes a configuration, resume= continues a run: type one of them")
-    refuse_secrets(cfg)
     read_class_weights(cfg)
     check_config(cfg)
     for group in ("data", "trainer", "optimizer"):
