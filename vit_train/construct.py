@@ -315,11 +315,12 @@ def _explain(full: str, hint: Any, value: Any, error: ValidationError) -> str:
         either = "" if inside or names else "".join(f"{choice} or " for choice in choices)
         must = either + _MUST_BE[problem["type"]].format(**limits)
         return f"{'.'.join([full, *names])}: must be {must}, got {problem['input']!r}{inside}"
+    shown = "null" if value is None else repr(value)
     if choices:
         others = [_name(t) for t in _members(hint) if get_origin(t) is not Literal and t is not type(None)]
-        return f"{full}: {value!r} is not one of {', '.join(choices + others)}{suggest(str(value), choices)}"
-    got = "null" if value is None else f"{value!r} ({type(value).__name__})"
-    return f"{full}: expected {_name(hint)}, got {got}{inside}"
+        return f"{full}: {shown} is not one of {', '.join(choices + others)}{suggest(str(value), choices)}"
+    kind = "" if value is None else f" ({type(value).__name__})"
+    return f"{full}: expected {_name(hint)}, got {shown}{kind}{inside}"
 
 
 def _name(hint: Any) -> str:
