@@ -8,10 +8,12 @@ Shapes: B batch, C H W image, N = 2 + patches tokens, D width, K classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from vit_train.construct import Dim, Expansion, Few, Fraction, Positive
+from vit_train.construct import Dim, Positive
 from vit_train.layers import init_linear
 from vit_train.layers.init import TOKEN_STD
 
@@ -24,47 +26,19 @@ class DeiT(ViT):
     In training the forward pass returns (logits, distill_logits), in evaluation the mean of both.
 
     Args:
-        patch_embed: (B, C, H, W) -> (B, h, w, D), with `grid_size` and `embed_dim`.
         embed_dim: width D.
-        depth: number of blocks.
-        num_heads: attention heads; must divide `embed_dim`.
-        mlp_ratio: hidden width of the MLPs over `embed_dim`.
-        qkv_bias: whether the query, key and value projections have a bias.
-        drop_rate: dropout after the positions, in the MLPs and after the attention.
-        attn_drop_rate: dropout of the attention weights.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
         num_classes: K.
+        options: as for `ViT`, but for `pool`: the heads see their tokens.
 
     Raises:
-        ValueError: sizes that do not fit each other; in forward, images of another size than `img_size`.
+        ValueError: sizes that do not fit each other, or a `pool`; in forward, images of another size than
+            `img_size`.
     """
 
-    def __init__(
-        self,
-        *,
-        patch_embed: nn.Module,
-        embed_dim: Dim,
-        depth: Few,
-        num_heads: Dim,
-        mlp_ratio: Expansion = 4.0,
-        qkv_bias: bool = True,
-        drop_rate: Fraction = 0.0,
-        attn_drop_rate: Fraction = 0.0,
-        drop_path_rate: Fraction = 0.0,
-        num_classes: Positive,
-    ) -> None:
-        super().__init__(
-            patch_embed=patch_embed,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            drop_rate=drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
-            num_classes=num_classes,
-        )
+    def __init__(self, *, embed_dim: Dim, num_classes: Positive, **options: Any) -> None:
+        if options.get("pool", "cls") != "cls":
+            raise ValueError("pool: the two heads of a DeiT see their tokens; leave it out")
+        super().__init__(embed_dim=embed_dim, num_classes=num_classes, **options)
         self.head_dist = nn.Linear(embed_dim, num_classes)
         init_linear(self.head_dist)
 
