@@ -30,7 +30,7 @@ def folder(in_tmp):
     ]
     Path("my weights.yaml").write_text("\n".join(lines), encoding="utf-8")
     # a Mac's editor decomposes
-    Path("w.json").write_text(json.dumps({"e\u0301te\u0301": 7, "08": "0.25"}), encoding="utf-8")
+    Path("w.json").write_text(json.dumps({"e\u0301te\u0301": 7, "08": "0.25"}, indent="\t"), encoding="utf-8")
     return in_tmp
 
 

@@ -6,6 +6,7 @@ DictConfig, beside build.py, describe.py and the command itself.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -247,7 +248,8 @@ def read_class_weights(cfg: DictConfig) -> None:
         return
     try:
         with expanded(path).open(encoding="utf-8") as file:
-            written = yaml.load(file, yaml.BaseLoader)
+            # BaseLoader makes nothing but text
+            written = json.load(file) if path.endswith(".json") else yaml.load(file, yaml.BaseLoader)
         weights = {name: float(weight) for name, weight in written.items()}
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
