@@ -169,7 +169,7 @@ def test_what_is_taken_builds_and_makes_a_step(choice: str, in_tmp: Any) -> None
 
 
 def refusal(cfg: Any) -> str | None:
-    """What building a run and making its first step says, None where it goes well."""
+    """The error of building a run and making its first step, None where it goes well."""
     try:
         trainer = build_run(cfg, Launch()).trainer
     except (ConfigError, DataError) as error:

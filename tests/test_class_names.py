@@ -95,7 +95,7 @@ def test_two_folders_that_are_one_class(tmp_path):
 
 @pytest.mark.parametrize("name", ["Bar", COMPOSED, APART])
 def test_runs_of_older_versions_find_their_data_the_same(tmp_path, name):
-    """What was stored of it then: names and sizes as they are on the disk."""
+    """The names and sizes stored of it then, as they are on the disk."""
     fill(tmp_path, name, "Biene")
     data, classes = made(tmp_path), sorted([name, "Biene"])
     digest = hashlib.sha256(json.dumps(classes).encode())

@@ -66,7 +66,7 @@ def test_every_choice_composes_and_checks(choice):
             assert config[group][key] == value, f"{group}.{key} is not what {choice} says"
 
 
-# What the data modules would tell: classes, pixels, channels
+# Told by the data modules: classes, pixels, channels
 TOLD = {
     "digits": (10, 8, 1),
     "cifar10": (10, 32, 3),

@@ -131,7 +131,7 @@ def test_stored_data_never_chooses_code(target: str) -> None:
 
 
 def makes(value: Any) -> Any:
-    """What a node of a user's may name."""
+    """A user's own node may name these."""
     return value
 
 
@@ -165,7 +165,7 @@ def test_a_builtin_without_a_signature_takes_anything() -> None:
 
 
 class Wide(Widget):
-    """Of the base class's arguments it repeats one."""
+    """It repeats one of the base class's arguments."""
 
     def __init__(self, *, height: int = 3, rate: float = 0.25, **options: Any) -> None:
         super().__init__(rate=rate, **options)

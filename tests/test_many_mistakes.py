@@ -11,7 +11,7 @@ import random
 import pytest
 from conftest import vit_train_here
 
-# What is typed -> what its line says; the line begins with the key
+# Typed -> said in its line; the line begins with the key
 MISTAKES = {
     "seed=99999999999999999999": "must be less than 9223372036854775808",
     "seed=1.5": "expected int",

@@ -377,7 +377,7 @@ def _is_protocol(hint: Any) -> bool:
 
 
 def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """What a class or function takes, with annotations resolved: one that cannot be counts as Any.
+    """The arguments of a class or function, with annotations resolved: one that cannot be counts as Any.
 
     The `**options` of a constructor are what else its base class takes.
     """

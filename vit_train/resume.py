@@ -140,7 +140,7 @@ def check_plain(stored: Mapping[str, Any], path: Path) -> None:
 
 # ---------------------------------------------------------------------------------- which code it may name
 Packages: TypeAlias = tuple[str, ...]
-# What each group may name; of the data not what fetches URLs and starts processes
+# The code each group may name; of the data not what fetches URLs and starts processes
 STORED_CODE: Mapping[str, Packages] = {
     "model": ("vit_train.models", "vit_train.layers"),
     "data": tuple(f"vit_train.data.{m}" for m in ("cifar", "digits", "imagefolder", "sample_transforms")),
@@ -175,14 +175,14 @@ def trusted(typed: Any, *, hydra: bool = False) -> Packages:
 
 
 def as_typed(packages: Sequence[str], *, hydra: bool = False) -> str:
-    """What to type behind a command: ` --trust a --trust b`, or ` 'trust=[a,b]'` for Hydra."""
+    """The options to type behind a command: ` --trust a --trust b`, or ` 'trust=[a,b]'` for Hydra."""
     if hydra and len(packages) > 1:
         return f" 'trust=[{','.join(packages)}]'"
     return "".join(f" {'trust=' if hydra else '--trust '}{package}" for package in packages)
 
 
 def allowed(nodes: Mapping[str, Any], trust: Packages, run_dir: Path | None = None) -> dict[str, Packages]:
-    """What each group of stored `nodes` may name; imports nothing else. `run_dir` is that of `resume=`.
+    """The code that each group of stored `nodes` may name; imports nothing else. `run_dir` is that of `resume=`.
 
     Raises:
         CheckpointError: a node names other code.

@@ -41,7 +41,7 @@ def test_the_picture_is_drawn(tmp_path) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("title", ["\u5199\u771f", "\U0001f436 dogs", "cost $5 \\$ and $6$", "Bär & Söhne"])
 def test_any_run_directory_is_a_title(title, tmp_path) -> None:
-    """What no installed font shows is a question mark, and nothing is mathematics."""
+    """A character that no installed font shows is a question mark, and nothing is mathematics."""
     write(tmp_path, [*STEPS, *EPOCHS])
     assert draw_history(tmp_path, title) is not None
 

@@ -114,7 +114,7 @@ def lit(**modules):
 
 
 def fitted(module, file, *, size=32, callbacks=()):
-    """What Lightning's own trainer saves after two steps."""
+    """The file that Lightning's own trainer saves after two steps."""
     lightning = pytest.importorskip("lightning")
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
     data = torch.utils.data.TensorDataset(images, torch.arange(4))

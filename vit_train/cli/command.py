@@ -84,7 +84,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """What argparse makes a whole number with, and refuses a smaller or larger one with."""
+    """The type with which argparse makes a whole number, and refuses a smaller or larger one."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) <= most:
