@@ -182,7 +182,7 @@ def as_typed(packages: Sequence[str], *, hydra: bool = False) -> str:
 
 
 def allowed(nodes: Mapping[str, Any], trust: Packages, run_dir: Path | None = None) -> dict[str, Packages]:
-    """The code that each group of stored `nodes` may name; imports nothing else. `run_dir` is that of `resume=`.
+    """The code each group of stored `nodes` may name; `run_dir` is that of `resume=`. Imports nothing else.
 
     Raises:
         CheckpointError: a node names other code.
