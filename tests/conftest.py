@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -31,6 +32,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("reference")
+
+# A shell starts jobs in the background with Ctrl-C ignored, and every process that the tests start inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A run of seconds that still has everything that draws or remembers: dropout, drop path, augmentation, EMA,
 # accumulation, clipping. 5 steps an epoch.
