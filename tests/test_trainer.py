@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, build, checkpoint_hashes, load_trained, with_trained_head
+from conftest import TINY, build, checkpoint_hashes, load_trained, vit_train_here, with_trained_head
 from torch import nn
 
 from vit_train.checkpoint import load, resolve_link
@@ -15,6 +15,7 @@ from vit_train.errors import ConfigError, NonFiniteError
 from vit_train.evaluation import evaluate
 from vit_train.guard import Guard, Signals, Stop
 from vit_train.objective import CrossEntropy
+from vit_train.report.history import read_events
 from vit_train.report.record import open_run_dir
 from vit_train.state import TrainState
 from vit_train.tracker import NullTracker
@@ -104,6 +105,40 @@ def test_the_training_metrics_of_an_epoch_are_means_over_its_images(in_tmp) -> N
     for epoch in metrics:
         assert epoch["train/loss"] == pytest.approx(loss, rel=1e-5)
         assert epoch["train/top1"] == (logits.argmax(1) == targets).double().mean().item()
+
+
+class InParts(CrossEntropy):
+    """Cross entropy that says which part of it smoothing is, and how many classes a batch has."""
+
+    part_names = ("smoothing", "classes")
+
+    def forward(self, model, images, targets):
+        loss, logits = super().forward(model, images, targets)
+        plain = self.per_sample(logits, targets).mean()
+        return loss, logits, loss.detach() - plain, torch.tensor(float(targets.unique().numel()))
+
+
+def test_the_parts_of_a_loss_are_logged_and_survive_an_interruption(in_tmp) -> None:
+    typed = (
+        *TINY,
+        "objective._target_=test_trainer.InParts",
+        "trainer.precision=fp32",
+        "tracker.log_every_steps=1",
+    )
+    vit_train_here(*typed, "run_dir=whole", cwd=in_tmp)
+    vit_train_here(*typed, "run_dir=cut", "trainer.stop_at_step=7", cwd=in_tmp)
+    vit_train_here("resume=cut", "trust=test_trainer", cwd=in_tmp)
+    whole, cut = (read_events(in_tmp / run / "metrics.jsonl") for run in ("whole", "cut"))
+    timeless = [{k: v for k, v in event.items() if k != "images_per_second"} for event in whole]
+    assert timeless == [{k: v for k, v in event.items() if k != "images_per_second"} for event in cut]
+    steps, epochs = ([e for e in whole if e["event"] == kind] for kind in ("step", "epoch"))
+    assert [step["step"] for step in steps] == list(range(1, 16))
+    for epoch in epochs:
+        own = [step for step in steps if 5 * epoch["epoch"] - 5 < step["step"] <= 5 * epoch["epoch"]]
+        for name in InParts.part_names:
+            assert epoch[f"train/{name}"] == pytest.approx(sum(step[name] for step in own) / 5)
+        assert 0 < abs(epoch["train/smoothing"]) < epoch["train/loss"]
+        assert 2 < epoch["train/classes"] <= 8  # of the 8 images of a micro-batch
 
 
 # -------------------------------------------------------------------------------------------- non-finite steps

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,19 +155,22 @@ class MirrorMean(nn.Module):
         return torch.logaddexp(straight, mirrored) - math.log(2)
 
 
-def means(prefix: str, sums: Tensor, num_classes: int) -> dict[str, float]:
-    """`<prefix>/loss`, `<prefix>/top1` and, where it means something, `<prefix>/top5`; only finite ones.
+def means(prefix: str, sums: Tensor, num_classes: int, parts: Sequence[str] = ()) -> dict[str, float]:
+    """`<prefix>/loss`, `<prefix>/top1` and, where it means something, `<prefix>/top5`; then the parts of the
+    loss. Only finite ones.
 
     Args:
         prefix: the split.
-        sums: loss, top-1 hits, top-5 hits, images.
+        sums: loss, top-1 hits, top-5 hits, images, and of each part.
         num_classes: K.
+        parts: names of the parts.
     """
-    loss, top1, top5, images = sums.tolist()
+    loss, top1, top5, images, *rest = sums.tolist()
     images = images or math.nan  # of an epoch whose every step was left out
     values = {"loss": loss / images, "top1": top1 / images}
     if num_classes > TOP_K:
         values["top5"] = top5 / images
+    values |= {name: part / images for name, part in zip(parts, rest)}
     return {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
 
 

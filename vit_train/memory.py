@@ -58,7 +58,7 @@ def _fits(trainer: Any, images: int, batch_size: int) -> bool:
         y = torch.zeros(images, dtype=torch.int64, device=device)
         for _ in range(1 if images == batch_size else 2):
             with autocast(trainer.precision, device):
-                loss, _ = trainer.objective(trainer.forward, batch[:images], y)
+                loss, *_ = trainer.objective(trainer.forward, batch[:images], y)
             loss.backward()
         del slots
     except torch.OutOfMemoryError:

@@ -54,7 +54,7 @@ class TrainState:
     step: int = 0  # optimizer steps done
     steps_per_epoch: int = 0  # what an epoch of this data has
     closed_epochs: int = 0  # epochs evaluated, observed and saved
-    # of the open epoch: loss, top-1 hits, top-5 hits, images
+    # of the open epoch: loss, top-1 hits, top-5 hits, images, then the parts of the loss where it has some
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     best: dict[str, float] | None = None  # metrics of the best epoch, and which it was
     evaluations_since_best: int = 0  # that brought no better top-1: what early stopping counts
@@ -88,7 +88,7 @@ class TrainState:
                 raise ValueError(f"{field_.name} is {value!r}")
         best = {"val/top1": 0.0} if state.best is None else state.best
         figures = [*state.sums, state.seconds, *state.last.values(), *best.values()]
-        if len(state.sums) != 4 or "val/top1" not in best or not all(map(_is_figure, figures)):
+        if len(state.sums) < 4 or "val/top1" not in best or not all(map(_is_figure, figures)):
             raise ValueError("a figure is missing or no number")
         if not isinstance(state.anchor, int | None):
             raise ValueError(f"anchor is {state.anchor!r}")

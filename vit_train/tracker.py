@@ -5,7 +5,8 @@ logged against the optimizer step, so that after a resume one cut (`purge_step`)
 continuation will write again.
 
 Tags: `train_step/{loss,lr,grad_norm,images_per_second}` while an epoch lasts; `train/...`, `val/...`,
-`val_raw/...` (raw weights beside an average) and `test/...` with loss, top1, top5; `epoch`.
+`val_raw/...` (raw weights beside an average) and `test/...` with loss, top1, top5; `epoch`. An objective that
+names the parts of its loss has them in `train_step/...` and `train/...` as well.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Plan:
     eval_images_per_epoch: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    loss_parts: tuple[str, ...] = ()  # names of what the loss is made of, where it says
     draw_attention: Callable[[], NDArray[np.uint8] | None] = lambda: None  # where the model looks just now
 
 
@@ -196,13 +198,14 @@ class Tracker(NullTracker):
             return
         values, lr = sums.tolist(), float(optimizer.param_groups[0]["lr"])
         now = time.perf_counter()
-        loss, top1, _, count = (new - old for new, old in zip(values, self.window_sums))
+        loss, top1, _, count, *parts = (new - old for new, old in zip(values, self.window_sums))
         if not count:  # every step since was left out
             return
         rate = count / (now - self.window_time)
         self.window_sums, self.window_time = values, now
         event = {
             "loss": loss / count,
+            **{name: part / count for name, part in zip(self.plan.loss_parts, parts)},
             "lr": lr,
             "grad_norm": float(norm),
             "images_per_second": rate,

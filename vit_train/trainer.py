@@ -29,6 +29,8 @@ from vit_train.rng import seed_device, use_deterministic_operators
 from vit_train.saver import Saver, Snapshot
 from vit_train.state import Parts, TrainState, check_listeners
 
+_FIRST_PART = 4  # of the sums: behind loss, top-1 hits, top-5 hits and images
+
 
 class Trainer:
     """Trains one model on one dataset.
@@ -105,6 +107,7 @@ class Trainer:
             self.model.compile()  # in place: parameter names stay clean
         self.forward = self.strategy.wrap(self.model)
         self.objective = parts.objective.to(self.strategy.device)
+        self.loss_parts = getattr(self.objective, "part_names", ())  # an objective of yours may have none
         self.optimizer = parts.make_optimizer(self.model)
         self.schedule = parts.make_schedule(self.steps_per_epoch, self.total_steps)
         check_listeners(self.schedule, early_stop_patience, parts.data.sizes, ema=self.ema is not None)
@@ -112,7 +115,7 @@ class Trainer:
         self.nonfinite = NonFinite(
             on_nonfinite, self.strategy, self.model, self.ema, self.optimizer, self.saver, parts.data.source
         )
-        self.state = TrainState()
+        self.state = TrainState(sums=self._no_sums())
         self.sums = wide(self.strategy.device, self.state.sums)
         self.reopened = False  # whether a smaller budget had cut the open epoch short
 
@@ -200,11 +203,13 @@ class Trainer:
             seed_device(strategy.device, self.parts.seed, "step", step, i, strategy.rank)
             with strategy.grad_sync(self.model, i == len(micro_batches) - 1):
                 with autocast(self.precision, strategy.device):
-                    loss, logits = self.objective(self.forward, x, y)
+                    loss, logits, *parts = self.objective(self.forward, x, y)
                 # weighted by size, so that the sum over micro-batches is the mean over the batch
                 self.scaler.scale(loss * (len(x) / len(images))).backward()
             sums[0] += loss.detach() * len(x)
             sums[1:3] += hits(logits, y)
+            for i, part in enumerate(parts, _FIRST_PART):
+                sums[i] += part * len(x)
         sums[3] += len(images)
 
         self.scaler.unscale_(self.optimizer)
@@ -233,7 +238,7 @@ class Trainer:
         """Evaluates, lets schedule and early stopping see it, saves; the run may then be at its end."""
         state, last_epoch = self.state, epoch + 1 == self.total_epochs
         self.nonfinite.check(self.state)
-        metrics = means("train", self.strategy.sum(self.sums), self.parts.data.num_classes)
+        metrics = means("train", self.strategy.sum(self.sums), self.parts.data.num_classes, self.loss_parts)
         if state.step % self.steps_per_epoch:  # the budget ends here; a larger one opens the epoch again
             state.before_cut = {**self.stored_state(), "before_cut": None}
         is_best = False
@@ -246,7 +251,7 @@ class Trainer:
             is_best = state.judge(metrics, epoch)
         if self.schedule.monitor in metrics:
             self.schedule.observe(metrics)
-        state.last, state.sums, state.closed_epochs = metrics, [0.0] * 4, epoch + 1
+        state.last, state.sums, state.closed_epochs = metrics, self._no_sums(), epoch + 1
         self.sums = wide(self.strategy.device, state.sums)
         self.judge_patience()
         ending = last_epoch or state.stopped_early
@@ -302,6 +307,9 @@ class Trainer:
         keep, kept = self.keep_checkpoints, state.kept_steps()
         self.saver.save(Snapshot(tensors, about, state.step, best, keep, kept))
 
+    def _no_sums(self) -> list[float]:
+        return [0.0] * (_FIRST_PART + len(self.loss_parts))
+
     def stored_state(self) -> dict[str, Any]:
         """The state as plain data, brought up to date."""
         state = self.state
@@ -323,6 +331,8 @@ class Trainer:
                 self.state, self.reopened = TrainState.from_json(self.state.before_cut), True
             # all that can be taken back in a checkpoint of an older version
             self.state.closed_epochs = min(self.state.closed_epochs, self.state.step // self.steps_per_epoch)
+        if len(self.state.sums) != len(self._no_sums()):
+            raise ValueError(f"sums is {self.state.sums!r}")
         self.sums = wide(self.strategy.device, self.state.sums)
         self.schedule.load_state_dict(self.state.schedule)
         self.scaler.load_state_dict(self.state.scaler)

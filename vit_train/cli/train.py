@@ -191,6 +191,7 @@ def execute(run: Run) -> dict[str, Any] | None:
             driver=driver_version(),
             fingerprint=trainer.parts.about["dataset_fingerprint"],
             world_size=strategy.world_size,
+            teacher=run.teacher,
         )
         run.console.say(summary(run))
         trainer.tracker.start(_plan(run))
