@@ -102,7 +102,7 @@ def test_loss_and_gradient_are_the_formula(
     torch.testing.assert_close(answer, mean)
     same = sum(int(a == b) for a, b in zip(mean.argmax(1).tolist(), wanted.argmax(1).tolist()))
     assert agreement.item() == pytest.approx(same / B)
-    assert not (labels.requires_grad or taught.requires_grad or answer.requires_grad)
+    assert not any(tensor.requires_grad for tensor in (labels, taught, answer))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from conftest import TINY, compose, everything_in, vit_train_here
 from vit_train.composed import Launch
 from vit_train.describe import describe
 from vit_train.errors import ConfigError
-from vit_train.report.summary import multiply_adds
+from vit_train.models.cost import multiply_adds
 
 MODELS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs/model").glob("*.yaml"))
 PARAMETERS = {

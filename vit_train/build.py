@@ -493,7 +493,7 @@ def outline(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...]] | No
     Raises:
         ConfigError: it does not, it is no model, or it has another number of classes than the data.
     """
-    from vit_train.report.summary import multiply_adds
+    from vit_train.models.cost import multiply_adds
 
     model, data = without_memory(config, allow), config["data"]
     with as_config_error("model"):

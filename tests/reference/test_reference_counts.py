@@ -23,9 +23,9 @@ from torchvision.models import get_model
 
 from vit_train.layers import ConvStem, PatchEmbed
 from vit_train.models import DeiT, HybridEmbed, Swin, ViT
+from vit_train.models.cost import multiply_adds
 from vit_train.report import layers
 from vit_train.report.record import closing_figures
-from vit_train.report.summary import multiply_adds
 
 
 # ------------------------------------------------------------------------------------------------- the formulas

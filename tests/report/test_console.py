@@ -13,9 +13,10 @@ from rich.table import Table
 from vit_train.build import build_run
 from vit_train.composed import Launch
 from vit_train.construct import make
+from vit_train.models.cost import multiply_adds
 from vit_train.report.console import Console
 from vit_train.report.record import open_run_dir
-from vit_train.report.summary import closing_table, multiply_adds, summary
+from vit_train.report.summary import closing_table, summary
 
 
 @pytest.fixture

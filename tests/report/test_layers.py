@@ -13,9 +13,9 @@ from vit_train import optim
 from vit_train.layers import PatchEmbed
 from vit_train.layers.window import _cached_window_tables
 from vit_train.models import DeiT, HybridEmbed, Swin, ViT
+from vit_train.models.cost import multiply_adds
 from vit_train.precision import autocast
 from vit_train.report.layers import kept_for_backward, layer_table, layers_of, memory_of
-from vit_train.report.summary import multiply_adds
 
 CPU = torch.device("cpu")
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import nn
-
 from vit_train.errors import printable
 from vit_train.tracker import duration
 
@@ -18,28 +14,6 @@ if TYPE_CHECKING:
     from vit_train.build import Run
 
 _CLASSES_SHOWN = 12
-
-
-def multiply_adds(model: nn.Module, *, in_channels: int, img_size: int) -> int:
-    """Multiply-adds of one forward pass of one image, attention included.
-
-    Half of what torch's FLOP counter says. Papers print this number as "FLOPs" (17.6 G for ViT-B/16).
-
-    Args:
-        model: left as it is; a copy without weights is counted, which computes nothing.
-        in_channels: of the image.
-        img_size: side in pixels.
-
-    Raises:
-        ValueError: the model does not take such images.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # on the meta device, whatever the model's: the counter does not know the fused attention of a CPU
-    counted = copy.deepcopy(model).to("meta").eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        counted(torch.empty(1, in_channels, img_size, img_size, device="meta"))
-    return int(counter.get_total_flops()) // 2
 
 
 def summary(run: Run) -> Table:
