@@ -99,6 +99,7 @@ LOWER_ROOMS = (
     "checkpoint",
     "tracker",
     "trained",
+    "teacher",
     "export",
     "evaluation",
     "guard",
@@ -124,6 +125,7 @@ def test_lower_rooms_do_not_know_what_stands_on_them(room):
         "vit_train.build",
         "vit_train.composed",
         "vit_train.describe",
+        "vit_train.taught",
         "vit_train.cli",
         "hydra",
         "omegaconf",
@@ -132,7 +134,7 @@ def test_lower_rooms_do_not_know_what_stands_on_them(room):
 
 
 def test_only_the_top_knows_hydra():
-    names = ("build.py", "composed.py", "describe.py", "cli/train.py")
+    names = ("build.py", "composed.py", "describe.py", "taught.py", "cli/train.py")
     top = [PACKAGE / name for name in names]
     others = [path for path in MODULES if path not in top]
     assert violations(others, lambda name: not inside(name, "hydra", "omegaconf")) == []

@@ -48,6 +48,7 @@ from vit_train.resume import (
     trusted,
 )
 from vit_train.run_dir import check_free, choose_run_dir, default_name, find_run, holds_run
+from vit_train.taught import find_teacher, make_teacher, measure
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,6 +67,7 @@ _RESOLVED_KEYS = (
     "optimizer.lr",
     "augment.batch.crop_scale",
     "schedule.warmup_epochs",
+    "objective.teacher_sha256",
 )
 # Where a constructor's own defaults fill in what a config, or an older version, leaves out
 _WITH_DEFAULTS = ("data", "trainer", "optimizer", "tracker")
@@ -87,6 +89,7 @@ class Run:
     notes: list[str]
     weights: str  # where the model starts from
     multiply_adds: int
+    teacher: dict[str, Any] | None  # what run.json says of it
 
 
 def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
@@ -130,10 +133,15 @@ def _adopt(cfg: DictConfig, stored: Mapping[str, Any], overrides: list[str]) -> 
     """What was left to the data, to `auto` or to pretrained weights is as in the run that is continued."""
     known = flat(stored)
     for key in _RESOLVED_KEYS:
-        left_open = OmegaConf.select(cfg, key) == (None if key.startswith(("data.", "schedule.")) else "auto")
+        nothing = None if key.startswith(("data.", "schedule.", "objective.")) else "auto"
+        left_open = OmegaConf.select(cfg, key) == nothing
         # not a node: it would be built, and the user did not name it
         if left_open and key in known and not foreign_code(known[key], ()):
             OmegaConf.update(cfg, key, known[key])
+    teacher, typed = known.get("objective.teacher"), cfg.objective.get("teacher")
+    # of the run that was typed, the checkpoint that was its best by then
+    if isinstance(teacher, str) and typed and Path(teacher).is_relative_to(expanded(typed).absolute()):
+        cfg.objective.teacher = teacher
     masks = stored["model"].get("mask_padding")
     # a node would be built, as above
     if cfg.init_from is not None and type(masks) is bool and not is_typed("model.mask_padding", overrides):
@@ -239,6 +247,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         run_dir,
         stored=stored,
         allow=allow,
+        trust=trust,
         notes=notes,
         named=named,
         force=force,
@@ -253,6 +262,7 @@ def _build(
     *,
     stored: Mapping[str, Any],
     allow: Mapping[str, tuple[str, ...]] | None,
+    trust: tuple[str, ...],
     notes: list[str],
     named: Path | None,
     force: bool,
@@ -266,6 +276,7 @@ def _build(
     from vit_train.optim import Schedule
     from vit_train.precision import resolve_precision
     from vit_train.report.console import Console
+    from vit_train.report.record import read_facts
     from vit_train.rng import seed_device
     from vit_train.state import Parts
     from vit_train.strategy import SingleDevice
@@ -331,6 +342,7 @@ def _build(
         cfg.schedule.warmup_epochs = old_warmup(cfg.schedule.warmup_epochs, stored["trainer"], steps)
     fixed = cfg.optimizer.get("lr") != "auto" and not is_typed("optimizer.lr", launch.overrides)
     notes += resolve_auto(cfg, launch.overrides, outlined()[0])
+    taught = find_teacher(cfg, strategy.device, allow=allow, trust=trust, goes_on=bool(stored))
     config = plain(cfg)
     seed_device(strategy.device, cfg.seed, "init")
     offline = without_download(config["model"])
@@ -366,11 +378,16 @@ def _build(
         notes += check_data(found, data, fingerprint, run_dir, force=force)
     notes += check_machine(run_dir, strategy.describe())
     objective = make_part(cfg, "objective", allow, torch.nn.Module)
+    teacher = None if taught is None else make_teacher(taught, cfg, data, strategy.device)
+    also = [] if teacher is None else [strategy.wrap(teacher)]
+    own = (str(cfg.init_from), str(run_dir.absolute()))
+    if taught is not None and any(Path(taught.source).is_relative_to(run) for run in own):
+        notes.append("the student is its own teacher: it starts from the run it is to learn from")
     train_transform = make_part(cfg, "augment.batch", allow, torch.nn.Module)
     parts = Parts(
         model=model,
         data=data,
-        objective=objective(data.class_names, data.class_counts),
+        objective=objective(data.class_names, data.class_counts, *also),
         make_optimizer=make_part(cfg, "optimizer", allow, torch.optim.Optimizer),
         make_schedule=make_part(cfg, "schedule", allow, Schedule),
         train_transform=train_transform(data.mean, data.std).to(strategy.device),
@@ -406,6 +423,7 @@ def _build(
     elif trainer.auto_batch:
         pieces = fit_micro_batch(trainer, cfg.data.batch_size // strategy.world_size)
         trainer.grad_accum_steps = config["trainer"]["grad_accum_steps"] = pieces
+    facts = read_facts(run_dir).get("teacher")
     return Run(
         trainer=trainer,
         console=console,
@@ -420,6 +438,7 @@ def _build(
         notes=[*notes, *data.notes, *(f"checkpoint skipped: {problem}" for problem in problems)],
         weights=weights,
         multiply_adds=outlined()[1],
+        teacher=None if teacher is None else measure(teacher, parts, facts, begun=found is not None),
     )
 
 

@@ -219,6 +219,8 @@ _FREE = (
     "summary",
     "name",
     "tracker",
+    "objective.teacher",  # a moved one is still the same: its SHA-256 says so
+    "objective.teacher_min_top1",
     "data.root",  # a moved folder is still the same data: the fingerprint says so
     "data.patch_size",  # is the model's; the size it led to is stored
     "data.num_workers",

@@ -252,6 +252,7 @@ def _plan(run: Run) -> Plan:
         eval_images_per_epoch=evaluations * data.sizes["val"] // trainer.eval_every_epochs,
         mean=data.mean,
         std=data.std,
+        loss_parts=trainer.loss_parts,
         draw_attention=partial(sheet_of_attention, trainer),
     )
 

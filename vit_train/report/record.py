@@ -45,6 +45,7 @@ def write_facts(
     driver: str | None,
     fingerprint: str,
     world_size: int,
+    teacher: Mapping[str, Any] | None,
 ) -> None:
     """run.json: what is needed to repeat the run, with a line for each time it was started.
 
@@ -65,6 +66,7 @@ def write_facts(
         "world_size": world_size,
         "seed": config["seed"],
         "dataset_fingerprint": fingerprint,
+        **({"teacher": teacher} if teacher is not None else {}),
         "config": config,
     }
     durable.replace(run_dir / "run.json", json.dumps(facts, indent=1))

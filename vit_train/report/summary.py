@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
 from vit_train.errors import printable
 from vit_train.tracker import duration
 
@@ -41,6 +42,7 @@ def summary(run: Run) -> Table:
         + f" images of {data.in_channels} x {side} x {side}  [{origin['data']}]",
         "classes": f"{data.num_classes}: {class_table(data.class_names, data.class_counts)}"
         + _balance(config),
+        **({} if run.teacher is None else {"teacher": _teacher(run.teacher)}),
         "augmentation": origin["augment"],
         "device": f"{trainer.strategy.describe()}, {trainer.precision}"
         + (", compiled" if settings["compile"] else ""),
@@ -58,6 +60,16 @@ def summary(run: Run) -> Table:
     for i, note in enumerate(run.notes):
         rows["note" if not i else f"note {i + 1}"] = note
     return key_value_table(rows)
+
+
+def _teacher(about: Mapping[str, Any]) -> str:
+    """Who teaches, how large it is and how good."""
+    names = about["source"].replace("/checkpoints/", "/").split("/")
+    top1 = "not measured" if about["top1"] is None else f"top-1 {about['top1']:.2%} of the validation images"
+    return (
+        f"{'/'.join(names[-2:])}: {about['model']}, {about['parameters'] / 1e6:.2f}M parameters, "
+        f"{about['multiply_adds'] / 1e9:.3f} GMACs an image, {top1}; classes: {about['classes']}"
+    )
 
 
 def _balance(config: Mapping[str, Any]) -> str:
