@@ -11,6 +11,8 @@ from vit_train.build import make_part, outline, resolve_auto
 from vit_train.composed import Launch, check_config, check_launch, check_numbers, plain, read_class_weights
 from vit_train.construct import as_config_error, locate, with_defaults
 from vit_train.errors import ConfigError
+from vit_train.resume import trusted
+from vit_train.taught import find_teacher
 
 if TYPE_CHECKING:
     from vit_train.report.layers import Layer, Memory
@@ -43,7 +45,7 @@ class Described:
 
 
 def describe(cfg: DictConfig, launch: Launch) -> Described:
-    """What a configuration costs. Reads no data, takes no memory, writes nothing.
+    """What a configuration costs. Reads no data and takes no memory, but for a teacher's, and writes nothing.
 
     Args:
         cfg: as composed.
@@ -76,6 +78,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
     model, multiply_adds = outline(plain(cfg), None)
     notes += resolve_auto(cfg, launch.overrides, model)
+    taught = find_teacher(cfg, torch.device("cpu"), trust=trusted(cfg.trust, hydra=True))
     config = plain(cfg)
     micro_batch = cfg.data.batch_size // cfg.trainer.grad_accum_steps
     with as_config_error("trainer"):
@@ -94,6 +97,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
             layers,
             make_optimizer=make_part(cfg, "optimizer", None, torch.optim.Optimizer),
             has_ema=cfg.trainer.ema_decay is not None,
+            teacher=taught.model if taught else None,
         )
     return Described(config, layers, memory, multiply_adds, micro_batch, str(strategy.device), notes)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,12 +66,13 @@ class Memory:
     gradients: int
     optimizer: int
     ema: int
+    teacher: int
     activations: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.parameters + self.gradients + self.optimizer + self.ema + self.activations
+        return sum(astuple(self))
 
 
 def layers_of(
@@ -184,6 +185,7 @@ def memory_of(
     *,
     make_optimizer: Callable[[nn.Module], Optimizer],
     has_ema: bool,
+    teacher: nn.Module | None = None,
 ) -> Memory:
     """What a training step holds.
 
@@ -192,14 +194,19 @@ def memory_of(
         layers: its rows.
         make_optimizer: as the trainer calls it; one step is done, so that it shows what it keeps.
         has_ema: whether averaged weights are kept as well.
+        teacher: a model that is only asked, and keeps nothing for a backward pass.
     """
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    weights, taught = (
+        sum(tensor.nbytes for tensor in kept.state_dict().values()) if kept else 0
+        for kept in (model, teacher)
+    )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Memory(
         parameters=weights,
         gradients=sum(parameter.nbytes for parameter in trained),
         optimizer=_optimizer_bytes(make_optimizer(model), trained),
         ema=weights if has_ema else 0,
+        teacher=taught,
         activations=sum(layer.activation_bytes for layer in layers),
     )
 
@@ -326,6 +333,7 @@ def description(described: Described) -> list[RenderableType]:
         "gradients": _megabytes(memory.gradients),
         "optimizer": f"{_megabytes(memory.optimizer)}  {_short(config['optimizer'])}",
         **({"average": _megabytes(memory.ema)} if memory.ema else {}),
+        **({"teacher": _megabytes(memory.teacher)} if memory.teacher else {}),
         "activations": f"{_megabytes(memory.activations)}  {batch} in {settings['precision']} "
         f"on {described.device}",
         "together": f"{_megabytes(memory.total)}  while training; kernels and torch itself come on top",
