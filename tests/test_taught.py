@@ -142,3 +142,13 @@ def test_a_hostile_teacher_is_not_built(copied) -> None:
     assert "os.system" in done.err
     assert not (copied / "owned").exists()
     assert not (copied / "new").exists()
+
+
+def test_without_a_teacher_nothing_begins(in_tmp) -> None:
+    done = vit_train_here("objective=distill", "run_dir=new", cwd=in_tmp)
+    assert done.code == 2
+    assert done.err == (
+        "vit-train: error: objective.teacher: missing; type objective.teacher=RUN (a run or checkpoint), "
+        "torchvision:NAME or timm:NAME\n"
+    )
+    assert not (in_tmp / "new").exists()

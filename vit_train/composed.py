@@ -265,6 +265,11 @@ def is_typed(key: str, overrides: list[str]) -> bool:
 
 
 def check_numbers(cfg: DictConfig) -> None:
+    if cfg.objective.get("teacher", "") is None:
+        raise ConfigError(
+            "objective.teacher: missing; type objective.teacher=RUN (a run or checkpoint), torchvision:NAME "
+            "or timm:NAME"
+        )
     batch, pieces = cfg.data.batch_size, cfg.trainer.grad_accum_steps
     if batch % pieces:
         raise ConfigError(
