@@ -45,6 +45,7 @@ from vit_train.data import Digits
 from vit_train.models import ViT
 from vit_train.objective import CrossEntropy
 from vit_train.optim import Schedule
+from vit_train.trainer import Trainer
 
 HOME = Path(__file__).parent
 with (HOME / "imported").open("a") as marker:
@@ -84,6 +85,22 @@ class Paper(Digits):
         return replace(found, sources=sources)
 
 
+class Fixed(Digits):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(limit=64, **options)
+
+
+class Hard(Digits):
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("limit", 64)
+        super().__init__(**options)
+
+
+class Loud(Trainer):
+    def __init__(self, parts: Any, **options: Any) -> None:
+        super().__init__(parts, **options)
+
+
 class Squared(CrossEntropy):
     """Waits in its third step, if told to, until the file `go` is there."""
 
@@ -107,7 +124,12 @@ class Halved(Schedule):
     def __call__(self, step: int) -> float:
         return 1.0 if 2 * step < self.total_steps else 0.5
 '''
+IMAGES = {"img_size": 8, "in_channels": 1, "num_classes": None}
 CONFIGS = {
+    "data/fixed": {"_target_": "mine.Fixed", "batch_size": 16, **IMAGES},
+    "data/hard": {"_target_": "mine.Hard", "batch_size": 16, **IMAGES},
+    "data/bare": {"_target_": "mine.Hard", **IMAGES},
+    "trainer/loud": {"_target_": "mine.Loud", "_partial_": True, "epochs": 1},
     "model/pixels": {
         "_target_": "mine.Pixels",
         **{key: f"${{data.{key}}}" for key in ("in_channels", "img_size", "num_classes")},
@@ -124,6 +146,7 @@ OWN_REST = (
 )
 SCALED = (*TINY, "trainer.grad_accum_steps=1", "model._target_=mine.Scaled", "model.scale=2.0", *OWN_REST)
 PIXELS = (*(each for each in TINY if not each.startswith("model.")), "model=pixels", "trainer.epochs=1")
+SMALL = tuple(each for each in TINY if not each.startswith(("trainer.", "data.")))
 RESUME = re.compile(r"^  (vit-train resume=.*)$", re.MULTILINE)
 KEYS = ("data", "model", "objective", "optimizer", "schedule")
 
@@ -269,6 +292,25 @@ def test_a_finished_run_prints_commands_that_work(lib, scaled, copied) -> None:
     done = lib.train(*shlex.split(said["train longer"])[1:], cwd=copied)
     assert done.code == 0, done.err
     assert json.loads((copied / "run" / "result.json").read_text())["epochs"] == 6
+
+
+@pytest.mark.parametrize("name", ["fixed", "hard"])
+def test_what_a_subclass_hands_to_its_base_class_holds(lib, tmp_path, name) -> None:
+    own = [each for each in TINY if not each.startswith("data.")]
+    finished(lib, tmp_path, *own, f"data={name}", "trainer.stop_at_step=3")
+    done = lib.train("resume=run", "trust=mine", cwd=tmp_path)
+    assert done.code == 0, done.err
+    state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
+    assert (state["train"]["step"], state["train"]["steps_per_epoch"]) == (12, 64 // 16)
+    assert len(state["inference"]["mean"]) == 1
+    assert lib.type(evaluate, "run", "--trust", "mine", cwd=tmp_path).code == 0
+
+
+def test_configs_of_the_users_may_leave_keys_out(lib, tmp_path) -> None:
+    finished(lib, tmp_path, *SMALL, "trainer=loud")
+    bare = ("--config-dir", str(lib.folder / "conf"), *SMALL, "trainer.epochs=1")
+    done = lib.train(*bare, "data=bare", cwd=tmp_path)
+    assert "data.batch_size: missing" in one_line(done, 2, "vit-train")
 
 
 def test_predictions_pictures_and_files(lib, copied) -> None:

@@ -129,6 +129,11 @@ def _completed(stored: dict[str, Any]) -> dict[str, Any]:
     return {**stored, **_START, **stored}
 
 
+def completed(nodes: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """One node with its defaults; those of the trainer are read here, whoever's class it is."""
+    return with_defaults(nodes[group], inherited=group == "trainer")
+
+
 def _adopt(cfg: DictConfig, stored: Mapping[str, Any], overrides: list[str]) -> None:
     """What was left to the data, to `auto` or to pretrained weights is as in the run that is continued."""
     known = flat(stored)
@@ -206,7 +211,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         stored, notes = read_config(run_dir)
         stored = _completed(stored)
         allow = allowed(stored, trust, run_dir)
-        stored |= {group: with_defaults(stored[group]) for group in _WITH_DEFAULTS}
+        stored |= {group: completed(stored, group) for group in _WITH_DEFAULTS}
         force = cfg.resume == "force"
         cfg = _with_overrides(stored, launch.overrides)
         if is_typed("objective.class_weights", launch.overrides):  # what is stored names no file to read
@@ -229,7 +234,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
     cfg.augment = {"repeats": 1, **cfg.augment}  # which a config of the user's own may leave out
     check_free(run_dir)
     for group in _WITH_DEFAULTS:  # what a user's own config leaves out
-        defaults = with_defaults(plain(cfg)[group])
+        defaults = completed(plain(cfg), group)
         cfg[group] = {**defaults, **cfg[group]}
         if stored and stored[group].get("_target_") == defaults["_target_"]:  # by an older version
             stored[group] = {**defaults, **stored[group]}
@@ -314,7 +319,8 @@ def _build(
         cfg.data.root = str(expanded(cfg.data.root).absolute())
     for key in ("num_classes", "img_size", "in_channels"):
         OmegaConf.update(cfg, f"data.{key}", getattr(data, key), force_add=True)
-    cfg.data.mean, cfg.data.std = list(data.mean), list(data.std)
+    for key in {"mean", "std"} & cfg.data.keys():  # a module of the user's may have constants
+        cfg.data[key] = list(getattr(data, key))
     if cfg.data.get("value_range", 0) is None and data.value_range is not None:
         cfg.data.value_range = list(data.value_range)
     with as_config_error("trainer.precision"):

@@ -229,7 +229,8 @@ def as_pretrained(cfg: DictConfig, weights: Pretrained, overrides: list[str]) ->
             cfg.model.mask_padding = weights.mask_padding
             notes.append(f"{was}, as the weights were trained")
     known = [len(values) for values in (weights.mean, weights.std) if values is not None]
-    if cfg.data.mean is None and cfg.data.std is None and known == [cfg.data.in_channels] * 2:
+    left_open = [key for key in ("mean", "std") if cfg.data.get(key, ()) is None]
+    if left_open == ["mean", "std"] and known == [cfg.data.get("in_channels")] * 2:
         cfg.data.mean, cfg.data.std = list(weights.mean or ()), list(weights.std or ())
         notes.append("data.mean and data.std are those the weights were trained with")
     return notes
@@ -270,7 +271,9 @@ def check_numbers(cfg: DictConfig) -> None:
             "objective.teacher: missing; type objective.teacher=RUN (a run or checkpoint), torchvision:NAME "
             "or timm:NAME"
         )
-    batch, pieces = cfg.data.batch_size, cfg.trainer.grad_accum_steps
+    batch, pieces = cfg.data.get("batch_size"), cfg.trainer.grad_accum_steps
+    if not isinstance(batch, int):
+        raise ConfigError("data.batch_size: missing; name it in your own data config, or type it")
     if batch % pieces:
         raise ConfigError(
             f"data.batch_size={batch} is not divisible by trainer.grad_accum_steps={pieces}; "

@@ -233,9 +233,15 @@ def foreign_code(node: Any, allow: tuple[str, ...], key: str = "") -> list[tuple
     ]
 
 
-def with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The node with the constructor's own defaults for the keys it leaves out."""
-    known = parameters(locate(node[TARGET])).values()
+def with_defaults(node: Mapping[str, Any], *, inherited: bool = False) -> dict[str, Any]:
+    """The node with the constructor's own defaults for the keys it leaves out.
+
+    Of a class of the user's these are the ones it names: it may hand others to its base class, whose own
+    defaults count only where they are to be `inherited`.
+    """
+    target = locate(node[TARGET])
+    ours = _inside(getattr(target, "__module__", None), ("vit_train",))
+    known = parameters(target, inherited=ours or inherited).values()
     defaults = {
         p.name: list(p.default) if isinstance(p.default, tuple) else p.default
         for p in known
@@ -376,10 +382,10 @@ def _is_protocol(hint: Any) -> bool:
     return inspect.isclass(hint) and getattr(hint, "_is_protocol", False)
 
 
-def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def parameters(target: Callable[..., Any], *, inherited: bool = True) -> dict[str, inspect.Parameter]:
     """The arguments of a class or function, with annotations resolved: one that cannot be counts as Any.
 
-    The `**options` of a constructor are what else its base class takes.
+    The `**options` of a constructor are what else its base class takes, unless `inherited` is false.
     """
     found: dict[str, inspect.Parameter] = {}
     classes = target.__mro__[:-1] if inspect.isclass(target) else ()
@@ -394,7 +400,7 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         rest = [name for name, p in known.items() if p.kind is p.VAR_KEYWORD]
         found = {n: p for n, p in found.items() if p.kind is not p.VAR_KEYWORD}
         found = {**found, **{name: p for name, p in known.items() if name not in found}}
-        if not rest:
+        if not (rest and inherited):
             break
     return found
 

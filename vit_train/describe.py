@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vit_train.build import make_part, outline, resolve_auto
+from vit_train.build import completed, make_part, outline, resolve_auto
 from vit_train.composed import Launch, check_config, check_launch, check_numbers, plain, read_class_weights
 from vit_train.construct import as_config_error, locate, with_defaults
 from vit_train.errors import ConfigError
@@ -60,7 +60,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
     read_class_weights(cfg)
     check_config(cfg)
     for group in ("data", "trainer", "optimizer"):
-        cfg[group] = {**with_defaults(plain(cfg)[group]), **cfg[group]}
+        cfg[group] = {**completed(plain(cfg), group), **cfg[group]}
     check_numbers(cfg)
     notes = _assume(cfg)
     if cfg.init_from is not None:
