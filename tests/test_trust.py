@@ -17,6 +17,7 @@ import torch
 import yaml
 from conftest import (
     TINY,
+    Done,
     change_states,
     checkpoint_hashes,
     command,
@@ -406,6 +407,18 @@ def test_what_is_not_the_users_is_not_offered(lib, copied, target) -> None:
         one_line(lib.train("resume=run", "trust=mine", cwd=copied), 4, "vit-train"),
     ):
         assert line.endswith(f"(data._target_: {target})\n")
+
+
+@pytest.mark.parametrize("target", ["torch.load", "yaml.unsafe_load", "joblib.load"])
+def test_what_this_program_itself_uses_is_not_offered(vit_train, pixels, tmp_path, target) -> None:
+    home = Path(shutil.copytree(pixels, tmp_path / "home", symlinks=True))
+    path = home / "run" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    hostile = {group: {"_target_": target} for group in GROUPS}  # nothing of ours is imported on the way
+    path.write_text(yaml.safe_dump({**config, **hostile}))
+    done = vit_train("resume=run", cwd=home, check=False)
+    line = one_line(Done(done.returncode, done.stdout, done.stderr), 4, "vit-train")
+    assert line.endswith(f"trainer._target_: {target})\n")
 
 
 def test_a_full_command_builds_nothing_that_is_stored(lib, tmp_path) -> None:

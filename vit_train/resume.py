@@ -182,7 +182,7 @@ def as_typed(packages: Sequence[str], *, hydra: bool = False) -> str:
 
 
 def allowed(nodes: Mapping[str, Any], trust: Packages, run_dir: Path | None = None) -> dict[str, Packages]:
-    """The code each group of stored `nodes` may name; `run_dir` is that of `resume=`. Imports nothing else.
+    """The code each group of stored `nodes` may name; `run_dir` is that of `resume=`. Imports no other.
 
     Raises:
         CheckpointError: a node names other code.
@@ -191,7 +191,10 @@ def allowed(nodes: Mapping[str, Any], trust: Packages, run_dir: Path | None = No
     if foreign := _foreign(nodes, allow):
         named = "; ".join(f"{key}: {path}" for key, path in foreign)
         new = sorted({path.partition(".")[0] for _, path in foreign})
-        never = {*sys.stdlib_module_names, "vit_train", *trust}  # an attacker's choice, or of no use
+        # What this program itself uses, loaded here, is an attacker's choice (torch.load), or of no use
+        for module in ("sklearn.datasets", *(each for code in STORED_CODE.values() for each in code)):
+            importlib.import_module(module)
+        never = {*sys.stdlib_module_names, *(name.partition(".")[0] for name in sys.modules)}
         sensible = all(package.isidentifier() and package not in never for package in new)
         where, option = ("the checkpoint", False) if run_dir is None else (run_dir / CONFIG, True)
         raise CheckpointError(
