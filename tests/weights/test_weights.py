@@ -448,6 +448,14 @@ def test_hostile_tensors_are_refused(kind, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_safetensors_with_numbers_of_eight_bits_are_refused(tmp_path):
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        state = {**timm_vit().state_dict(), "head.bias": torch.ones(10).to(dtype)}
+        save_file(state, tmp_path / "w.safetensors")
+        with pytest.raises(CheckpointError, match=r"head\.bias is not a plain tensor of real numbers"):
+            load_pretrained(vit(), str(tmp_path / "w.safetensors"))
+
+
 @pytest.mark.parametrize("wrong", [torch.ones(1, 1, 32), torch.ones(10, dtype=torch.int64)])
 def test_tensors_of_the_wrong_kind_do_not_fit(wrong, tmp_path):
     name = "pos_embed" if wrong.ndim == 3 else "head.bias"

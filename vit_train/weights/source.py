@@ -296,13 +296,13 @@ def check_tensors(source: str, tensors: Mapping[str, Tensor]) -> None:
     """That they are plain numbers, as many as the file holds.
 
     Raises:
-        CheckpointError: one is sparse, quantized, complex, somewhere else or not finite, or is a few numbers
-            that claim to be many (an expanded view: working with it could fill the memory).
+        CheckpointError: one is sparse, quantized, float8, complex, elsewhere or not finite, or is a few
+            numbers that claim to be many (an expanded view: working with it could fill the memory).
     """
     for name, tensor in tensors.items():
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-        if not plain or tensor.is_complex():
-            raise CheckpointError(f"init_from={source}: {name} is no plain tensor of real numbers")
+        if not plain or tensor.is_complex() or (tensor.is_floating_point() and tensor.itemsize == 1):
+            raise CheckpointError(f"init_from={source}: {name} is not a plain tensor of real numbers")
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise CheckpointError(f"init_from={source}: {name} claims more numbers than the file holds")
         if not bool(torch.isfinite(tensor).all()):
