@@ -166,6 +166,22 @@ def test_full_error_shows_a_traceback_and_still_the_line(typed, argument, code):
     assert_one_line(done.err.splitlines(keepends=True)[-1], [])
 
 
+def test_a_mistake_in_what_is_only_shown(refused):
+    line = refused("--cfg", "job", "trainer.epoch=3", words=["did you mean 'trainer.epochs'?"])
+    assert "--cfg" not in line
+    refused("trainr.epochs=3", "-cjob", words=["trainr.epochs", "did you mean 'trainer'?"])
+
+
+@pytest.mark.parametrize("flag", [["--resume", "X"], ["--resume=X"], ["seed=1", "--resume", "X"]])
+def test_a_key_that_is_typed_as_a_flag(refused, flag):
+    refused(*flag, words=["there is no such flag; a value is typed as resume=X"])
+
+
+def test_a_flag_without_its_value(refused):
+    refused("--cfg", words=["--cfg", "expected one argument"])
+    refused("-m", "--cfg", "job", words=["Only one of --run, --multirun, --cfg"])
+
+
 # ---------------------------------------------------------------------------------------------------- the data
 def test_a_data_root_that_is_none(refused, in_tmp):
     (in_tmp / "empty").mkdir()

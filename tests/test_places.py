@@ -109,9 +109,22 @@ def test_what_keeps_its_meaning(monkeypatch):
     assert read("name=[a,b]") == ("name", ["a", "b"]), "only places are plain text"
     for flag in ("-m", "--multirun"):
         given = [flag, "data.root=a,b", "run_dir=~/x"]
-        assert for_hydra(given) == [flag, "++data.root=a,b", "++run_dir=/home/me/x"]
-    given = ["--cfg", "job", "trainer.epoch=3", "~trainer", "model=vit_tiny", "+x=1", "hydra.verbose=true"]
+        assert for_hydra(given) == ["++data.root=a,b", "++run_dir=/home/me/x", flag]
+    given = ["trainer.epoch=3", "~trainer", "model=vit_tiny", "+x=1", "hydra.verbose=true", "--cfg", "job"]
     assert for_hydra(given) == given
+    assert for_hydra(given[-2:] + given[:-2]) == given
+
+
+@pytest.mark.parametrize("flag", ["--cfg=job", "-cjob", "--inf", "-i", "--hel", "-sc"])
+def test_what_is_only_shown_is_not_added_however_the_flag_is_written(flag):
+    assert for_hydra(["trainer.epoch=3", flag]) == ["trainer.epoch=3", flag]
+
+
+def test_the_flags_keep_their_values_and_may_stand_anywhere():
+    assert for_hydra(["--multi", "data.root=a,b"]) == ["++data.root=a,b", "--multi"]
+    flags = ["--config-dir", "my=cfg", "-cd=a&b=c"]
+    read_as = for_hydra([*flags[:2], "seed=1", flags[2], "run_dir=a&b"])
+    assert read_as == ["++seed=1", "++run_dir='a&b'", *flags]
 
 
 @pytest.mark.parametrize(

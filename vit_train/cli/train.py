@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vit_train import durable, places
 from vit_train.build import Run, build_run
@@ -61,12 +62,12 @@ def main() -> None:
             return None
 
     arguments = sys.argv[1:]
-    sys.argv[1:] = for_hydra(arguments)
     try:
+        sys.argv[1:] = for_hydra(arguments)
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (HydraException, TypeError, ValueError) as error:  # the latter for a group choice like model=3
+    except (HydraException, ConfigError, TypeError, ValueError) as error:  # the latter: model=3
         if composed and not isinstance(error, HydraException):
             raise
         if wants_traceback:
@@ -317,13 +318,16 @@ def explain(error: BaseException) -> str:
         group = group or "config"
         guess = suggest(choice, choices) or _suggest_family(choice, choices)
         return f"{group}={choice}: no such {group}{guess} (choices: {', '.join(choices)})"
-    if isinstance(error, TypeError | ValueError):
-        typed = " ".join(a for a in sys.argv[1:] if is_group(a.partition("=")[0]))
+    typed = " ".join(a for a in sys.argv[1:] if is_group(a.partition("=")[0]))
+    if typed and isinstance(error, TypeError | ValueError):
         return f"{typed}: a config is chosen by its name, such as model=vit_tiny"
     text = " ".join(" ".join(str(e) for e in _chain(error)).split())
     match = re.search(r"Could not override '([^']+)'", text)
     if match and "must be" not in text:
-        return f"{match.group(1)}: there is no such key (`vit-train --cfg job` shows all)"
+        at: Any = next((e for e in _chain(error) if isinstance(e, OmegaConfBaseException)), None)
+        node = str(at and at.full_key).rpartition(".")[0]
+        keys = map(str, at.parent_node) if at and isinstance(at.parent_node, DictConfig) else ()
+        return f"{match[1]}: there is no such key{suggest(str(at and at.key), keys, inside=node)}"
     if isinstance(error, OverrideParseException):
         typed = getattr(error, "override", None) or "an argument"
         hint = "a value with spaces or = in quotes"

@@ -10,28 +10,43 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
 
 from vit_train.composed import config_dir
+from vit_train.errors import ConfigError
 from vit_train.places import is_text, quoted
 
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
-# Flags with which Hydra shows a configuration instead of running it: nobody would check it
-_SHOWN = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--shell-completion", "-sc")
-_SWEEP = ("--multirun", "-m")
 
 
 def for_hydra(arguments: Sequence[str]) -> list[str]:
-    """The arguments of `vit-train` as Hydra reads them.
+    """The arguments of `vit-train` as Hydra reads them: `key=value` first, and its own flags behind.
 
     Args:
         arguments: as the shell passed them. In a sweep a comma separates values, and a place is none but text
-            without one.
+            without one. Where Hydra shows a configuration instead of running it, nobody checks it.
+
+    Raises:
+        ConfigError: a flag is unknown, or its value is.
     """
-    flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
-    return [
-        _override(argument, raw=flags.isdisjoint(_SWEEP), checked=flags.isdisjoint(_SHOWN))
-        for argument in arguments
-    ]
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    flags, unknown = parser.parse_known_args(arguments)
+    for argument in unknown:
+        if argument.startswith("-"):
+            name, _, value = argument.lstrip("-").partition("=")
+            value = value or next(iter(arguments[arguments.index(argument) + 1 :]), "...")
+            raise ConfigError(f"{argument}: there is no such flag; a value is typed as {name}={value}")
+    shown = flags.cfg or flags.info or flags.help or flags.hydra_help or flags.shell_completion
+    typed = [*flags.overrides, *unknown]
+    overrides = [_override(argument, raw=not flags.multirun, checked=not shown) for argument in typed]
+    return [*overrides, *(argument for argument in arguments if argument not in typed)]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(message)
 
 
 def _override(argument: str, *, raw: bool, checked: bool) -> str:
