@@ -135,6 +135,22 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(in_tmp) -> None:
     assert json.loads(figures.read_text())["epochs"] == 7
 
 
+def test_where_a_run_stopped_early_is_not_where_a_rollback_goes_once_it_has_more_patience(in_tmp) -> None:
+    settings = (*TINY, "optimizer.lr=1e-12", "trainer.epochs=7", "trainer.on_nonfinite=rollback")
+    patient = ("trainer.early_stop_patience=3", "trainer.stop_at_step=12")
+    for arguments in (
+        (*settings, "trainer.save_every_epochs=5", "trainer.early_stop_patience=1", "run_dir=run"),
+        ("resume=run", *patient),
+        (*settings, "trainer.save_every_epochs=5", *patient, "run_dir=straight"),
+    ):
+        done = vit_train_here(*arguments, cwd=in_tmp)
+        assert done.code == 0, done.err
+    last = (in_tmp / name / "checkpoints/last/state.json" for name in ("run", "straight"))
+    continued, straight = ({**json.loads(path.read_text())["train"], "seconds": 0} for path in last)
+    assert continued == straight
+    assert (straight["step"], straight["anchor"]) == (12, 5), "the first epoch is the best, and was due"
+
+
 def test_growth_that_is_interrupted_at_once_is_not_forgotten(in_tmp) -> None:
     listening = ("trainer.early_stop_patience=1", "optimizer.lr=1e-30", "trainer.epochs=6")
     assert vit_train_here(*TINY, *listening, "run_dir=run", cwd=in_tmp).code == 0

@@ -62,8 +62,9 @@ class TrainState:
     scaled_in_a_row: int = 0  # updates that loss scaling left out
     nonfinite_in_a_row: int = 0  # steps left out by trainer.on_nonfinite=skip
     rollbacks: int = 0  # by trainer.on_nonfinite=rollback
-    # Step of the last save that was due, which a rollback goes to. A save that a signal or a limit asked for
-    # does not count: the interrupted run would go back to another step than the uninterrupted one.
+    # Step of the last save that was due, which a rollback goes to. A save that a signal, a limit or
+    # early stopping asked for does not count: the interrupted run would go back to another step than the
+    # uninterrupted one.
     anchor: int | None = None
     seconds: float = 0.0  # wall time of training and evaluation, interruptions not counted
     last: dict[str, float] = field(default_factory=dict)  # metrics of the newest closed epoch

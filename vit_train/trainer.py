@@ -254,11 +254,10 @@ class Trainer:
         state.last, state.sums, state.closed_epochs = metrics, self._no_sums(), epoch + 1
         self.sums = wide(self.strategy.device, state.sums)
         self.judge_patience()
-        ending = last_epoch or state.stopped_early
-        stop = None if ending else self.guard.asked(self.state.step)
+        stop = None if self.is_done() else self.guard.asked(self.state.step)
         self.tracker.after_epoch(state.step, epoch, metrics)
-        due = ending or is_best or (epoch + 1) % self.save_every_epochs == 0
-        if due or stop:
+        due = last_epoch or is_best or (epoch + 1) % self.save_every_epochs == 0
+        if due or stop or state.stopped_early:  # with more patience this would be an epoch like any other
             self.save(best=is_best or not self.parts.data.sizes["val"], due=due)
         return stop
 
