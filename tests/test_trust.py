@@ -437,7 +437,7 @@ def test_a_full_command_builds_nothing_that_is_stored(lib, tmp_path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the rest
-@pytest.mark.parametrize("package", ["not_there", "mine.broken", "quits", "", ".mine", "os.path.nothing"])
+@pytest.mark.parametrize("package", ["not_there", "mine.broken", "quits", ".mine", "os.path.nothing"])
 def test_a_package_that_cannot_be_imported_is_one_line(lib, scaled, package) -> None:
     for done, program, option in (
         (lib.type(evaluate, "run", "--trust", package, cwd=scaled[0]), "vit-eval", "--trust "),
@@ -445,6 +445,21 @@ def test_a_package_that_cannot_be_imported_is_one_line(lib, scaled, package) -> 
     ):
         line = one_line(done, 2, program)
         assert f"{option}{package}".strip() + " cannot be imported" in line
+
+
+@pytest.mark.parametrize("nothing", ["trust=", "trust=null", "trust=[]"])
+def test_to_trust_nothing_is_not_to_trust(lib, scaled, nothing) -> None:
+    line = one_line(lib.train("resume=run", nothing, cwd=scaled[0]), 4, "vit-train")
+    assert line.endswith("; type trust=mine if the code is yours\n")
+    line = one_line(lib.type(evaluate, "run", "--trust", "", cwd=scaled[0]), 2, "vit-eval")
+    assert "--trust cannot be imported" in line
+
+
+def test_mistakes_in_the_configuration_are_said_before_those_in_trust(lib, tmp_path) -> None:
+    done = lib.train("trainer.epoch=1", "trust=not_there", cwd=tmp_path)
+    assert "did you mean 'trainer.epochs'?" in one_line(done, 2, "vit-train")
+    done = lib.train("trust=not_there", cwd=tmp_path)
+    assert "trust=not_there cannot be imported" in one_line(done, 2, "vit-train")
 
 
 def test_a_broken_module_of_a_trusted_package_is_one_line(lib, copied) -> None:

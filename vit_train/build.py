@@ -203,10 +203,10 @@ def _blaming(resume: str) -> Iterator[None]:
 
 def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run | Path:
     allow = named = None
-    trust = trusted(cfg.trust, hydra=True)
     notes: list[str] = []
     stored: dict[str, Any] = {}
     if cfg.resume is not None:
+        trust = trusted(cfg.trust, hydra=True)
         run_dir, named = find_run(str(cfg.resume), None if cfg.run_dir is None else str(cfg.run_dir))
         stored, notes = read_config(run_dir)
         stored = _completed(stored)
@@ -221,6 +221,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         force = False
         read_class_weights(cfg)
         check_config(cfg)
+        trusted(cfg.trust, hydra=True)
         if cfg.name is None:
             cfg.name = default_name(launch.choices)
         typed = None if cfg.run_dir is None else str(cfg.run_dir)

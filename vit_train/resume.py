@@ -155,13 +155,13 @@ STORED_CODE: Mapping[str, Packages] = {
 
 
 def trusted(typed: Any, *, hydra: bool = False) -> Packages:
-    """The packages that were typed, one or a sequence of them, imported.
+    """The packages that were typed (none, one or a sequence of them), imported.
 
     Raises:
         ConfigError: one cannot be imported.
     """
     several = isinstance(typed, Sequence) and not isinstance(typed, str)
-    packages = tuple(map(str, typed if several else [typed]))
+    packages = tuple(map(str, typed if several else [typed] if typed else ()))
     for package in packages:
         try:
             importlib.import_module(package)
