@@ -340,6 +340,20 @@ def test_a_model_that_is_no_vit(lib, pixels, tmp_path) -> None:
     assert done.code == 0, done.err
 
 
+def test_a_model_of_the_users_teaches_where_it_is_trusted(lib, pixels, tmp_path) -> None:
+    home = Path(shutil.copytree(pixels, tmp_path / "home", symlinks=True))
+    typed = (*TINY, "objective=distill", "objective.teacher=run", "run_dir=student")
+    assert "(model._target_: mine.Pixels); type trust=mine if" in one_line(
+        lib.train(*typed, cwd=home), 4, "vit-train"
+    )
+    assert not (home / "student").exists()
+    done = lib.train(*typed, "trust=mine", "trainer.stop_at_step=7", cwd=home)
+    assert done.code == 0, done.err
+    assert "type trust=mine" in one_line(lib.train("resume=student", cwd=home), 4, "vit-train")
+    done = lib.train("resume=student", "trust=mine", cwd=home)
+    assert done.code == 0, done.err
+
+
 def test_weights_are_taken_from_a_run_without_trust(lib, scaled, tmp_path) -> None:
     before = lib.imported()
     shape = [each for each in TINY if not each.startswith("trainer.epochs")]

@@ -221,7 +221,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         force = False
         read_class_weights(cfg)
         check_config(cfg)
-        trusted(cfg.trust, hydra=True)
+        trust = trusted(cfg.trust, hydra=True)
         if cfg.name is None:
             cfg.name = default_name(launch.choices)
         typed = None if cfg.run_dir is None else str(cfg.run_dir)

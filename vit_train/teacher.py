@@ -132,8 +132,11 @@ def read_teacher(
 
 
 def _from_run(path: Path, device: torch.device, trust: Packages) -> Found:
-    stored, _ = checkpoint.load_run(path, partial(fits, trust=trust))
-    known = from_checkpoint(stored, device=device, trust=trust)
+    try:
+        stored, _ = checkpoint.load_run(path, partial(fits, trust=trust))
+        known = from_checkpoint(stored, device=device, trust=trust)
+    except CheckpointError as error:
+        raise CheckpointError(f"{_KEY}: {str(error).replace(' --trust ', ' trust=')}") from error
     return Found(
         known.model,
         str(known.path.absolute()),
