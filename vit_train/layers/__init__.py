@@ -2,6 +2,7 @@
 
 from .attention import Attention, attend
 from .block import Block
+from .conv_group import ConvGroup
 from .drop_path import DropPath, drop_path_schedule
 from .init import init_linear, init_projection
 from .mlp import Mlp
@@ -11,6 +12,7 @@ from .window import WindowAttention
 __all__ = [
     "Attention",
     "Block",
+    "ConvGroup",
     "ConvStem",
     "DropPath",
     "GridEmbed",

@@ -2,7 +2,8 @@
 
 from .deit import DeiT
 from .hybrid import HybridEmbed
+from .resnet import ResNet
 from .swin import Swin
 from .vit import ViT
 
-__all__ = ["DeiT", "HybridEmbed", "Swin", "ViT"]
+__all__ = ["DeiT", "HybridEmbed", "ResNet", "Swin", "ViT"]

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from vit_train.layers import Block
+from vit_train.layers import Block, ConvGroup
 from vit_train.layers.window import forget_window_tables
 from vit_train.precision import Precision, autocast
 from vit_train.report.summary import count, key_value_table
@@ -222,11 +222,11 @@ def _optimizer_bytes(optimizer: Optimizer, parameters: list[nn.Parameter]) -> in
 
 
 def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules that make a row, in order: blocks, and whatever holds none."""
+    """The modules that make a row, in order: blocks, groups, and whatever holds none."""
     for name, module in model.named_children():
         full = f"{prefix}{name}"
-        inside = not isinstance(module, Block) and any(isinstance(m, Block) for m in module.modules())
-        if inside:
+        whole = Block | ConvGroup
+        if not isinstance(module, whole) and any(isinstance(m, whole) for m in module.modules()):
             yield from _parts(module, f"{full}.")
         else:
             yield full, module
