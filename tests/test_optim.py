@@ -57,6 +57,24 @@ def test_frozen_parameters_belong_to_no_group() -> None:
     assert len(decay_groups(model, 0.1, lr=1.0)) == 1
 
 
+def test_biases_of_batch_norms_learn_at_a_rate_of_their_own() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.LayerNorm(4), nn.Linear(4, 2))
+    groups = sgd(model, lr=0.5, weight_decay=0.1, norm_bias_factor=64.0).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found == {
+        "0.weight": (0.5, 0.1),
+        "0.bias": (0.5, 0.0),
+        "1.weight": (0.5, 0.0),
+        "1.bias": (32.0, 0.0),
+        "2.weight": (0.5, 0.0),
+        "2.bias": (0.5, 0.0),
+        "3.weight": (0.5, 0.1),
+        "3.bias": (0.5, 0.0),
+    }
+    assert groups[0]["lr"] == 0.5, "the rate of the first group is the one that is logged"
+
+
 def test_cosine_warms_up_peaks_and_ends_at_its_final_factor() -> None:
     schedule = Cosine(10, 100, warmup_epochs=1, final_factor=0.01)
     values = [schedule(step) for step in range(100)]

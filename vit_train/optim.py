@@ -37,7 +37,12 @@ class HasNoWeightDecay(Protocol):
 
 
 def decay_groups(
-    model: nn.Module, weight_decay: float, *, lr: float, layer_decay: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    lr: float,
+    layer_decay: float = 1.0,
+    norm_bias_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Parameter groups: matrices decay; vectors (norms, biases) and what the model names do not.
 
@@ -49,6 +54,7 @@ def decay_groups(
         weight_decay: of the groups that decay.
         lr: of the head.
         layer_decay: factor from one layer to the one below it; 1 is the same rate for all.
+        norm_bias_factor: of the rate of the biases of batch norms, which are then groups of their own.
 
     Raises:
         ValueError: the model has no blocks to count.
@@ -56,19 +62,27 @@ def decay_groups(
     exempt = model.no_weight_decay() if isinstance(model, HasNoWeightDecay) else set()
     layers = dict.fromkeys(dict(model.named_parameters()), 0) if layer_decay == 1 else layer_ids(model)
     top = max(layers.values())
-    groups: dict[tuple[int, bool], dict[str, Any]] = {
-        (layer, decays): {
+    groups: dict[tuple[int, bool, float], dict[str, Any]] = {
+        (layer, decays, factor): {
             "params": [],
-            "lr": lr * layer_decay ** (top - layer),
+            "lr": lr * layer_decay ** (top - layer) * factor,
             "weight_decay": weight_decay if decays else 0.0,
         }
         for layer in range(top, -1, -1)  # the head first: its rate is the one that is logged
-        for decays in (True, False)
+        for decays, factor in ((True, 1.0), (False, 1.0), (False, norm_bias_factor))
     }
+    norm_biases = _norm_biases(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[layers[name], parameter.ndim > 1 and name not in exempt]["params"].append(parameter)
+            decays = parameter.ndim > 1 and name not in exempt
+            factor = norm_bias_factor if name in norm_biases else 1.0
+            groups[layers[name], decays, factor]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
+
+
+def _norm_biases(model: nn.Module) -> set[str]:
+    norms = (n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return {f"{name}.bias" for name in norms}
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:
@@ -212,10 +226,11 @@ def sgd(
     momentum: Fraction = 0.9,
     nesterov: bool = False,
     layer_decay: Share = 1.0,
+    norm_bias_factor: PositiveFloat = 1.0,
 ) -> Optimizer:
     """SGD with momentum and decay groups (`decay_groups`)."""
     return SGD(
-        decay_groups(model, weight_decay, lr=lr, layer_decay=layer_decay),
+        decay_groups(model, weight_decay, lr=lr, layer_decay=layer_decay, norm_bias_factor=norm_bias_factor),
         lr=lr,
         momentum=momentum,
         nesterov=nesterov,

@@ -26,7 +26,8 @@ def summary(run: Run) -> Table:
     trained = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
     frozen = f" ({trained / 1e6:.2f}M trained, the others frozen)" if trained < parameters else ""
     rates = sorted({group.get("base_lr", group["lr"]) for group in trainer.optimizer.param_groups})
-    falling = f", falling from layer to layer to {rates[0]:.1g}" if len(rates) > 1 else ""
+    falls = config["optimizer"].get("layer_decay", 1) < 1
+    falling = f", falling from layer to layer to {rates[0]:.1g}" if falls else ""
     batch, pieces = min(config["data"]["batch_size"], data.sizes["train"]), settings["grad_accum_steps"]
     split = f" = {pieces} micro-batches of {batch // pieces}" if pieces > 1 else ""
     optimizer = config["optimizer"]
