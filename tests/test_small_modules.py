@@ -58,14 +58,50 @@ def test_many_updates_are_the_recursion() -> None:
     assert average.module.weight[0, 0].item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_buffers_are_copied_not_averaged() -> None:
-    model = nn.BatchNorm1d(3)
-    average = Ema(model, decay=0.9)
-    model(torch.randn(8, 3) + 5)
-    assert not torch.equal(average.module.running_mean, model.running_mean)
-    average.update(model, 1000)
+def test_running_statistics_are_averaged_and_other_buffers_copied() -> None:
+    model = nn.BatchNorm1d(1, momentum=1.0)  # the statistics are then those of the last batch
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    average = Ema(model, decay=0.75)
+    for middle, half in ((4.0, 1.0), (8.0, 3.0)):
+        model(torch.tensor([[middle - half], [middle + half]]))  # variance 2 half**2
+        model.mask[0] += 1
+        average.update(model, 1000)
+    assert average.module.running_mean.item() == (0.75 * 0 + 0.25 * 4) * 0.75 + 0.25 * 8
+    assert average.module.running_var.item() == (0.75 * 1 + 0.25 * 2) * 0.75 + 0.25 * 18
+    assert average.module.num_batches_tracked.item() == 2
+    assert average.module.mask.tolist() == [2.0, -torch.inf]
+
+
+def test_statistics_that_stay_are_equal_to_the_last_bit() -> None:
+    """A frozen batch norm's, whatever the decay."""
+    model = nn.BatchNorm1d(1000)
+    model.running_mean.normal_()
+    model.running_var.exponential_()
+    average = Ema(model.eval(), decay=0.999)
+    for step in range(200):
+        average.update(model, step)
     assert torch.equal(average.module.running_mean, model.running_mean)
-    assert average.module.num_batches_tracked.item() == 1
+    assert torch.equal(average.module.running_var, model.running_var)
+
+
+def test_an_average_over_many_steps_needs_averaged_statistics() -> None:
+    """Against statistics recomputed over all the data: nearer than those of the raw weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+    inputs, targets = torch.randn(512, 16), torch.randint(4, (512,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    average = Ema(model, decay=0.98)
+    for step in range(400):
+        chosen = torch.randint(512, (64,))
+        nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(model, step)
+    with torch.no_grad():
+        hidden = average.module[0](inputs)
+    for name, truth in (("running_mean", hidden.mean(0)), ("running_var", hidden.var(0))):
+        ours, raw = getattr(average.module[1], name), getattr(model[1], name)
+        assert (ours - truth).norm() < 0.7 * (raw - truth).norm(), name
 
 
 def test_the_average_is_a_copy_in_evaluation_mode_without_gradients() -> None:

