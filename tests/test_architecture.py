@@ -134,7 +134,7 @@ def test_lower_rooms_do_not_know_what_stands_on_them(room):
 
 
 def test_only_the_top_knows_hydra():
-    names = ("build.py", "composed.py", "describe.py", "taught.py", "cli/train.py")
+    names = ("build.py", "composed.py", "describe.py", "taught.py", "cli/train.py", "cli/typed.py")
     top = [PACKAGE / name for name in names]
     others = [path for path in MODULES if path not in top]
     assert violations(others, lambda name: not inside(name, "hydra", "omegaconf")) == []

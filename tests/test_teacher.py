@@ -10,21 +10,21 @@ from conftest import TINY, load_trained, vit_train_here, with_trained_head
 from torch import Tensor, nn
 
 from vit_train.errors import CheckpointError, ConfigError, DataError
-from vit_train.teacher import Found, Student, Teacher, match_classes, read_teacher
+from vit_train.teacher import Found, Teacher, match_classes, read_teacher
 
 CPU = torch.device("cpu")
 NAMES = [f"class {k}" for k in range(5)]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
-def no_model(name: str, classes: int, masks: bool | None) -> nn.Module:
-    raise AssertionError((name, classes, masks))
-
-
-def student(
-    *, num_classes: int = 5, img_size: int = 37, in_channels: int = 3, make_model=no_model
-) -> Student:
-    return Student(num_classes, img_size, in_channels, CPU, make_model)
+def read(
+    source: object, *, make_model=None, download: bool = True, model: str | None = None, **sizes: int
+) -> Found:
+    """For a student of 5 classes and colour images of 37 pixels, unless said."""
+    told = {"num_classes": 5, "img_size": 37, "in_channels": 3, **sizes}
+    return read_teacher(
+        str(source), sizes=told, make_model=make_model, device=CPU, model=model, download=download
+    )
 
 
 def fitted(found: Found, *, names=NAMES, mean=MEAN, std=STD, precision="fp32") -> Teacher:
@@ -70,7 +70,7 @@ def test_weights_of_a_library_answer_as_in_the_library(tmp_path, make, name, nor
         from safetensors.torch import save_model
 
         save_model(theirs, str(file))
-    teacher = fitted(read_teacher(str(file), student(), model=name))
+    teacher = fitted(read(file, model=name))
     images = pixels()
     with torch.no_grad():
         expected = theirs(normalised(images, *norm))
@@ -82,7 +82,7 @@ def test_weights_of_a_library_answer_as_in_the_library(tmp_path, make, name, nor
 def test_a_model_of_one_size_sees_images_of_that_size(tmp_path) -> None:
     theirs = timms("vit_tiny_patch16_224")
     torch.save(theirs.state_dict(), tmp_path / "vit.pth")
-    teacher = fitted(read_teacher(str(tmp_path / "vit.pth"), student(), model="timm:vit_tiny_patch16_224"))
+    teacher = fitted(read(tmp_path / "vit.pth", model="timm:vit_tiny_patch16_224"))
     images = normalised(pixels(), MEAN, STD)
     shown = []
     teacher.model.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
@@ -98,14 +98,11 @@ def test_a_model_of_one_size_sees_images_of_that_size(tmp_path) -> None:
 
 
 def test_a_file_of_weights_in_one_of_our_models(tmp_path) -> None:
-    from vit_train.models import Swin, ViT  # noqa: F401
     from vit_train.taught import _make_model
 
     theirs = timms("vit_tiny_patch16_224")
     torch.save(theirs.state_dict(), tmp_path / "vit.pth")
-    sizes = {"num_classes": 5, "img_size": 224, "in_channels": 3}
-    make = lambda *typed: _make_model(sizes, None, *typed)  # noqa: E731
-    found = read_teacher(str(tmp_path / "vit.pth"), student(img_size=224, make_model=make), model="vit_tiny")
+    found = read(tmp_path / "vit.pth", img_size=224, make_model=_make_model, model="vit_tiny")
     images = normalised(pixels(side=224), MEAN, STD)
     with torch.no_grad():
         expected = theirs(images)  # as no file tells it, the student's normalisation counts
@@ -118,13 +115,13 @@ def test_a_cached_model_of_a_library_is_read_without_a_download(tmp_path, monkey
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     source = "torchvision:resnet18"
     with pytest.raises(CheckpointError, match="not in the cache, and a run that goes on downloads nothing"):
-        read_teacher(source, student(), download=False)
+        read(source, download=False)
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     torch.manual_seed(5)
     theirs = resnet18().eval()
     torch.save(theirs.state_dict(), folder / ResNet18_Weights.DEFAULT.url.rpartition("/")[2])
-    found = read_teacher(source, student(), download=False)
+    found = read(source, download=False)
     names = ["tench", "goldfish", "ostrich", "toilet tissue", "cock"]
     images = pixels(side=224)
     with torch.no_grad():
@@ -141,7 +138,7 @@ def test_a_cached_model_of_timm_knows_the_folders_of_imagenet(tmp_path, monkeypa
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="not in the cache"):
-        read_teacher("timm:resnet10t", student(), download=False)
+        read("timm:resnet10t", download=False)
     snapshot = tmp_path / f"models--{timm.get_pretrained_cfg('resnet10t').hf_hub_id.replace('/', '--')}"
     (snapshot / "refs").mkdir(parents=True)
     (snapshot / "refs" / "main").write_text("0123abc")
@@ -149,7 +146,7 @@ def test_a_cached_model_of_timm_knows_the_folders_of_imagenet(tmp_path, monkeypa
     torch.manual_seed(6)
     theirs = timm.create_model("resnet10t").eval()
     save_file(theirs.state_dict(), snapshot / "snapshots" / "0123abc" / "model.safetensors")
-    found = read_teacher("timm:resnet10t", student(), download=False)
+    found = read("timm:resnet10t", download=False)
     names = ["n01443537", "n15075141", "n01440764"]  # goldfish, toilet tissue, tench
     side = found.img_size
     with torch.no_grad():
@@ -166,7 +163,7 @@ def run(tmp_path_factory):
 
 
 def test_a_run_answers_as_it_does_when_it_predicts(run) -> None:
-    own, found = load_trained(run, device=CPU), read_teacher(str(run), student())
+    own, found = load_trained(run, device=CPU), read(run)
     order = ["9", "3", "5", "0"]
     teacher = fitted(found, names=order, mean=(0.25,), std=(0.5,))
     images = pixels(1, 8)
@@ -185,7 +182,7 @@ def test_a_run_answers_as_it_does_when_it_predicts(run) -> None:
 def test_grey_images_are_shown_to_a_teacher_of_coloured_ones(tmp_path) -> None:
     theirs = resnet()
     torch.save(theirs.state_dict(), tmp_path / "r.pth")
-    found = read_teacher(str(tmp_path / "r.pth"), student(in_channels=1), model="torchvision:resnet18")
+    found = read(tmp_path / "r.pth", in_channels=1, model="torchvision:resnet18")
     grey = pixels(1)
     with torch.no_grad():
         expected = theirs(normalised(grey.expand(-1, 3, -1, -1), *IMAGENET))
@@ -194,14 +191,14 @@ def test_grey_images_are_shown_to_a_teacher_of_coloured_ones(tmp_path) -> None:
 
 
 def test_a_teacher_of_grey_images_has_nothing_to_say_of_colours(run) -> None:
-    found = read_teacher(str(run), student())
+    found = read(run)
     with pytest.raises(ConfigError, match="takes grey images, and the data has colours"):
         fitted(found, names=["0", "1"])
 
 
 def test_a_teacher_stays_in_evaluation_mode_and_without_gradients(tmp_path) -> None:
     torch.save(resnet().state_dict(), tmp_path / "r.pth")
-    teacher = fitted(read_teacher(str(tmp_path / "r.pth"), student(), model="torchvision:resnet18"))
+    teacher = fitted(read(tmp_path / "r.pth", model="torchvision:resnet18"))
     before = copy.deepcopy(teacher.state_dict())
     holder = nn.ModuleList([teacher]).train()
     images = normalised(pixels(), MEAN, STD).requires_grad_()
@@ -214,7 +211,7 @@ def test_a_teacher_stays_in_evaluation_mode_and_without_gradients(tmp_path) -> N
 
 def test_its_own_precision_whatever_the_students(run) -> None:
     own = load_trained(run, device=CPU)
-    found = read_teacher(str(run), student())
+    found = read(run)
     images = normalised(pixels(1, 8), own.mean, own.std)
     teacher = fitted(found, names=own.class_names, mean=own.mean, std=own.std)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -294,14 +291,14 @@ def test_one_line_says_what_to_type(tmp_path, monkeypatch, source, model, error,
     torch.save(resnet().state_dict(), "file.pth")
     (tmp_path / "empty").mkdir()
     with pytest.raises(error, match=message) as caught:
-        read_teacher(source, student(), model=model)
+        read(source, model=model)
     assert "\n" not in str(caught.value)
 
 
 def test_its_sha256_changes_with_any_number_and_name(run) -> None:
-    found = read_teacher(str(run), student())
+    found = read(run)
     first = found.sha256()
-    assert first == read_teacher(str(run / "checkpoints" / "best"), student()).sha256()
+    assert first == read(run / "checkpoints" / "best").sha256()
     with torch.no_grad():
         next(found.model.parameters()).view(-1)[0] += 1e-6
     assert found.sha256() != first

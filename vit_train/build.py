@@ -349,7 +349,7 @@ def _build(
         cfg.schedule.warmup_epochs = old_warmup(cfg.schedule.warmup_epochs, stored["trainer"], steps)
     fixed = cfg.optimizer.get("lr") != "auto" and not is_typed("optimizer.lr", launch.overrides)
     notes += resolve_auto(cfg, launch.overrides, outlined()[0])
-    taught = find_teacher(cfg, strategy.device, allow=allow, trust=trust, goes_on=bool(stored))
+    taught = find_teacher(cfg, strategy.device, trust, stored=allow is not None, goes_on=bool(stored))
     config = plain(cfg)
     seed_device(strategy.device, cfg.seed, "init")
     offline = without_download(config["model"])

@@ -78,7 +78,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
     model, multiply_adds = outline(plain(cfg), None)
     notes += resolve_auto(cfg, launch.overrides, model)
-    taught = find_teacher(cfg, torch.device("cpu"), trust=trusted(cfg.trust, hydra=True))
+    taught = find_teacher(cfg, torch.device("cpu"), trusted(cfg.trust, hydra=True))
     config = plain(cfg)
     micro_batch = cfg.data.batch_size // cfg.trainer.grad_accum_steps
     with as_config_error("trainer"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,26 +17,24 @@ if TYPE_CHECKING:
     from vit_train.state import Parts
     from vit_train.teacher import Found, Teacher
 
-Allow = Mapping[str, tuple[str, ...]] | None
-
 
 def find_teacher(
     cfg: DictConfig,
     device: torch.device,
+    trust: tuple[str, ...],
     *,
-    allow: Allow = None,
-    trust: tuple[str, ...] = (),
+    stored: bool = False,
     goes_on: bool = False,
 ) -> Found | None:
     """The teacher that the objective names, on its device; None where it names none.
 
-    Where it was found and its SHA-256 go into the configuration: a run keeps its teacher.
+    Its place and SHA-256 go into the configuration: a run keeps its teacher.
 
     Args:
         cfg: the whole configuration, with what the data told.
         device: where it will run.
-        allow: what stored nodes may name; None where the command was typed.
         trust: packages whose code a teacher's run may name.
+        stored: whether the configuration is a stored one: then nothing is downloaded.
         goes_on: whether the run was started before.
 
     Raises:
@@ -48,22 +44,24 @@ def find_teacher(
     node = cfg.objective
     if node.get("teacher") is None:
         return None
-    from vit_train.teacher import Student, read_teacher
+    from vit_train.teacher import read_teacher
 
-    data = plain(cfg)["data"]
-    sizes = {key: data[key] for key in ("num_classes", "img_size", "in_channels")}
-    student = Student(**sizes, device=device, make_model=partial(_make_model, sizes, allow))
+    sizes = {key: cfg.data[key] for key in ("num_classes", "img_size", "in_channels")}
     advice = "; type objective.teacher= with the place where it is now" if goes_on else ""
     try:
         found = read_teacher(
-            node.teacher, student, model=node.get("teacher_model"), trust=trust, download=allow is None
+            node.teacher,
+            sizes=sizes,
+            make_model=_make_model,
+            device=device,
+            model=node.get("teacher_model"),
+            trust=trust,
+            download=not stored,
         )
     except (CheckpointError, ConfigError) as error:
-        if not goes_on:
-            raise
-        raise CheckpointError(f"{error}{advice}") from error
+        raise (CheckpointError if goes_on else type(error))(f"{error}{advice}") from error
     sha256, wanted = found.sha256(), node.get("teacher_sha256")
-    if wanted != sha256 and (wanted is not None or allow is not None):  # a stored one is always known
+    if wanted != sha256 and (stored or wanted is not None):  # a stored one is always known
         raise CheckpointError(
             f"objective.teacher={node.teacher} is another teacher (SHA-256 {sha256[:12]}..., not "
             f"{str(wanted)[:12]}...){advice}"
@@ -74,10 +72,8 @@ def find_teacher(
     return found
 
 
-def _make_model(
-    sizes: Mapping[str, int], allow: Allow, name: str, classes: int, masks: bool | None
-) -> nn.Module:
-    """A model of one of our configs, for the student's images.
+def _make_model(name: str, *, mask_padding: bool | None, **sizes: int) -> nn.Module:
+    """A model of one of our configs, for images and classes of these sizes.
 
     Raises:
         ConfigError: there is no such config.
@@ -89,14 +85,12 @@ def _make_model(
     known = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
     if name not in known:
         raise ConfigError(f"objective.teacher_model={name}: no such model{suggest(name, known)}")
-    typed = [f"data.{key}={value}" for key, value in {**sizes, "num_classes": classes}.items()]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        node = without_download(plain(compose("train", [f"model={name}", *typed]))["model"])
-    if masks is not None and "mask_padding" in node:
-        node["mask_padding"] = masks
-    made: nn.Module = make(
-        node, key="objective.teacher_model", allow=None if allow is None else allow["model"]
-    )
+        cfg = compose("train", [f"model={name}", *(f"data.{key}={size}" for key, size in sizes.items())])
+    node = without_download(plain(cfg)["model"])
+    if mask_padding is not None and "mask_padding" in node:
+        node["mask_padding"] = mask_padding
+    made: nn.Module = make(node, key="objective.teacher_model")
     return made
 
 

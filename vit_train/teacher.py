@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -79,39 +79,30 @@ class Found:
             return 0
 
 
-@dataclass(frozen=True)
-class Student:
-    """What reading a teacher has to know of the student.
-
-    Attributes:
-        num_classes, img_size, in_channels: of the student, and of a file of weights that does not say.
-        device: where both will run.
-        make_model: name of a model of ours, its number of classes and `mask_padding` -> the model, for images
-            of the student.
-    """
-
-    num_classes: int
-    img_size: int
-    in_channels: int
-    device: torch.device
-    make_model: Callable[[str, int, bool | None], nn.Module]
-
-
 def read_teacher(
-    source: str, student: Student, *, model: str | None = None, trust: Packages = (), download: bool = True
+    source: str,
+    *,
+    sizes: Mapping[str, int],
+    make_model: Callable[..., nn.Module],
+    device: torch.device,
+    model: str | None = None,
+    trust: Packages = (),
+    download: bool = True,
 ) -> Found:
     """Reads the teacher that `objective.teacher` names.
 
     Args:
         source: a run, a checkpoint, torchvision:NAME, timm:NAME; with `model` a file or folder of weights.
-        student: who learns from it.
-        model: of a file of weights: torchvision:NAME, timm:NAME, or what `student.make_model` knows.
+        sizes: `num_classes`, `img_size`, `in_channels` of the student, and of a file that does not say.
+        make_model: a model of ours by its name, for these sizes and `mask_padding`.
+        device: where it will run.
+        model: of a file of weights: torchvision:NAME, timm:NAME, or a name that `make_model` knows.
         trust: packages whose code a run may name.
         download: whether what a library does not have in its cache may be fetched.
 
     Raises:
         ConfigError: there is no such model, or the source needs another key.
-        CheckpointError: it cannot be read, or the weights are not those of the model.
+        CheckpointError: it cannot be read.
     """
     if source.startswith((TORCHVISION, TIMM)):
         if model is not None:
@@ -119,9 +110,9 @@ def read_teacher(
         return _from_library(source, download=download)
     path = expanded(source)
     if model is not None:
-        return _from_file(str(path.absolute()), model, student)
+        return _from_file(str(path.absolute()), model, sizes, make_model)
     if path.is_dir():
-        return _from_run(path, student.device, trust)
+        return _from_run(path, device, trust)
     if path.is_file():
         raise ConfigError(
             f"{_KEY}={source}: a file does not say which model its weights are of; type "
@@ -218,24 +209,25 @@ def _check_cache(source: str, is_there: bool, download: bool) -> None:
         )
 
 
-def _from_file(source: str, name: str, student: Student) -> Found:
+def _from_file(
+    source: str, name: str, sizes: Mapping[str, int], make_model: Callable[..., nn.Module]
+) -> Found:
     try:
         given = read_pretrained(source)
-        count = student.num_classes if given.class_names is None else len(given.class_names)
+        count = sizes["num_classes"] if given.class_names is None else len(given.class_names)
         if name.startswith((TORCHVISION, TIMM)):
             found = _from_library(name, num_classes=count)
             check_tensors(source, given.as_saved)
             found.model.load_state_dict(given.as_saved)
             # a file does not tell the size, and most convolutions take any
-            fits_student = found.answers(student.img_size) > 0
-            found = replace(found, img_size=student.img_size if fits_student else found.img_size)
+            if found.answers(sizes["img_size"]):
+                found = replace(found, img_size=sizes["img_size"])
         else:
-            model = student.make_model(name, count, given.mask_padding)
+            model = make_model(name, **{**sizes, "num_classes": count}, mask_padding=given.mask_padding)
             if anew := load_pretrained(model, given).made_anew:
                 raise ConfigError(f"{_KEY}={source} has other classes: {', '.join(anew)} would start anew")
-            found = Found(
-                model.eval(), source, None, given.mean, given.std, student.img_size, student.in_channels
-            )
+            about = (given.mean, given.std, sizes["img_size"], sizes["in_channels"])
+            found = Found(model.eval(), source, None, *about)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
