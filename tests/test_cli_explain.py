@@ -41,6 +41,7 @@ FAMILIES = {
     "deit": ("model=deit_cifar", *SMALL),
     "hybrid": ("model=hybrid_cifar", *SMALL),
     "swin": SWIN,
+    "resnet": ("model=resnet_cifar", "model.widths=[8,16]"),
 }
 
 
@@ -90,7 +91,7 @@ def assert_refused(done, code, *words):
 def test_every_family_is_drawn(family, typed, home) -> None:
     done = typed(family, "a/one.png", "grey.png", "--out", "out")
     assert (done.code, done.err) == (0, "")
-    method = "gradcam" if family == "swin" else "rollout"
+    method = "gradcam" if family in ("swin", "resnet") else "rollout"
     assert sorted(p.name for p in (home / "out").iterdir()) == [f"grey_{method}.png", f"one_{method}.png"]
     for line, name in zip(done.out.splitlines(), ("a/one.png", "grey.png"), strict=True):
         assert re.fullmatch(rf"{name}  \d \d+\.\d%  out/\w+_{method}.png", line)
@@ -257,6 +258,7 @@ def test_drawing_twice_gives_the_same_bytes(typed, home) -> None:
     ("family", "arguments", "words"),
     [
         ("swin", ("--method", "rollout"), ("shifted windows", "--method gradcam")),
+        ("resnet", ("--method", "rollout"), ("no attention", "--method gradcam")),
         ("swin", ("--heads",), ("--heads", "leave it out for Swin")),
         ("swin", ("--class", "77"), ("no such class", "0, 1, 2")),
         ("vit_cls", ("--method", "gradcam"), ("whole image", "--method rollout")),

@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vit_train.data.sample_transforms import plain, seen_box
 from vit_train.layers import ConvStem, PatchEmbed
-from vit_train.models import DeiT, HybridEmbed, Swin, ViT
+from vit_train.models import DeiT, HybridEmbed, ResNet, Swin, ViT
 from vit_train.report.attention import each_attention, explain, methods, rollout, sheet_of_attention
 from vit_train.report.fonts import fonts_for
 from vit_train.report.overlay import Explained, Sheet, overlay, picture, place
@@ -69,6 +69,7 @@ FAMILIES = {
     "deit": lambda: vit(DeiT),
     "hybrid": hybrid,
     "swin": swin,
+    "resnet": lambda: ResNet(in_channels=1, widths=(8, 16), num_classes=CLASSES),
 }
 
 
@@ -120,7 +121,9 @@ def inputs_by_hand(model, image):
             x = block.norm2(x + block.mlp(x))
 
 
-@pytest.mark.parametrize("model", [name for name in FAMILIES if name != "swin"], indirect=True)
+@pytest.mark.parametrize(
+    "model", [name for name in FAMILIES if name not in ("swin", "resnet")], indirect=True
+)
 @torch.no_grad()
 def test_rollout_and_attention_are_those_of_the_papers(model, images) -> None:
     model.eval()
@@ -208,6 +211,23 @@ def test_the_last_map_of_swin_is_an_exact_sum_of_the_logit(images) -> None:
             (expected / expected.max())[None, None], (SIDE, SIDE), mode="bilinear"
         )
         torch.testing.assert_close(found[b], expected[0, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [16, 17, 23])
+def test_the_map_of_resnet_is_what_speaks_for_the_class(side) -> None:
+    """A maximum and a linear head: each channel counts as much as the head weighs it."""
+    torch.manual_seed(0)
+    model = FAMILIES["resnet"]().eval()
+    images = torch.randn(2, 1, side, side)
+    maps = explain(model, images, torch.tensor([1, 3]), method="gradcam")
+    assert maps.parts == {}
+    with torch.no_grad():
+        features = model.forward_features(images)
+    for b, k in enumerate((1, 3)):
+        expected = sum(w * channel for w, channel in zip(model.head.weight[k], features[b])).relu()
+        expected = (expected / expected.max()).detach()[None, None]
+        expected = nn.functional.interpolate(expected, (side, side), mode="bilinear")
+        torch.testing.assert_close(maps.whole[b], expected[0, 0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", [16, 14, 18, 10])

@@ -165,12 +165,16 @@ def choose_method(trained: Trained, arguments: argparse.Namespace) -> Method:
 
     known, family = methods(trained.model), type(trained.model).__name__
     if not known:
-        raise ConfigError(f"{family} has nothing to draw: vit-explain knows ViT, DeiT, hybrids and Swin")
+        raise ConfigError(
+            f"{family} has nothing to draw: vit-explain knows ViT, DeiT, hybrids, Swin and ResNet"
+        )
     method: Method = known[0] if arguments.method == "auto" else arguments.method
     if arguments.method == "auto" and arguments.heads and "attention" in known:
         method = "attention"
     if method not in known:
         why = "its attention stays inside shifted windows, and no token stands for the result"
+        if family == "ResNet":
+            why = "it has no attention"
         if method == "gradcam":
             why = "every token comes to hold something of the whole image, and the map misses what decides"
         raise ConfigError(f"--method {method} has no meaning for {family}: {why}; type --method {known[0]}")
@@ -266,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("auto", "rollout", "attention", "gradcam"),
         default="auto",
         help="rollout: attention through all layers (the default for ViT, DeiT, hybrids); attention: of the "
-        "last layer; gradcam: what speaks for a class (Swin)",
+        "last layer; gradcam: what speaks for a class (Swin, ResNet)",
     )
     parser.add_argument(
         "--heads",

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from vit_train.models import Swin, ViT
+from vit_train.models import ResNet, Swin, ViT
 from vit_train.precision import autocast
 from vit_train.report.overlay import RIGHT, WRONG, Explained, Sheet, shown_name
 
@@ -62,7 +62,7 @@ def methods(model: nn.Module) -> tuple[Method, ...]:
     if isinstance(model, ViT) and len(model.blocks):
         tells = all(hasattr(block.attn, "weights") for block in model.blocks)  # a subclass may have others
         return ("rollout", "attention") if tells else ()
-    return ("gradcam",) if isinstance(model, Swin) else ()
+    return ("gradcam",) if isinstance(model, Swin | ResNet) else ()
 
 
 def explain(model: nn.Module, images: Tensor, classes: Tensor, *, method: Method) -> Maps:
@@ -77,7 +77,7 @@ def explain(model: nn.Module, images: Tensor, classes: Tensor, *, method: Method
     device = images.device
     with unchanged(model), torch.autocast(device.type, enabled=False):
         if method == "gradcam":
-            assert isinstance(model, Swin)
+            assert isinstance(model, Swin | ResNet)
             return gradcam(model, images.float(), classes)
         assert isinstance(model, ViT)
         if method == "rollout":
@@ -150,11 +150,11 @@ def _of_patches(model: ViT, flow: Tensor) -> Tensor:
     return shares.unflatten(-1, model.patch_embed.grid_size)
 
 
-def gradcam(model: Swin, images: Tensor, classes: Tensor) -> Maps:
+def gradcam(model: Swin | ResNet, images: Tensor, classes: Tensor) -> Maps:
     """The class activation map of each stage: ReLU of the channels weighted by the class's mean gradient.
 
     Each stage is scaled to a maximum of 1; the whole is their mean. The last stage is taken after the final
-    norm, where its map is an exact sum of the logit.
+    norm, where its map is an exact sum of the logit. Of a ResNet it is the last group alone.
 
     Args:
         model: in evaluation mode.
@@ -165,13 +165,17 @@ def gradcam(model: Swin, images: Tensor, classes: Tensor) -> Maps:
         Maps of the size of the images.
     """
     seen: list[Tensor] = []
+    places = (*model.layers[:-1], model.norm) if isinstance(model, Swin) else (model.groups[-1],)
     with ExitStack() as hooks, torch.enable_grad():
-        for stage in (*model.layers[:-1], model.norm):
+        for stage in places:
             hooks.enter_context(stage.register_forward_hook(lambda _, __, output: seen.append(output)))
         # the images ask for gradients, so that averaged weights, which do not, are differentiated too
         logits = model.forward(images.detach().requires_grad_())
         score = logits.gather(1, classes[:, None]).sum()
         gradients = torch.autograd.grad(score, seen)  # leaves .grad of the parameters alone
+    if isinstance(model, ResNet):
+        found = _activation_map(*(tensor.detach().movedim(1, -1) for tensor in (seen[0], gradients[0])))
+        return Maps(F.interpolate(found[:, None], size=images.shape[-2:], mode="bilinear")[:, 0], {})
     stages = {
         f"stage {i + 1}": _of_image(_activation_map(activation.detach(), gradient), model, images, stage=i)
         for i, (activation, gradient) in enumerate(zip(seen, gradients))
