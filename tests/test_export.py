@@ -20,7 +20,7 @@ from vit_train import export
 from vit_train.errors import ConfigError, SaveError
 from vit_train.export import BATCH_SIZES, MAX_DIFFERENCE, describe, largest_difference, load_file, make_file
 from vit_train.layers import PatchEmbed
-from vit_train.models import DeiT, HybridEmbed, Swin, ViT
+from vit_train.models import DeiT, HybridEmbed, ResNet, Swin, ViT
 from vit_train.trained import Trained
 from vit_train.weights import read_pretrained
 
@@ -65,6 +65,7 @@ MODELS = {
     "swin": lambda: swin(True, (2, 1)),  # and the odd map halved
     "swin_published": lambda: swin(False),
     "hybrid": hybrid,
+    "resnet": lambda: ResNet(in_channels=3, widths=(8, 16), num_classes=3),
 }
 
 

@@ -22,6 +22,7 @@ FAMILIES = {
         "model.num_heads=[2,4]",
     ),
     "hybrid": ("model=hybrid_cifar", "data.img_size=32"),
+    "resnet": ("model=resnet_cifar",),
 }
 SMALL = [override for override in TINY if not override.startswith("model.")]
 

@@ -413,8 +413,9 @@ def test_fewer_images_than_a_batch_are_one_step_an_epoch(in_tmp) -> None:
         ("model=deit_cifar", "model.patch_embed.patch_size=2", "model.depth=1", "model.embed_dim=24"),
         ("model=swin_cifar", "model.depths=[1,1]", "model.num_heads=[2,2]", "model.embed_dim=16"),
         ("model=hybrid_cifar", "model.depth=1", "model.embed_dim=24"),
+        ("model=resnet_cifar", "model.widths=[8,16]"),
     ],
-    ids=["deit", "swin", "hybrid"],
+    ids=["deit", "swin", "hybrid", "resnet"],
 )
 def test_every_family_trains(in_tmp, model) -> None:
     settings = (

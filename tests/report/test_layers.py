@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from vit_train import optim
 from vit_train.layers import PatchEmbed
 from vit_train.layers.window import _cached_window_tables
-from vit_train.models import DeiT, HybridEmbed, Swin, ViT
+from vit_train.models import DeiT, HybridEmbed, ResNet, Swin, ViT
 from vit_train.models.cost import multiply_adds
 from vit_train.precision import autocast
 from vit_train.report.layers import kept_for_backward, layer_table, layers_of, memory_of
@@ -54,6 +54,7 @@ MODELS = {
     "swin": (partial(swin, True), 36),
     "swin_published": (partial(swin, False), 36),
     "hybrid": (hybrid, 32),
+    "resnet": (partial(ResNet, in_channels=3, widths=(8, 16), num_classes=7), 33),
 }
 
 
@@ -105,7 +106,8 @@ def test_rows_add_up_to_the_model(name):
     assert sum(layer.multiply_adds for layer in layers) == total
     names = [layer.name for layer in layers]
     assert len(set(names)) == len(names)
-    assert {"patch_embed", "norm", "head"} <= set(names)
+    is_resnet = name == "resnet"
+    assert ({"stem", "groups.1", "head"} if is_resnet else {"patch_embed", "norm", "head"}) <= set(names)
     assert layers[-1].output == (7,)
 
 

@@ -53,9 +53,10 @@ class ResNet(nn.Module):
         """The map of the last group, (B, C, H, W) -> (B, D, h, w)."""
         smallest = 2 ** len(self.groups) - 1
         if min(images.shape[-2:]) < smallest:
-            h, w = images.shape[-2:]
-            least = f"{len(self.groups)} groups need {smallest} pixels or more"
-            raise ValueError(f"images of {h}x{w} are too small: {least}")
+            small = (
+                f"images of {images.shape[-2]}x{images.shape[-1]} are too small for {len(self.groups)} groups"
+            )
+            raise ValueError(f"{small}; type data.img_size={smallest} or more")
         # The order in memory in which convolutions of the CPU are faster: 221 images a second for 152.
         return self.groups(F.gelu(self.stem(images.contiguous(memory_format=torch.channels_last))))
 
