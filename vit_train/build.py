@@ -145,7 +145,7 @@ def _adopt(cfg: DictConfig, stored: Mapping[str, Any], overrides: list[str]) -> 
             OmegaConf.update(cfg, key, known[key])
     teacher, typed = known.get("objective.teacher"), cfg.objective.get("teacher")
     # of the run that was typed, the checkpoint that was its best by then
-    if isinstance(teacher, str) and typed and Path(teacher).is_relative_to(expanded(typed).absolute()):
+    if isinstance(teacher, str) and typed and Path(teacher).is_relative_to(expanded(typed).resolve()):
         cfg.objective.teacher = teacher
     masks = stored["model"].get("mask_padding")
     # a node would be built, as above
@@ -387,8 +387,8 @@ def _build(
     objective = make_part(cfg, "objective", allow, torch.nn.Module)
     teacher = None if taught is None else make_teacher(taught, cfg, data, strategy.device)
     also = [] if teacher is None else [strategy.wrap(teacher)]
-    own = (str(cfg.init_from), str(run_dir.absolute()))
-    if taught is not None and any(Path(taught.source).is_relative_to(run) for run in own):
+    own = [Path(run).resolve() for run in (run_dir, cfg.init_from) if run is not None]
+    if taught is not None and any(map(Path(taught.source).is_relative_to, own)):
         notes.append("the student is its own teacher: it starts from the run it is to learn from")
     train_transform = make_part(cfg, "augment.batch", allow, torch.nn.Module)
     parts = Parts(

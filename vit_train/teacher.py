@@ -130,7 +130,7 @@ def _from_run(path: Path, device: torch.device, trust: Packages) -> Found:
         raise CheckpointError(f"{_KEY}: {str(error).replace(' --trust ', ' trust=')}") from error
     return Found(
         known.model,
-        str(known.path.absolute()),
+        str(known.path.resolve()),
         known.class_names,
         known.mean,
         known.std,
