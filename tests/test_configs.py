@@ -107,9 +107,8 @@ def test_any_model_takes_any_data_or_says_which_size_it_takes(model, data):
         config = built(fitting)
     alone = checked(f"model={model}")
     assert config["model"]["_target_"] == alone["model"]["_target_"]
-    assert config["model"]["embed_dim"] == alone["model"]["embed_dim"], (
-        f"data={data} replaced the typed model"
-    )
+    width = "widths" if model == "resnet_cifar" else "embed_dim"
+    assert config["model"][width] == alone["model"][width], f"data={data} replaced the typed model"
     assert config["data"]["_target_"] == checked(f"data={data}")["data"]["_target_"]
 
 

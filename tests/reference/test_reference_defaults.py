@@ -36,7 +36,8 @@ TABLE = [
     (1024, "vit_large vit_large_32"),
     (1280, "vit_huge"),
 ]
-WIDTHS = {name: width for width, names in TABLE for name in names.split()}
+WITHOUT_BLOCKS = {"resnet_cifar": 256}  # Jordan 2024, airbench94: width of the last group
+WIDTHS = WITHOUT_BLOCKS | {name: width for width, names in TABLE for name in names.split()}
 
 
 def compose(*overrides):
@@ -66,9 +67,9 @@ def test_every_model_is_in_the_table():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_rate_follows_from_the_width_of_the_paper(model):
-    width = WIDTHS[model]
+    width, kind = WIDTHS[model], "a model" if model in WITHOUT_BLOCKS else "blocks"
     expected = 1e-3 if width <= 192 else 5e-4 if width <= 384 else 2e-4
-    assert auto_lr(outlined(model), fine_tuned=False) == (expected, f"blocks of width {width}")
+    assert auto_lr(outlined(model), fine_tuned=False) == (expected, f"{kind} of width {width}")
     rate, reason = auto_lr(outlined(model), fine_tuned=True)
     assert rate == pytest.approx(expected / 10)
     assert "a tenth" in reason

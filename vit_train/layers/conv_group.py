@@ -1,6 +1,7 @@
 """Two 3x3 convolutions that begin as the identity, with max pooling.
 
-Jordan 2024, arXiv 2404.00498. No skip connections: the start takes their place.
+Source: "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (Jordan 2024, arXiv 2404.00498). It has no skip
+connections: the start takes their place.
 
 Shapes: (B, C, H, W) -> (B, C', H // 2, W // 2).
 """
