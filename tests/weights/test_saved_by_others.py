@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -489,6 +490,13 @@ def missing(folder, files):
     return files
 
 
+def pipe(folder, files):
+    (folder / "b.safetensors").unlink()
+    os.mkfifo(folder / "b.safetensors")
+    os.open(folder / "b.safetensors", os.O_RDWR)  # so that who opens it does not wait for ever
+    return files
+
+
 def cut_short(folder, files):
     data = (folder / "b.safetensors").read_bytes()
     (folder / "b.safetensors").write_bytes(data[:-9])
@@ -503,7 +511,8 @@ SHARDS = {
         lambda _, files: dict.fromkeys(files, "model.safetensors.index.json"),
         "not a file of weights",
     ),
-    "missing": (missing, "b.safetensors"),
+    "missing": (missing, "b.safetensors, which is not a file"),
+    "a pipe": (pipe, "b.safetensors, which is not a file"),
     "cut short": (cut_short, "b.safetensors is not a whole safetensors file"),
     "a tensor too many": (lambda _, files: {**files, "more": "a.safetensors"}, "not the index of the files"),
     "numbers": (lambda _, files: dict.fromkeys(files, 3), "not the index of the files"),

@@ -217,6 +217,8 @@ def _from_shards(index: Path) -> dict[str, Tensor]:
         files = json.loads(index.read_bytes())["weight_map"]
         if other := [file for file in files.values() if not _SHARD.fullmatch(file)]:
             raise CheckpointError(f"{index} names {other[0]!r}, which is not a file of weights beside it")
+        if other := [file for file in files.values() if not index.with_name(file).is_file()]:  # a pipe waits
+            raise CheckpointError(f"{index} names {other[0]}, which is not a file")
         shards = {file: _saved(index.with_name(file)) for file in set(files.values())}
         return {name: shards[file][name] for name, file in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
