@@ -52,10 +52,7 @@ def lesson(kind: str, logits: Tensor, wanted: Tensor, T: float) -> Tensor:
     if kind == "zscore":
         logits, wanted = (
             torch.stack(
-                [
-                    (row - row.sum() / K) / ((((row - row.sum() / K) ** 2).sum() / (K - 1)) ** 0.5 + 1e-7)
-                    for row in z
-                ]
+                [(row - row.sum() / K) / ((((row - row.sum() / K) ** 2).sum() / (K - 1)) ** 0.5) for row in z]
             )
             for z in (logits, wanted)
         )
@@ -148,3 +145,17 @@ def test_half_precision_logits_are_widened_before_anything_is_computed(kind: str
 def test_no_temperature_for_hard_labels() -> None:
     with pytest.raises(ValueError, match="kind=hard has no temperature, got 3"):
         Distill(NAMES, COUNTS, lambda images: images, teacher="t", kind="hard", temperature=3.0)
+
+
+def test_equal_logits_are_not_divided_by_nothing() -> None:
+    """As those of a head that starts at zero: the gradient is at most 1/0.01 of that of a deviation of 1."""
+    _, wanted, ids, _ = drawn(4)
+    logits = torch.zeros(B, K, dtype=torch.float64, requires_grad=True)
+    loss = distill(wanted, kind="zscore", alpha=1.0)(lambda images: logits, torch.empty(B, 1), ids)[0]
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert 0 < gradient.abs().max() < 100 * 2 / B
+
+
+def test_two_classes_are_not_standardised() -> None:
+    with pytest.raises(ValueError, match="kind=zscore tells nothing of two classes but their order"):
+        Distill(["a", "b"], [1, 1], lambda images: images, teacher="t", kind="zscore")

@@ -91,7 +91,7 @@ def test_warmup_is_as_long_as_typed(kind) -> None:
     assert kind(10, 20, warmup_epochs=1.5).warmup_steps == 15
     assert kind(10, 20, warmup_epochs=2).warmup_steps == 20
     assert kind(10, 20, warmup_epochs=0).warmup_steps == 0
-    words = r"warmup_epochs=2\.1 \(21 steps\) is longer than the run of 20 steps; type fewer epochs, or null"
+    words = r"warmup_epochs=2\.1 \(21 steps\) is longer than the run of 20 steps; type fewer, or schedule.warmup_epochs=null"
     with pytest.raises(ValueError, match=words):
         kind(10, 20, warmup_epochs=2.1)
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from conftest import TINY, load_trained, vit_train_here, with_trained_head
 from torch import Tensor, nn
 
@@ -22,13 +23,11 @@ def read(
 ) -> Found:
     """For a student of 5 classes and colour images of 37 pixels, unless said."""
     told = {"num_classes": 5, "img_size": 37, "in_channels": 3, **sizes}
-    return read_teacher(
-        str(source), sizes=told, make_model=make_model, device=CPU, model=model, download=download
-    )
+    return read_teacher(str(source), sizes=told, make_model=make_model, model=model, download=download)
 
 
 def fitted(found: Found, *, names=NAMES, mean=MEAN, std=STD, precision="fp32") -> Teacher:
-    return Teacher(found, class_names=names, mean=mean, std=std, precision=precision)
+    return Teacher(found, class_names=names, mean=mean, std=std, device=CPU, precision=precision)
 
 
 def pixels(channels: int = 3, side: int = 37) -> Tensor:
@@ -76,7 +75,7 @@ def test_weights_of_a_library_answer_as_in_the_library(tmp_path, make, name, nor
         expected = theirs(normalised(images, *norm))
     assert expected.std() > 0.05
     torch.testing.assert_close(teacher(normalised(images, MEAN, STD)), expected, rtol=1e-5, atol=1e-5)
-    assert teacher.classes == "its 5 are assumed to be in the order of the data's: they have no such names"
+    assert teacher.classes == "its 5 are assumed to be the data's in this order: it names none of them"
 
 
 def test_a_model_of_one_size_sees_images_of_that_size(tmp_path) -> None:
@@ -269,7 +268,17 @@ def test_classes_that_are_missing_are_named(theirs, count, ours, message) -> Non
         ("timm:resnet19", None, ConfigError, "timm has no model 'resnet19'; did you mean"),
         ("timm:hf-hub:someone/something", None, ConfigError, "timm has no model 'hf-hub"),
         ("torchvision:resnet18", "vit_tiny", ConfigError, "leave out objective.teacher_model"),
-        ("nothing", None, CheckpointError, "no such run, checkpoint or file"),
+        ("nothing", None, CheckpointError, "no such run, checkpoint or file; type the place where it is"),
+        ("resnet50", None, CheckpointError, "did you mean 'torchvision:resnet50'"),
+        ("torchvison:resnet50", None, CheckpointError, "did you mean 'torchvision:resnet50'"),
+        (
+            "timm:resnet10t.nope",
+            None,
+            ConfigError,
+            "timm has no model 'resnet10t.nope'; did you mean 'resnet10t",
+        ),
+        ("seven.pth", "torchvision:resnet18", DataError, "has 7 classes without names, the data 5"),
+        ("/dev/zero", None, CheckpointError, "no such run, checkpoint or file; type"),
         (
             "file.pth",
             None,
@@ -289,6 +298,7 @@ def test_classes_that_are_missing_are_named(theirs, count, ours, message) -> Non
 def test_one_line_says_what_to_type(tmp_path, monkeypatch, source, model, error, message) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(resnet().state_dict(), "file.pth")
+    torch.save(torchvision.models.resnet18(num_classes=7).state_dict(), "seven.pth")
     (tmp_path / "empty").mkdir()
     with pytest.raises(error, match=message) as caught:
         read(source, model=model)

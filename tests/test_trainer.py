@@ -141,6 +141,18 @@ def test_the_parts_of_a_loss_are_logged_and_survive_an_interruption(in_tmp) -> N
         assert 2 < epoch["train/classes"] <= 8  # of the 8 images of a micro-batch
 
 
+class Unnamed(InParts):
+    """Names one part of two."""
+
+    part_names = ("smoothing",)
+
+
+def test_parts_without_a_name_are_refused(in_tmp) -> None:
+    done = vit_train_here(*TINY, "objective._target_=test_trainer.Unnamed", "run_dir=run", cwd=in_tmp)
+    assert done.code == 2
+    assert "objective: 2 parts of the loss, and part_names is ('smoothing',)" in done.err
+
+
 # -------------------------------------------------------------------------------------------- non-finite steps
 class Poisoned(CrossEntropy):
     """Cross entropy whose loss or gradient breaks once `poison` is set."""

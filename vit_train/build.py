@@ -139,13 +139,17 @@ def _adopt(cfg: DictConfig, stored: Mapping[str, Any], overrides: list[str]) -> 
     known = flat(stored)
     for key in _RESOLVED_KEYS:
         nothing = None if key.startswith(("data.", "schedule.", "objective.")) else "auto"
-        left_open = OmegaConf.select(cfg, key) == nothing
+        left_open = OmegaConf.select(cfg, key, default="(absent)") == nothing
         # not a node: it would be built, and the user did not name it
         if left_open and key in known and not foreign_code(known[key], ()):
             OmegaConf.update(cfg, key, known[key])
     teacher, typed = known.get("objective.teacher"), cfg.objective.get("teacher")
     # of the run that was typed, the checkpoint that was its best by then
-    if isinstance(teacher, str) and typed and Path(teacher).is_relative_to(expanded(typed).resolve()):
+    if (
+        isinstance(teacher, str)
+        and typed
+        and Path(teacher).parent == expanded(typed).resolve() / "checkpoints"
+    ):
         cfg.objective.teacher = teacher
     masks = stored["model"].get("mask_padding")
     # a node would be built, as above
@@ -349,7 +353,7 @@ def _build(
         cfg.schedule.warmup_epochs = old_warmup(cfg.schedule.warmup_epochs, stored["trainer"], steps)
     fixed = cfg.optimizer.get("lr") != "auto" and not is_typed("optimizer.lr", launch.overrides)
     notes += resolve_auto(cfg, launch.overrides, outlined()[0])
-    taught = find_teacher(cfg, strategy.device, trust, stored=allow is not None, goes_on=bool(stored))
+    taught = find_teacher(cfg, trust, download=not stored)
     config = plain(cfg)
     seed_device(strategy.device, cfg.seed, "init")
     offline = without_download(config["model"])
@@ -387,8 +391,7 @@ def _build(
     objective = make_part(cfg, "objective", allow, torch.nn.Module)
     teacher = None if taught is None else make_teacher(taught, cfg, data, strategy.device)
     also = [] if teacher is None else [strategy.wrap(teacher)]
-    own = [Path(run).resolve() for run in (run_dir, cfg.init_from) if run is not None]
-    if taught is not None and any(map(Path(taught.source).is_relative_to, own)):
+    if taught is not None and Path(taught.source).is_relative_to(str(cfg.init_from)):
         notes.append("the student is its own teacher: it starts from the run it is to learn from")
     train_transform = make_part(cfg, "augment.batch", allow, torch.nn.Module)
     parts = Parts(

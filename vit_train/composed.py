@@ -117,7 +117,7 @@ def check_config(cfg: DictConfig) -> None:
             key = "augment.batch" if group == "augment" else group
             errors.append(f"{key}: needs a `_target_`; choose one with {group}=...")
     if errors:
-        raise ConfigError(_one_message(errors))
+        raise ConfigError(_one_message([*map(_with_choice, errors)]))
 
 
 def _unknown(tree: dict[str, Any]) -> list[str]:
@@ -128,6 +128,17 @@ def _unknown(tree: dict[str, Any]) -> list[str]:
         guess = f"; did you mean {' or '.join(map(repr, owners))}?" if owners else suggest(key, _ROOT)
         lines.append(f"{key}: the configuration has no such key{guess or it_has}")
     return lines
+
+
+def _with_choice(line: str) -> str:
+    """The same line, with the config of its group that has the key: `objective=distill has it`."""
+    key, _, said = line.partition(": ")
+    group, _, name = key.partition(".")
+    if " has no such key (" not in said or group not in GROUPS:
+        return line
+    files = sorted((config_dir() / group).glob("*.yaml"))
+    choices = [file.stem for file in files if name in yaml.safe_load(file.read_text(encoding="utf-8"))]
+    return f"{line}; {group}={choices[0]} has it" if choices else line
 
 
 def _one_message(errors: list[str]) -> str:

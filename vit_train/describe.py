@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from vit_train.build import completed, make_part, outline, resolve_auto
 from vit_train.composed import Launch, check_config, check_launch, check_numbers, plain, read_class_weights
 from vit_train.construct import as_config_error, locate, with_defaults
-from vit_train.errors import ConfigError
+from vit_train.errors import ConfigError, VitTrainError
 from vit_train.resume import trusted
 from vit_train.taught import find_teacher
 
@@ -78,7 +78,11 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
     model, multiply_adds = outline(plain(cfg), None)
     notes += resolve_auto(cfg, launch.overrides, model)
-    taught = find_teacher(cfg, torch.device("cpu"), trusted(cfg.trust, hydra=True))
+    try:
+        taught = find_teacher(cfg, trusted(cfg.trust, hydra=True), download=False)
+    except VitTrainError as error:
+        taught = None
+        notes.append(f"the memory of the teacher is not counted: {error}")
     config = plain(cfg)
     micro_batch = cfg.data.batch_size // cfg.trainer.grad_accum_steps
     with as_config_error("trainer"):

@@ -80,6 +80,9 @@ class CrossEntropy(nn.Module):
         return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
+MIN_DEVIATION = 0.01  # of logits
+
+
 class Distill(CrossEntropy):
     """Learns from the labels and from a teacher: (1 - alpha) * cross entropy + alpha * lesson.
 
@@ -110,7 +113,7 @@ class Distill(CrossEntropy):
         options: as for `CrossEntropy`.
 
     Raises:
-        ValueError: kind=hard with a temperature.
+        ValueError: kind=hard with a temperature; kind=zscore with two classes.
     """
 
     part_names = ("loss_labels", "loss_teacher", "agreement")
@@ -136,6 +139,10 @@ class Distill(CrossEntropy):
         super().__init__(class_names, class_counts, **options)
         if kind == "hard" and temperature is not None:
             raise ValueError(f"kind=hard has no temperature, got {temperature:g}; leave it out")
+        if kind == "zscore" and len(class_names) < 3:
+            raise ValueError(
+                "kind=zscore tells nothing of two classes but their order; type objective.kind=soft"
+            )
         self.teach, self.kind, self.heads = teach, kind, heads
         self.temperature = 2.0 if temperature is None else temperature
         self.alpha = (0.5 if kind == "hard" else 0.9) if alpha is None else alpha
@@ -160,6 +167,11 @@ class Distill(CrossEntropy):
         loss = (1 - self.alpha) * labels + self.alpha * lesson
         return loss, answer, labels.detach(), lesson.detach(), agreement
 
+    def extra_repr(self) -> str:
+        """Kind, T and alpha, as they apply."""
+        T = "" if self.kind == "hard" else f", T {self.temperature:g}"
+        return f"{self.kind}{T}, alpha {self.alpha:g}"
+
     def _lesson(self, logits: Tensor, wanted: Tensor) -> Tensor:
         if self.kind == "hard":
             return F.cross_entropy(logits, wanted.argmax(1))
@@ -181,8 +193,12 @@ def _answer(heads: list[Tensor]) -> Tensor:
 
 
 def _standardised(logits: Tensor) -> Tensor:
-    """Logits (B, K) with mean 0 and deviation 1 (of a sample, as torch's `std`) in each row."""
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+    """Logits (B, K) less their mean and over their deviation (torch's `std`), for each sample.
+
+    The paper's code adds 1e-7 to the deviation: logits that are still equal, as those of a new head on
+    pretrained features, would get gradients of millions.
+    """
+    return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp_min(MIN_DEVIATION)
 
 
 def _class_weights(

@@ -279,7 +279,8 @@ def _warmup_steps(steps_per_epoch: int, total_steps: int, warmup_epochs: float |
     if steps > total_steps:
         raise ValueError(
             f"warmup_epochs={warmup_epochs:g} ({steps} steps) is longer than the run of "
-            f"{total_steps} steps; type fewer epochs, or null (2 epochs, at most a fifth of the run)"
+            f"{total_steps} steps; type fewer, or schedule.warmup_epochs=null (2 epochs, at most a fifth of "
+            "the run)"
         )
     return steps
 

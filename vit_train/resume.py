@@ -181,7 +181,9 @@ def as_typed(packages: Sequence[str], *, hydra: bool = False) -> str:
     return "".join(f" {'trust=' if hydra else '--trust '}{package}" for package in packages)
 
 
-def allowed(nodes: Mapping[str, Any], trust: Packages, run_dir: Path | None = None) -> dict[str, Packages]:
+def allowed(
+    nodes: Mapping[str, Any], trust: Packages, run_dir: Path | None = None, *, hydra: bool = False
+) -> dict[str, Packages]:
     """The code each group of stored `nodes` may name; `run_dir` is that of `resume=`. Imports no other.
 
     Raises:
@@ -196,7 +198,7 @@ def allowed(nodes: Mapping[str, Any], trust: Packages, run_dir: Path | None = No
             importlib.import_module(module)
         never = {*sys.stdlib_module_names, *(name.partition(".")[0] for name in sys.modules)}
         sensible = all(package.isidentifier() and package not in never for package in new)
-        where, option = ("the checkpoint", False) if run_dir is None else (run_dir / CONFIG, True)
+        where, option = ("the checkpoint", hydra) if run_dir is None else (run_dir / CONFIG, True)
         raise CheckpointError(
             f"{where} names code that is not vit-train's{''.join(f', nor of {p}' for p in trust)} ({named})"
             + (f"; type{as_typed([*trust, *new], hydra=option)} if the code is yours" if sensible else "")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vit_train.composed import config_dir, plain
+from vit_train.composed import config_dir
 from vit_train.construct import make
 from vit_train.errors import CheckpointError, ConfigError, suggest
 
@@ -18,24 +19,15 @@ if TYPE_CHECKING:
     from vit_train.teacher import Found, Teacher
 
 
-def find_teacher(
-    cfg: DictConfig,
-    device: torch.device,
-    trust: tuple[str, ...],
-    *,
-    stored: bool = False,
-    goes_on: bool = False,
-) -> Found | None:
-    """The teacher that the objective names, on its device; None where it names none.
+def find_teacher(cfg: DictConfig, trust: tuple[str, ...], *, download: bool) -> Found | None:
+    """The teacher that the objective names; None where it names none.
 
     Its place and SHA-256 go into the configuration: a run keeps its teacher.
 
     Args:
         cfg: the whole configuration, with what the data told.
-        device: where it will run.
         trust: packages whose code a teacher's run may name.
-        stored: whether the configuration is a stored one: then nothing is downloaded.
-        goes_on: whether the run was started before.
+        download: whether it may be fetched.
 
     Raises:
         ConfigError: the name or its keys make no sense.
@@ -46,29 +38,22 @@ def find_teacher(
         return None
     from vit_train.teacher import read_teacher
 
-    sizes = {key: cfg.data[key] for key in ("num_classes", "img_size", "in_channels")}
-    advice = "; type objective.teacher= with the place where it is now" if goes_on else ""
-    try:
-        found = read_teacher(
-            node.teacher,
-            sizes=sizes,
-            make_model=_make_model,
-            device=device,
-            model=node.get("teacher_model"),
-            trust=trust,
-            download=not stored,
-        )
-    except (CheckpointError, ConfigError) as error:
-        raise (CheckpointError if goes_on else type(error))(f"{error}{advice}") from error
-    sha256, wanted = found.sha256(), node.get("teacher_sha256")
-    if wanted != sha256 and (stored or wanted is not None):  # a stored one is always known
+    found = read_teacher(
+        node.teacher,
+        sizes={key: cfg.data[key] for key in ("num_classes", "img_size", "in_channels")},
+        make_model=_make_model,
+        model=node.get("teacher_model"),
+        trust=trust,
+        download=download,
+    )
+    sha256, known = found.sha256(), node.get("teacher_sha256")
+    if known not in (None, sha256):
         raise CheckpointError(
-            f"objective.teacher={node.teacher} is another teacher (SHA-256 {sha256[:12]}..., not "
-            f"{str(wanted)[:12]}...){advice}"
+            f"objective.teacher={node.teacher} is another teacher: its SHA-256 is {sha256}, not {known}; "
+            "type objective.teacher= with the right one, such as RUN/checkpoints/step_00001234"
         )
     OmegaConf.update(cfg, "objective.teacher", found.source)
     OmegaConf.update(cfg, "objective.teacher_sha256", sha256, force_add=True)
-    found.model.to(device)
     return found
 
 
@@ -78,20 +63,28 @@ def _make_model(name: str, *, mask_padding: bool | None, **sizes: int) -> nn.Mod
     Raises:
         ConfigError: there is no such config.
     """
-    from hydra import compose, initialize_config_dir
-
     from vit_train.trained import without_download
 
-    known = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
+    folder = config_dir() / "model"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
-        raise ConfigError(f"objective.teacher_model={name}: no such model{suggest(name, known)}")
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        cfg = compose("train", [f"model={name}", *(f"data.{key}={size}" for key, size in sizes.items())])
-    node = without_download(plain(cfg)["model"])
+        from vit_train.teacher import in_library
+
+        guess = in_library(name) or suggest(name, known)
+        raise ConfigError(f"objective.teacher_model={name}: no such model{guess}")
+    cfg = OmegaConf.create({"model": _merged(folder, name), "data": sizes})
+    node = without_download(OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]
     if mask_padding is not None and "mask_padding" in node:
         node["mask_padding"] = mask_padding
     made: nn.Module = make(node, key="objective.teacher_model")
     return made
+
+
+def _merged(folder: Path, name: str) -> Any:
+    """A config over those it is a delta of, without Hydra, which is composing the run itself."""
+    cfg: Any = OmegaConf.load(folder / f"{name}.yaml")
+    bases = [base for base in cfg.pop("defaults", []) if base != "_self_"]
+    return OmegaConf.merge(*(_merged(folder, base) for base in bases), cfg)
 
 
 def make_teacher(found: Found, cfg: DictConfig, data: Any, device: torch.device) -> Teacher:
@@ -102,9 +95,8 @@ def make_teacher(found: Found, cfg: DictConfig, data: Any, device: torch.device)
     """
     from vit_train.teacher import Teacher
 
-    teacher = Teacher(
-        found, class_names=data.class_names, mean=data.mean, std=data.std, precision=cfg.trainer.precision
-    ).to(device)
+    about = {"class_names": data.class_names, "mean": data.mean, "std": data.std}
+    teacher = Teacher(found, **about, device=device, precision=cfg.trainer.precision)
     if cfg.trainer.compile:
         teacher.model.compile()
     return teacher
@@ -120,47 +112,56 @@ def measure(teacher: Teacher, parts: Parts, facts: Any, *, begun: bool) -> dict[
         begun: whether the run has a checkpoint: what was measured before its first step stands.
 
     Raises:
-        ConfigError: it knows less than `objective.teacher_min_top1`, or nothing can tell.
+        ConfigError: its top-1 is below `objective.teacher_min_top1`, or nothing tells it.
         KeyboardInterrupt: a signal arrived.
     """
-    from vit_train.evaluation import evaluate
-    from vit_train.models.cost import multiply_adds
-
-    data, node, model = parts.data, parts.about["config"]["objective"], teacher.model
+    node, model = parts.about["config"]["objective"], teacher.model
     least, sha256 = node.get("teacher_min_top1"), node["teacher_sha256"]
-    about = {
+    facts = facts if isinstance(facts, dict) else {}
+    if begun or facts.get("sha256") == sha256:
+        top1 = facts.get("top1") if isinstance(facts.get("top1"), float) else None
+    else:
+        top1 = _top1(teacher, parts)
+    if least is not None and top1 is None:
+        raise ConfigError(
+            f"objective.teacher_min_top1={least:g}: the teacher was not measured; set data.val_fraction, or "
+            "leave it out"
+        )
+    if least is not None and top1 < least:
+        raise ConfigError(
+            f"objective.teacher={node['teacher']} classifies {top1:.2%} of the validation images correctly, "
+            f"less than objective.teacher_min_top1={least:.2%}; type a better teacher or a smaller fraction"
+        )
+    return {
         "source": node["teacher"],
         "sha256": sha256,
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "multiply_adds": multiply_adds(model, in_channels=teacher.in_channels, img_size=teacher.img_size),
+        "multiply_adds": teacher.multiply_adds,
         "classes": teacher.classes,
-        "top1": None,
+        "top1": top1,
     }
-    if begun or (isinstance(facts, dict) and facts.get("sha256") == sha256):
-        before = facts.get("top1") if isinstance(facts, dict) else None
-        return {**about, "top1": before if isinstance(before, float) else None}
-    if not data.sizes["val"]:
-        if least is not None:
-            raise ConfigError(
-                f"objective.teacher_min_top1={least:g} needs validation images; set data.val_fraction"
-            )
-        return about
-    figures = evaluate(
-        teacher,
-        parts.tracker.progress(data.loader("val"), "teacher"),
-        objective=parts.objective,
-        transform=parts.eval_transform,
-        strategy=parts.strategy,
-        precision="fp32",  # it has its own
-        num_classes=data.num_classes,
-        should_stop=parts.signals.arrived,
-    )
+
+
+def _top1(teacher: Teacher, parts: Parts) -> float | None:
+    """On the validation split, as the student sees it; None without one."""
+    from vit_train.evaluation import evaluate
+
+    if not parts.data.sizes["val"]:
+        return None
+    try:
+        figures = evaluate(
+            teacher,
+            parts.tracker.progress(parts.data.loader("val"), "teacher"),
+            objective=parts.objective,
+            transform=parts.eval_transform,
+            strategy=parts.strategy,
+            precision="fp32",  # it has its own
+            num_classes=parts.data.num_classes,
+            should_stop=parts.signals.arrived,
+        )
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        raise parts.data.worker_lost(error) or error from error
     if figures is None:
         raise KeyboardInterrupt
-    if least is not None and figures.top1 < least:
-        raise ConfigError(
-            f"objective.teacher={node['teacher']} knows {figures.top1:.2%} of the validation images, less "
-            f"than objective.teacher_min_top1={least:.2%}; type a better teacher or a smaller fraction"
-        )
-    return {**about, "top1": figures.top1}
+    return figures.top1

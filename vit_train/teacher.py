@@ -13,7 +13,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -25,17 +25,19 @@ from torch import Tensor, nn
 
 from vit_train import checkpoint
 from vit_train.errors import CheckpointError, ConfigError, DataError, VitTrainError, suggest
+from vit_train.models.cost import multiply_adds
 from vit_train.places import expanded
-from vit_train.precision import Precision
+from vit_train.precision import Precision, inference_precision
 from vit_train.resume import Packages
 from vit_train.trained import fits, from_checkpoint
 from vit_train.weights import load_pretrained, read_pretrained
-from vit_train.weights.source import check_tensors
+from vit_train.weights.source import TORCHVISION, check_tensors
 
-TORCHVISION, TIMM = "torchvision:", "timm:"
+TIMM = "timm:"
 _KEY = "objective.teacher"
 _NAMED = 5  # classes in a message
 _WORDNET = re.compile(r"n\d{8}")  # the names of ImageNet's folders, where torchvision has words
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -43,40 +45,34 @@ class Found:
     """A trained model as it came, and what is needed to feed it and to read its answers.
 
     Attributes:
-        model: in evaluation mode.
+        model: on the CPU, in evaluation mode.
         source: where it can be read again: a checkpoint directory, a file, or a name.
+        design: what no tensor tells of it: its name in a library, or the node that describes it.
         class_names: in the order of its logits; None where they are not known.
         mean, std: normalisation per channel; None is the student's.
         img_size: side of its images in pixels.
         in_channels: 1 or 3.
-        precision: what it computes in; None is the student's.
+        trained_in: its precision; None is the student's.
     """
 
     model: nn.Module
     source: str
+    design: Any
     class_names: list[str] | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     img_size: int
     in_channels: int = 3
-    precision: Precision | None = None
+    trained_in: object = None
 
     def sha256(self) -> str:
-        """Of all that decides what it answers to given pixels, hexadecimal."""
-        digest = hashlib.sha256(repr((self.class_names, self.mean, self.std)).encode())
+        """A hash, in hexadecimal digits, of everything that decides which logits an image gets."""
+        about = (self.design, self.class_names, self.mean, self.std, self.img_size, self.trained_in)
+        digest = hashlib.sha256(repr(about).encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
-
-    def answers(self, img_size: int | None = None) -> int:
-        """K', of images of its own size or another one; 0 where it does not take those."""
-        side, channels = img_size or self.img_size, self.in_channels
-        probe = copy.deepcopy(self.model).to("meta")
-        try:
-            return int(probe(torch.empty(1, channels, side, side, device="meta")).shape[1])
-        except (RuntimeError, ValueError, AssertionError):
-            return 0
 
 
 def read_teacher(
@@ -84,7 +80,6 @@ def read_teacher(
     *,
     sizes: Mapping[str, int],
     make_model: Callable[..., nn.Module],
-    device: torch.device,
     model: str | None = None,
     trust: Packages = (),
     download: bool = True,
@@ -94,8 +89,7 @@ def read_teacher(
     Args:
         source: a run, a checkpoint, torchvision:NAME, timm:NAME; with `model` a file or folder of weights.
         sizes: `num_classes`, `img_size`, `in_channels` of the student, and of a file that does not say.
-        make_model: a model of ours by its name, for these sizes and `mask_padding`.
-        device: where it will run.
+        make_model: makes a model of ours from its name, these sizes and `mask_padding`.
         model: of a file of weights: torchvision:NAME, timm:NAME, or a name that `make_model` knows.
         trust: packages whose code a run may name.
         download: whether what a library does not have in its cache may be fetched.
@@ -107,41 +101,46 @@ def read_teacher(
     if source.startswith((TORCHVISION, TIMM)):
         if model is not None:
             raise ConfigError(f"{_KEY}={source} is a model with its weights; leave out {_KEY}_model")
-        return _from_library(source, download=download)
+        made, *about = _from_library(source, download=download)
+        return Found(made, source, source, *about)
     path = expanded(source)
-    if model is not None:
-        return _from_file(str(path.absolute()), model, sizes, make_model)
-    if path.is_dir():
-        return _from_run(path, device, trust)
+    try:
+        if model is not None and (path / "checkpoints").is_dir():
+            raise ConfigError(f"{_KEY}={source} is a run, which knows its model; leave out {_KEY}_model")
+        if model is not None:
+            return _from_file(str(path.absolute()), model, sizes, make_model)
+        if path.is_dir():
+            return _from_run(path, trust)
+        near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"{_KEY}={source} cannot be read: {error.strerror or error}") from error
     if path.is_file():
         raise ConfigError(
             f"{_KEY}={source}: a file does not say which model its weights are of; type "
             f"{_KEY}_model=torchvision:NAME, timm:NAME or the name of a model of ours, such as vit_tiny"
         )
-    near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise CheckpointError(f"{_KEY}={source}: no such run, checkpoint or file{suggest(str(path), near)}")
+    guess = in_library(source) or suggest(str(path), {*near} - {str(path)}) or "; type the place where it is"
+    raise CheckpointError(f"{_KEY}={source}: no such run, checkpoint or file{guess}")
 
 
-def _from_run(path: Path, device: torch.device, trust: Packages) -> Found:
-    try:
-        stored, _ = checkpoint.load_run(path, partial(fits, trust=trust))
-        known = from_checkpoint(stored, device=device, trust=trust)
-    except CheckpointError as error:
-        raise CheckpointError(f"{_KEY}: {str(error).replace(' --trust ', ' trust=')}") from error
-    return Found(
-        known.model,
-        str(known.path.resolve()),
-        known.class_names,
-        known.mean,
-        known.std,
-        known.img_size,
-        known.in_channels,
-        known.precision(),
-    )
+def in_library(name: str) -> str:
+    """A question where only the prefix of a model of torchvision is missing or misspelt, else nothing."""
+    from torchvision import models
+
+    name = name.rpartition(":")[2]
+    return f"; did you mean '{TORCHVISION}{name}'?" if name in models.list_models(module=models) else ""
 
 
-def _from_library(source: str, *, download: bool = True, num_classes: int | None = None) -> Found:
-    """A model of torchvision or timm with its weights, or at random with another number of classes."""
+def _from_run(path: Path, trust: Packages) -> Found:
+    stored, _ = checkpoint.load_run(path, partial(fits, trust=trust, hydra=True))
+    known = from_checkpoint(stored, device=_CPU, trust=trust)
+    precision = known.config["trainer"].get("precision")
+    about = (known.class_names, known.mean, known.std, known.img_size, known.in_channels)
+    return Found(known.model, str(known.path.resolve()), known.config["model"], *about, precision or "auto")
+
+
+def _from_library(source: str, *, download: bool = True, num_classes: int | None = None) -> Any:
+    """A model with its own weights, or at random with `num_classes`; its class names, mean, std, side."""
     make = _torchvision if source.startswith(TORCHVISION) else _timm
     try:
         return make(source, download=download, num_classes=num_classes)
@@ -154,7 +153,7 @@ def _from_library(source: str, *, download: bool = True, num_classes: int | None
         ) from error
 
 
-def _torchvision(source: str, *, download: bool, num_classes: int | None) -> Found:
+def _torchvision(source: str, *, download: bool, num_classes: int | None) -> Any:
     from torchvision import models
 
     name = source.removeprefix(TORCHVISION)
@@ -164,78 +163,96 @@ def _torchvision(source: str, *, download: bool, num_classes: int | None) -> Fou
             f"{_KEY}: torchvision has no model {name!r} for classification{suggest(name, known)}"
         )
     weights = models.get_model_weights(name).DEFAULT
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    preset, names = weights.transforms(), None
     if num_classes is None:
-        _check_cache(
-            source, (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).is_file(), download
-        )
-        model = models.get_model(name, weights=weights)
+        _check_cache(source, file.is_file(), download)
+        model, names = models.get_model(name, weights=weights), list(weights.meta["categories"])
     else:
         model = models.get_model(name, num_classes=num_classes)
-    preset = weights.transforms()
-    names = None if num_classes is not None else list(weights.meta["categories"])
-    return Found(model.eval(), source, names, tuple(preset.mean), tuple(preset.std), preset.crop_size[0])
+    return model.eval(), names, tuple(preset.mean), tuple(preset.std), preset.crop_size[0]
 
 
-def _timm(source: str, *, download: bool, num_classes: int | None) -> Found:
+def _timm(source: str, *, download: bool, num_classes: int | None) -> Any:
     try:
         import timm
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.utils import logging
         from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
     except ImportError as error:
         raise ConfigError(f"{_KEY}: {source} needs timm; type pip install timm") from error
 
     name = source.removeprefix(TIMM)
-    if not timm.is_model(name):
-        raise ConfigError(f"{_KEY}: timm has no model {name!r}{suggest(name, timm.list_models())}")
+    known = timm.list_models() + timm.list_models(pretrained=True)
+    if name not in known:
+        raise ConfigError(f"{_KEY}: timm has no model {name!r}{suggest(name, known)}")
+    names = None
     if num_classes is None:
         config = timm.get_pretrained_cfg(name)
-        hub = config.hf_hub_id if config else None
-        found = try_to_load_from_cache(hub, "model.safetensors") if hub else None
-        _check_cache(source, isinstance(found, str), download)
-        cached = {"file": found} if isinstance(found, str) else None
+        file = (
+            try_to_load_from_cache(config.hf_hub_id, "model.safetensors")
+            if config and config.hf_hub_id
+            else None
+        )
+        _check_cache(source, isinstance(file, str), download)
+        logging.set_verbosity_error()  # a line for each attempt, where there is no network
+        cached = {"file": file} if isinstance(file, str) else None
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=cached)
+        subset = infer_imagenet_subset(model)
+        names = list(ImageNetInfo(subset).label_names()) if subset else None
     else:
         model = timm.create_model(name, num_classes=num_classes)
     about: Any = model.pretrained_cfg
-    subset = None if num_classes is not None else infer_imagenet_subset(model)
-    names = None if subset is None else list(ImageNetInfo(subset).label_names())
-    return Found(model.eval(), source, names, about["mean"], about["std"], about["input_size"][1])
+    return model.eval(), names, about["mean"], about["std"], about["input_size"][1]
 
 
 def _check_cache(source: str, is_there: bool, download: bool) -> None:
     if not is_there and not download:
-        raise CheckpointError(
-            f"{_KEY}={source} is not in the cache, and a run that goes on downloads nothing"
-        )
+        raise CheckpointError(f"{_KEY}={source} is not in the cache, and nothing is downloaded here")
 
 
 def _from_file(
     source: str, name: str, sizes: Mapping[str, int], make_model: Callable[..., nn.Module]
 ) -> Found:
+    side, channels = sizes["img_size"], sizes["in_channels"]
     try:
         given = read_pretrained(source)
         count = sizes["num_classes"] if given.class_names is None else len(given.class_names)
         if name.startswith((TORCHVISION, TIMM)):
-            found = _from_library(name, num_classes=count)
+            model, _, mean, std, usual = _from_library(name, num_classes=count)
             check_tensors(source, given.as_saved)
-            found.model.load_state_dict(given.as_saved)
+            last, tensor = [*model.state_dict().items()][-1]  # of the head
+            theirs = given.as_saved.get(last, tensor).shape
+            if theirs != tensor.shape:
+                raise DataError(_not_matched(theirs[0] if theirs else 0, count))
+            model.load_state_dict(given.as_saved)
             # a file does not tell the size, and most convolutions take any
-            if found.answers(sizes["img_size"]):
-                found = replace(found, img_size=sizes["img_size"])
+            side, channels = side if _answers(model, 3, side) else usual, 3
         else:
-            model = make_model(name, **{**sizes, "num_classes": count}, mask_padding=given.mask_padding)
+            model = make_model(
+                name, **{**sizes, "num_classes": count}, mask_padding=given.mask_padding
+            ).eval()
             if anew := load_pretrained(model, given).made_anew:
                 raise ConfigError(f"{_KEY}={source} has other classes: {', '.join(anew)} would start anew")
-            about = (given.mean, given.std, sizes["img_size"], sizes["in_channels"])
-            found = Found(model.eval(), source, None, *about)
+            mean, std = given.mean, given.std
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"{_KEY}={source} does not hold {name} with {count} classes, as the data has ({reason})"
         ) from error
     except (CheckpointError, ConfigError) as error:
-        raise type(error)(str(error).replace("init_from=", f"{_KEY}=")) from error
-    return replace(found, source=source, class_names=given.class_names)
+        said = str(error).replace("init_from=", f"{_KEY}=")
+        raise type(error)(said.replace(", or type init_strict=false to take what fits", "")) from error
+    return Found(model, source, name, given.class_names, mean, std, side, channels)
+
+
+def _answers(model: nn.Module, channels: int, side: int) -> int:
+    """How many logits an image gets; 0 where the model does not take such images."""
+    probe = copy.deepcopy(model).to("meta")
+    try:
+        return int(probe(torch.empty(1, channels, side, side, device="meta")).shape[1])
+    except (RuntimeError, ValueError, AssertionError):
+        return 0
 
 
 class Teacher(nn.Module):
@@ -245,10 +262,12 @@ class Teacher(nn.Module):
         found: the teacher.
         class_names: K names, the student's order.
         mean, std: the student's normalisation, per channel.
+        device: where it will run.
         precision: the student's, for a teacher that has none of its own.
 
     Attributes:
         classes: in words, how the classes were matched.
+        multiply_adds: of one image.
 
     Raises:
         ConfigError: the teacher sees grey images, and the student coloured ones.
@@ -266,15 +285,19 @@ class Teacher(nn.Module):
         class_names: Sequence[str],
         mean: Sequence[float],
         std: Sequence[float],
+        device: torch.device,
         precision: Precision,
     ) -> None:
         super().__init__()
         if len(mean) > found.in_channels:
             raise ConfigError(f"{_KEY}={found.source} takes grey images, and the data has colours")
-        self.model = found.model.eval().requires_grad_(False)
-        self.img_size, self.in_channels = found.img_size, found.in_channels
-        self.precision = found.precision or precision
-        picked, self.classes = match_classes(found.class_names, found.answers(), class_names)
+        self.model, self.img_size = found.model.requires_grad_(False), found.img_size
+        own = found.trained_in is not None
+        self.precision = inference_precision(found.trained_in, device) if own else precision
+        known = found.class_names
+        count = _answers(self.model, found.in_channels, self.img_size) if known is None else len(known)
+        picked, self.classes = match_classes(known, count, class_names)
+        self.multiply_adds = multiply_adds(self.model, in_channels=found.in_channels, img_size=self.img_size)
         self.register_buffer("picked", None if picked is None else torch.tensor(picked))
         ours, theirs = (
             torch.tensor([*both])[..., None, None]
@@ -283,6 +306,7 @@ class Teacher(nn.Module):
         same = ours.shape == theirs.shape and bool((ours == theirs).all())
         self.register_buffer("scale", None if same else ours[1] / theirs[1])
         self.register_buffer("shift", None if same else (ours[0] - theirs[0]) / theirs[1])
+        self.eval().to(device)
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002
         """Stays in evaluation mode, whatever the objective does that holds it."""
@@ -331,13 +355,16 @@ def match_classes(
         )
     folders = all(_WORDNET.fullmatch(name) for name in ours) and not any(map(_WORDNET.fullmatch, place))
     if count == len(ours) and (theirs is None or folders):
-        return None, f"its {count:,} are assumed to be in the order of the data's: they have no such names"
+        return None, f"its {count:,} are assumed to be the data's in this order: it names none of them"
     if theirs is None:
-        raise DataError(
-            f"{_KEY} has {count:,} classes without names, the data {len(ours):,}: they cannot be matched"
-        )
+        raise DataError(_not_matched(count, len(ours)))
     more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
     raise DataError(
         f"{_KEY} does not know {len(missing):,} of the {len(ours):,} classes of the data "
-        f"({', '.join(map(repr, missing[:_NAMED]))}{more}); it has {count:,}, and names must be equal"
+        f"({', '.join(map(repr, missing[:_NAMED]))}{more}); it has {count:,}, and names must be equal, "
+        f"capitals too{suggest(missing[0], place)}"
     )
+
+
+def _not_matched(theirs: int, ours: int) -> str:
+    return f"{_KEY} has {theirs:,} classes without names, the data {ours:,}: they cannot be matched"

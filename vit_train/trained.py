@@ -77,7 +77,14 @@ class Trained:
         return Normalize(self.mean, self.std).to(next(self.model.parameters()).device)
 
 
-def fits(path: Path, state: Mapping[str, Any], shapes: checkpoint.Shapes, *, trust: Packages = ()) -> None:
+def fits(
+    path: Path,
+    state: Mapping[str, Any],
+    shapes: checkpoint.Shapes,
+    *,
+    trust: Packages = (),
+    hydra: bool = False,
+) -> None:
     """That the tensors of a checkpoint are those of the model it describes; see `checkpoint.load`.
 
     The model is built without memory, so neither a lying file nor a lying configuration can allocate much.
@@ -90,7 +97,7 @@ def fits(path: Path, state: Mapping[str, Any], shapes: checkpoint.Shapes, *, tru
         raise CheckpointError(f"{path} does not describe a model")
     check_stored(config, path)
     node = config["model"]
-    allow = allowed({"model": node}, trust)
+    allow = allowed({"model": node}, trust, hydra=hydra)
     check_sizes(node, shapes, path)
     try:
         with torch.device("meta"):

@@ -20,6 +20,7 @@ from vit_train.checkpoint import Checkpoint, fits_model
 from vit_train.construct import Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat, TwoOrMore
 from vit_train.data import Batch
 from vit_train.ema import Ema
+from vit_train.errors import ConfigError
 from vit_train.evaluation import evaluate, hits, means, wide
 from vit_train.guard import Guard, Stop
 from vit_train.nonfinite import NonFinite, OnNonFinite
@@ -208,8 +209,12 @@ class Trainer:
                 self.scaler.scale(loss * (len(x) / len(images))).backward()
             sums[0] += loss.detach() * len(x)
             sums[1:3] += hits(logits, y)
-            for i, part in enumerate(parts, _FIRST_PART):
-                sums[i] += part * len(x)
+            if len(parts) != len(self.loss_parts):
+                raise ConfigError(
+                    f"objective: {len(parts)} parts of the loss, and part_names is {self.loss_parts}"
+                )
+            if parts:
+                sums[_FIRST_PART:] += torch.stack(parts) * len(x)
         sums[3] += len(images)
 
         self.scaler.unscale_(self.optimizer)
@@ -331,7 +336,9 @@ class Trainer:
             # all that can be taken back in a checkpoint of an older version
             self.state.closed_epochs = min(self.state.closed_epochs, self.state.step // self.steps_per_epoch)
         if len(self.state.sums) != len(self._no_sums()):
-            raise ValueError(f"sums is {self.state.sums!r}")
+            raise ValueError(
+                f"{len(self.state.sums)} running sums, the objective needs {len(self._no_sums())}"
+            )
         self.sums = wide(self.strategy.device, self.state.sums)
         self.schedule.load_state_dict(self.state.schedule)
         self.scaler.load_state_dict(self.state.scaler)

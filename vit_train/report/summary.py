@@ -43,7 +43,11 @@ def summary(run: Run) -> Table:
         + f" images of {data.in_channels} x {side} x {side}  [{origin['data']}]",
         "classes": f"{data.num_classes}: {class_table(data.class_names, data.class_counts)}"
         + _balance(config),
-        **({} if run.teacher is None else {"teacher": _teacher(run.teacher)}),
+        **(
+            {}
+            if run.teacher is None
+            else {"teacher": _teacher(run.teacher, data.sizes["val"], trainer.objective.extra_repr())}
+        ),
         "augmentation": origin["augment"],
         "device": f"{trainer.strategy.describe()}, {trainer.precision}"
         + (", compiled" if settings["compile"] else ""),
@@ -63,13 +67,17 @@ def summary(run: Run) -> Table:
     return key_value_table(rows)
 
 
-def _teacher(about: Mapping[str, Any]) -> str:
+def _teacher(about: Mapping[str, Any], images: int, kind: str) -> str:
     """Who teaches, how large it is and how good."""
     names = about["source"].replace("/checkpoints/", "/").split("/")
-    top1 = "not measured" if about["top1"] is None else f"top-1 {about['top1']:.2%} of the validation images"
+    top1 = (
+        "not measured"
+        if about["top1"] is None
+        else f"top-1 {about['top1']:.2%} of {images:,} validation images"
+    )
     return (
         f"{'/'.join(names[-2:])}: {about['model']}, {about['parameters'] / 1e6:.2f}M parameters, "
-        f"{about['multiply_adds'] / 1e9:.3f} GMACs an image, {top1}; classes: {about['classes']}"
+        f"{about['multiply_adds'] / 1e9:.3f} GMACs an image, {top1}; classes: {about['classes']}  [{kind}]"
     )
 
 
