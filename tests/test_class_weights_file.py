@@ -71,13 +71,25 @@ def test_the_run_keeps_the_weights_and_not_the_file(folder):
         ("{x:2}", ["class_weights names 'x', which is not a class", "objective.class_weights=FILE.yaml"]),
         ("gone.yaml", ["objective.class_weights=gone.yaml is not a file of `class: weight`", "No such file"]),
         ("broken.yaml", ["objective.class_weights=broken.yaml is not a file of `class: weight`"]),
-        ("list.yaml", ["objective.class_weights=list.yaml is not a file of `class: weight`"]),
+        ("list.yaml", ["list.yaml is not a file of `class: weight` (expected one `name: weight` a line)"]),
+        ("empty.yaml", ["empty.yaml is not a file of `class: weight` (expected one `name: weight` a line)"]),
+        (
+            "nested.yaml",
+            ["nested.yaml is not a file of `class: weight` (expected one `name: weight` a line)"],
+        ),
         ("words.yaml", ["objective.class_weights=words.yaml is not", "could not convert string to float"]),
         ("low.yaml", ["objective.class_weights.no: must be greater than 0, got -1"]),
     ],
 )
 def test_what_cannot_be_weights_is_one_line(folder, typed, words):
-    for name, text in (("broken", "a: [1"), ("list", "- 1"), ("words", "no: many"), ("low", "no: -1")):
+    for name, text in (
+        ("broken", "a: [1"),
+        ("list", "- 1"),
+        ("words", "no: many"),
+        ("low", "no: -1"),
+        ("empty", ""),
+        ("nested", "a:\n  b: 1"),
+    ):
         Path(f"{name}.yaml").write_text(text)
     done = vit_train_here(*SETTINGS, f"objective.class_weights={typed}", cwd=folder)
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)

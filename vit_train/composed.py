@@ -257,13 +257,15 @@ def read_class_weights(cfg: DictConfig) -> None:
     """
     path = OmegaConf.select(cfg, "objective.class_weights", throw_on_resolution_failure=False)
     if not isinstance(path, str) or not path.endswith(WEIGHT_FILES):
+        if not isinstance(written, dict) or any(isinstance(w, dict | list) for w in written.values()):
+            raise ValueError("expected one `name: weight` a line")
         return
     try:
         with expanded(path).open(encoding="utf-8") as file:
             # BaseLoader makes nothing but text
             written = json.load(file) if path.endswith(".json") else yaml.load(file, yaml.BaseLoader)
         weights = {name: float(weight) for name, weight in written.items()}
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"objective.class_weights={path} is not a file of `class: weight` ({reason})"

@@ -169,9 +169,12 @@ class _Survey:
 
 def _survey(root: Path) -> _Survey:
     """Lists a folder as training does, but goes on where that stops."""
-    survey = _Survey(root)
+    survey, left_out = _Survey(root), set()
     with suppress(DataError, OSError):  # then training's own line about it is all there is to say
-        for split, folder in layout.split_folders(root, training=False, notes=[]).items():
+        folders = layout.split_folders(root, training=False, notes=[])
+        if "test" not in folders and folders.get("train") != root:  # as Kaggle has it: training says so
+            left_out = {name for name in layout.inside(root).folders if name.lower() == "test"}
+        for split, folder in folders.items():
             below = "" if folder == root else f"{folder.name}/"
             names, survey.below[split] = layout.inside(folder).folders, below
             survey.classes[split] = {below + name: normalize("NFC", name) for name in names}
@@ -184,16 +187,17 @@ def _survey(root: Path) -> _Survey:
                 survey.names += [f"{place}/{name}" for name in found]
                 survey.splits += [split] * len(found)
                 survey.labels += [label] * len(found)
-    _walk(survey, followed)
+    _walk(survey, followed, left_out)
     return survey
 
 
-def _walk(survey: _Survey, followed: set[str]) -> None:
+def _walk(survey: _Survey, followed: set[str], left_out: set[str]) -> None:
     """Everything below the root: what is not among the images, and what cannot be listed.
 
     Args:
         survey: with its images.
         followed: folders below the root that training looks into even where they are links.
+        left_out: others, which training names.
     """
     images, waiting = {*survey.names}, [""]
     while waiting:
@@ -206,6 +210,8 @@ def _walk(survey: _Survey, followed: set[str]) -> None:
             continue
         for name, folder, is_link in inside:
             below = f"{where}/{name}" if where else name
+            if below in left_out:
+                continue
             if folder and is_visible(name) and (not is_link or below in followed):
                 waiting.append(below)
             elif below not in images:
