@@ -172,6 +172,15 @@ def test_a_mistake_in_what_is_only_shown(refused):
     refused("trainr.epochs=3", "-cjob", words=["trainr.epochs", "did you mean 'trainer'?"])
 
 
+def test_a_key_that_belongs_somewhere_else(refused):
+    refused("model.patch_size=4", words=["did you mean 'model.patch_embed.patch_size'?"])
+    refused("optimizer=adamW", words=["did you mean 'adamw'?"])
+    line = refused(
+        "data.root=photos", words=["data.root: Digits has no such key; type data=imagefolder as well"]
+    )
+    assert "(it has" not in line
+
+
 @pytest.mark.parametrize("flag", [["--resume", "X"], ["--resume=X"], ["seed=1", "--resume", "X"]])
 def test_a_key_that_is_typed_as_a_flag(refused, flag):
     refused(*flag, words=["there is no such flag; a value is typed as resume=X"])

@@ -151,6 +151,16 @@ def test_where_a_run_stopped_early_is_not_where_a_rollback_goes_once_it_has_more
     assert (straight["step"], straight["anchor"]) == (12, 5), "the first epoch is the best, and was due"
 
 
+def test_epochs_do_not_lengthen_a_run_that_counts_steps(in_tmp) -> None:
+    assert vit_train_here(*TINY, "trainer.max_steps=4", "run_dir=run", cwd=in_tmp).code == 0
+    done = vit_train_here("resume=run", "trainer.epochs=6", cwd=in_tmp)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "run ended at trainer.max_steps=4, whatever trainer.epochs is" in done.err
+    done = vit_train_here("resume=run", "trainer.epochs=1", "trainer.max_steps=null", cwd=in_tmp)
+    assert done.code == 0, done.err
+    assert json.loads((in_tmp / "run/result.json").read_text())["steps"] == 5
+
+
 def test_growth_that_is_interrupted_at_once_is_not_forgotten(in_tmp) -> None:
     listening = ("trainer.early_stop_patience=1", "optimizer.lr=1e-30", "trainer.epochs=6")
     assert vit_train_here(*TINY, *listening, "run_dir=run", cwd=in_tmp).code == 0

@@ -204,6 +204,8 @@ def test_suggest() -> None:
     assert errors.suggest("optimzer", ["model", "optimizer"]) == "; did you mean 'optimizer'?"
     assert errors.suggest("banana", ["model", "optimizer"]) == ""
     assert errors.suggest("x", iter([])) == ""
+    assert errors.suggest("adamW", ["adam", "adamw", "AdamX"]) == "; did you mean 'adamw'?"
+    assert errors.suggest("DOG", ["cat", "dog"]) == "; did you mean 'dog'?"
     assert errors.suggest("depth", (name for name in ("depths", "width"))) == "; did you mean 'depths'?"
 
 

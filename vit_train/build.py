@@ -425,6 +425,11 @@ def _build(
                     trainer.state.evaluations_since_best = 0
                 trainer.judge_patience()
             notes += rate_jump(before, trainer)
+            if trainer.state.step == cfg.trainer.max_steps and is_typed("trainer.epochs", launch.overrides):
+                raise ConfigError(
+                    f"{run_dir} ended at trainer.max_steps={cfg.trainer.max_steps}, "
+                    "whatever trainer.epochs is: type a larger number, or trainer.max_steps=null as well"
+                )
         except (AttributeError, ArithmeticError, RuntimeError, ValueError, TypeError, LookupError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error

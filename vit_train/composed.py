@@ -100,6 +100,8 @@ def check_config(cfg: DictConfig) -> None:
     sound = cfg.copy() if broken else cfg
     for key in broken:
         OmegaConf.update(sound, key, None)
+    folder = r"\1; type data=imagefolder as well, for a folder of images"
+    errors = [re.sub(r"^(data\.root: \w+ has no such key).*", folder, error) for error in errors]
     tree, copies = plain(sound), _copies(sound)
     pending = {key for key in copies if OmegaConf.select(sound, key) is None} | broken.keys()
     errors = [*broken.values(), *_unknown(tree)]

@@ -268,7 +268,9 @@ def _check_arguments(
             errors += _check_value(full, known[name].annotation, value)
         elif not takes_any:
             it_has = ", ".join(n for n in keywords if not (partial and known[n].kind is not _KEYWORD))
-            guess = suggest(str(name), keywords, inside=key) or f" (it has: {it_has})"
+            inside = [child for child, held in node.items() if isinstance(held, Mapping) and name in held]
+            meant = f"; did you mean '{_join(key, f'{inside[0]}.{name}')}'?" if inside else ""
+            guess = meant or suggest(str(name), keywords, inside=key) or f" (it has: {it_has})"
             errors.append(f"{full}: {owner} has no such key{guess}")
     for name, parameter in known.items():
         required = parameter.default is parameter.empty and name in keywords

@@ -82,13 +82,14 @@ class Interrupted(VitTrainError):  # noqa: N818 - not an error: the run was save
 
 
 def suggest(word: str, choices: Iterable[str], *, inside: str = "") -> str:
-    """`"; did you mean 'x'?"` when a close match exists, else an empty string.
+    """`"; did you mean 'x'?"` when a close match exists, upper and lower case aside, else an empty string.
 
     Args:
         word: what the user typed.
         choices: what would have been accepted.
         inside: the node they are keys of, which stands before the one suggested.
     """
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    folded = {choice.casefold(): choice for choice in choices}
+    close = [folded[each] for each in difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)]
     meant = f"{inside}.{close[0]}" if close and inside else "".join(close)
     return f"; did you mean {meant!r}?" if close else ""

@@ -446,6 +446,21 @@ def test_the_bin_of_a_file_system_is_not_even_opened(tmp_path):
     assert f"{tmp_path}/lost+found" not in opened
 
 
+def test_a_pattern_below_a_folder_with_brackets_in_its_name(tmp_path):
+    files = [str(tmp_path / "Fotos [2024]" / name) for name in ("a [1]/0.png", "a [1]/1.png", "b/0.png")]
+    for name in (*files, tmp_path / "Fotos 2" / "b" / "0.png"):
+        write(Path(name))
+    for pattern, matches in {
+        "a [1]/*.png": files[:2],
+        "*/0.png": files[::2],
+        "[ab]/*.png": files[2:],
+    }.items():
+        typed = f"{tmp_path}/Fotos [2024]/{pattern}"
+        assert find_images([typed], stdin=(), allow_url=False) == matches
+    other = [f"{tmp_path}/Fotos 2/b/0.png"]
+    assert find_images([f"{tmp_path}/Fotos [24]/b/*"], stdin=(), allow_url=False) == other
+
+
 @pytest.mark.parametrize("names", [("0.png", "1.png"), ("unknown/0.png",), ("images/0.png", "more/0.png")])
 def test_a_test_folder_without_labels_is_left_out(tmp_path, names):
     """As Kaggle has it."""

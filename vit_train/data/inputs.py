@@ -40,7 +40,7 @@ def find_images(arguments: Sequence[str], *, stdin: Iterable[str], allow_url: bo
                     found += _below(line)
             elif not is_url(argument) and glob.has_magic(argument) and not Path(argument).exists():
                 # nothing that matches: it stays, and is reported as a file that is missing
-                for match in sorted(glob.glob(argument, recursive=True)) or [argument]:  # noqa: PTH207
+                for match in sorted(glob.glob(_pattern(argument), recursive=True)) or [argument]:  # noqa: PTH207
                     found += _below(match)
             else:
                 found += _below(argument)
@@ -54,6 +54,13 @@ def find_images(arguments: Sequence[str], *, stdin: Iterable[str], allow_url: bo
             f"there are no images: {where} (images end in {' '.join(SUFFIXES)}; .heic {NOT_READ})"
         )
     return found
+
+
+def _pattern(typed: str) -> str:
+    """The pattern, with the folders in front that exist as they are: `Fotos [2024]/*.jpg` has one."""
+    ends = (end for end in range(len(typed), 0, -1) if typed[end - 1] == "/" and Path(typed[:end]).is_dir())
+    end = next(ends, 0)
+    return glob.escape(typed[:end]) + typed[end:]
 
 
 def _below(name: str) -> list[str]:

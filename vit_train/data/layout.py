@@ -253,8 +253,7 @@ def refuse_unknown(folder: Path, names: Sequence[str], class_names: Collection[s
     """
     for name in names:
         if normalize("NFC", name) not in class_names:
-            alike = next((known for known in class_names if known.lower() == name.lower()), name)
-            what_to_do = suggest(alike, class_names) or ": rename it, or move it elsewhere"
+            what_to_do = suggest(name, class_names) or ": rename it, or move it elsewhere"
             raise DataError(f"train has no class for {folder / name}{what_to_do}")
 
 
