@@ -312,7 +312,7 @@ def test_a_model_of_an_older_version_that_is_out_of_bounds_can_still_be_read() -
         ("model={T}", "model: builtins.dict makes no model"),
         ("data={T}", "data: builtins.dict makes no data module"),
         ("strategy={T}", "strategy: expected SingleDevice, builtins.dict makes dict"),
-        ("trainer={T}", "trainer: 'Parts' object is not iterable"),
+        ("trainer={T}", "trainer: expected Trainer, builtins.dict makes dict"),
         ("tracker={_target_:types.SimpleNamespace,_partial_:false}", "tracker: "),
     ],
 )

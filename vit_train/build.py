@@ -7,6 +7,7 @@ and builds the rest. Nothing is written to disk before all of it succeeded.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -409,7 +410,13 @@ def _build(
         signals=signals,
         about={
             "config": config,
-            "inference": _inference(data),
+            "inference": {
+                "class_names": data.class_names,
+                "mean": list(data.mean),
+                "std": list(data.std),
+                "img_size": data.img_size,
+                "in_channels": data.in_channels,
+            },
             "dataset_fingerprint": fingerprint,
             "split_rule": data.split_rule,
         },
@@ -497,26 +504,19 @@ def make_part(
         node = node[part]
     made = make(node, key=key, allow=None if allow is None else allow[key.partition(".")[0]])
 
-    def of_kind(made: Any) -> Any:
-        if isinstance(made, kind):
+    def of_kind(made: Any, its: type) -> Any:
+        if issubclass(its, kind):
             return made
-        raise ConfigError(f"{key}: expected {kind.__name__}, {node['_target_']} makes {type(made).__name__}")
+        raise ConfigError(f"{key}: expected {kind.__name__}, {node['_target_']} makes {its.__name__}")
 
     def finish(*arguments: Any) -> Any:
         with as_config_error(key):
-            return of_kind(made(*arguments))
+            finished = made(*arguments)
+            return of_kind(finished, type(finished))
 
-    return finish if node.get("_partial_") else of_kind(made)
-
-
-def _inference(data: Any) -> dict[str, Any]:
-    return {
-        "class_names": data.class_names,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "img_size": data.img_size,
-        "in_channels": data.in_channels,
-    }
+    if node.get("_partial_"):  # before a class of another kind meets arguments that are not meant for it
+        return of_kind(finish, made.func if inspect.isclass(made.func) else kind)
+    return of_kind(made, type(made))
 
 
 def outline(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...]] | None) -> tuple[nn.Module, int]:
