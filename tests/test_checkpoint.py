@@ -265,7 +265,7 @@ def test_every_single_byte_counts(tmp_path) -> None:
 
 
 def test_a_missing_directory_is_said(tmp_path) -> None:
-    with pytest.raises(CheckpointError, match=r"nothing is no complete checkpoint"):
+    with pytest.raises(CheckpointError, match=r"nothing is not a complete checkpoint"):
         load(tmp_path / "nothing")
 
 

@@ -303,7 +303,7 @@ def test_a_run_directory_that_cannot_be_one(refused, in_tmp):
     refused("run_dir=file", words=["run_dir=file cannot be made", "file is a file"])
     refused("run_dir=file/deeper/run", words=["run_dir=file/deeper/run cannot be made", "file is a file"])
     refused(
-        "run_dir=full", words=["run_dir=full holds files that are no run", "name a new or empty directory"]
+        "run_dir=full", words=["run_dir=full holds files that are not a run", "name a new or empty directory"]
     )
 
 

@@ -530,7 +530,7 @@ def test_what_is_no_plain_file_stays_what_it_is(typed, digits_run, in_tmp):
     Path("mine").write_text("mine")
     Path("link").symlink_to("mine")
     for name in ("pipe", "link", "/dev/null", "."):
-        assert_refused(typed("nowhere", "--json", name), 2, f"--json {name} is no plain file")
+        assert_refused(typed("nowhere", "--json", name), 2, f"--json {name} is not a plain file")
     assert Path("pipe").is_fifo()
     assert Path("link").is_symlink()
     assert Path("mine").read_text() == "mine"

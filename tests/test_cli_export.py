@@ -169,7 +169,7 @@ def test_what_is_no_plain_file_stays_what_it_is(typed, run):
     Path("link").symlink_to("mine")
     for name in ("pipe", "link", "/dev/null", "run/"):
         done = typed("nowhere", "--format", "pth", "--out", name)
-        assert_refused(done, 2, f"--out {name} is no plain file")
+        assert_refused(done, 2, f"--out {name} is not a plain file")
     assert Path("pipe").is_fifo()
     assert Path("link").is_symlink()
     assert Path("mine").read_text() == "mine"
@@ -182,7 +182,7 @@ def test_what_is_no_plain_file_stays_what_it_is(typed, run):
 def test_what_cannot_be_meant(typed, run):
     before = everything_in(run)
     assert_refused(typed("run", "--format", "onnx", "--names", "timm"), 2, "--names is for weights")
-    assert_refused(typed("run", "--format", "pth", "--out", "run"), 2, "--out run is no plain file")
+    assert_refused(typed("run", "--format", "pth", "--out", "run"), 2, "--out run is not a plain file")
     assert_refused(typed("run", "--format", "pth", "--names", "swin"), 2, "timm's names")
     assert_refused(typed("nowhere", "--format", "pth"), 4, "nowhere does not exist")
     assert everything_in(run) == before

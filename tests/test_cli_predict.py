@@ -297,7 +297,7 @@ def test_an_output_file_is_whole_or_not_there(typed, runs, images, in_tmp):
     assert typed(runs[3], *images, "missing.png", "--out", "p.jsonl").code == 3
     assert len([json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]) == len(images) + 1
     before = everything_in(in_tmp)
-    for out, words in (("p.csv/p.csv", "cannot be made in"), ("photos", "is no plain file")):
+    for out, words in (("p.csv/p.csv", "cannot be made in"), ("photos", "is not a plain file")):
         done = typed(runs[3], *images, "--out", out)
         assert (done.code, done.out) == (2, "")
         assert re.fullmatch(rf"vit-predict: error: --out {out} .*{words}.*\n", done.err)

@@ -402,7 +402,7 @@ def test_a_directory_with_nothing_but_leftovers_of_a_crash_can_be_used(in_tmp) -
     assert [path for path in (in_tmp / "run").iterdir() if path.name.startswith(".")] == []
     (in_tmp / "other").mkdir()
     (in_tmp / "other/thesis.tex").touch()
-    assert "holds files that are no run" in refused(*TINY, "run_dir=other", cwd=in_tmp, code=2)
+    assert "holds files that are not a run" in refused(*TINY, "run_dir=other", cwd=in_tmp, code=2)
 
 
 # ------------------------------------------------------------------------------------------------- no secrets

@@ -203,7 +203,7 @@ def _blaming(resume: str) -> Iterator[None]:
         if type(e).__name__ == "OutOfMemoryError":
             raise
         reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
-        raise CheckpointError(f"resume={resume}: the stored configuration makes no run ({reason})") from e
+        raise CheckpointError(f"resume={resume}: what is stored does not make a run ({reason})") from e
 
 
 def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run | Path:
@@ -307,7 +307,7 @@ def _build(
         notes += as_pretrained(cfg, pretrained, launch.overrides)
     data = make_part(cfg, "data", allow)
     if not hasattr(data, "setup"):
-        raise ConfigError(f"data: {cfg.data['_target_']} makes no data module")
+        raise ConfigError(f"data: {cfg.data['_target_']} does not make a data module")
     with as_config_error("data"):
         data.setup(
             device=strategy.device,
@@ -538,7 +538,7 @@ def without_memory(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...
     """The model on the meta device.
 
     Raises:
-        ConfigError: it cannot be built, it is no model, or it has another number of classes than the data.
+        ConfigError: it cannot be built, it is not a model, or it has another number of classes than the data.
     """
     import torch
 
@@ -553,7 +553,7 @@ def without_memory(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...
         fitting = f", or type data.img_size={-(-side // patch) * patch}" if patch and side % patch else ""
         raise ConfigError(f"{error}{fitting}") from error
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "num_classes"):
-        raise ConfigError(f"model: {node['_target_']} makes no model")
+        raise ConfigError(f"model: {node['_target_']} does not make a model")
     mixed = config["augment"]["batch"].get("num_classes", data["num_classes"])
     for key, number in (("model", model.num_classes), ("augment.batch", mixed)):
         if number != data["num_classes"]:

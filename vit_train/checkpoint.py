@@ -440,7 +440,7 @@ def _listed_files(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is a link that leads out of its folder; it is not followed")
     manifest_file = path / MANIFEST
     if not manifest_file.is_file():
-        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}")
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
     manifest = _parse_json(_read(manifest_file, _MAX_JSON_BYTES), manifest_file)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """A composed configuration, before anything is built from it: what is wrong with it, where configs are found.
 
-`check_config` reports every error at once, with its full key. One of the four modules that know Hydra's
-DictConfig, beside build.py, describe.py and the command itself.
+`check_config` reports every error at once, with its full key. One of the modules that know Hydra, beside
+build.py, describe.py, cli/typed.py (what the command line says) and the command itself.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class _Fault:
         self.action = rest[0]
         self.last = self.count + int(rest[1]) - 1 if len(rest) > 1 else None
         if not hasattr(signal, self.action) and not hasattr(errno, self.action):
-            raise ValueError(f"VIT_TRAIN_FAULT={spec}: {self.action} is no signal and no error")
+            raise ValueError(f"VIT_TRAIN_FAULT={spec}: {self.action} is neither a signal nor an error")
         self.reached: Counter[str] = Counter()
         self.written = 0
 

@@ -168,13 +168,13 @@ def trusted(typed: Any, *, hydra: bool = False) -> Packages:
         except (Exception, SystemExit) as error:  # whatever its own code raises
             reason = " ".join(str(error).split())
             raise ConfigError(
-                f"{as_typed([package], hydra=hydra).strip()} cannot be imported ({reason}): it must be "
+                f"{trust_options([package], hydra=hydra).strip()} cannot be imported ({reason}): it must be "
                 "installed, or the folder that holds it be on PYTHONPATH"
             ) from error
     return packages
 
 
-def as_typed(packages: Sequence[str], *, hydra: bool = False) -> str:
+def trust_options(packages: Sequence[str], *, hydra: bool = False) -> str:
     """The options to type behind a command: ` --trust a --trust b`, or ` 'trust=[a,b]'` for Hydra."""
     if hydra and len(packages) > 1:
         return f" 'trust=[{','.join(packages)}]'"
@@ -197,6 +197,7 @@ def allowed(
         for module in ("sklearn.datasets", *(each for code in STORED_CODE.values() for each in code)):
             importlib.import_module(module)
         never = {*sys.stdlib_module_names, *(name.partition(".")[0] for name in sys.modules)}
+        offer = f"; type{trust_options([*trust, *new], hydra=option)} if the code is yours"
         sensible = all(package.isidentifier() and package not in never for package in new)
         where, option = ("the checkpoint", hydra) if run_dir is None else (run_dir / CONFIG, True)
         raise CheckpointError(

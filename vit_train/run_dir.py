@@ -99,7 +99,7 @@ def check_free(run_dir: Path) -> None:
     # what a crash leaves behind before config.yaml is in place: its log and hidden files
     begun = run_dir.is_dir() and not holds_run(run_dir)
     if begun and any(p.name[0] != "." and p.name != "train.log" for p in run_dir.iterdir()):
-        raise ConfigError(f"run_dir={run_dir} holds files that are no run; name a new or empty directory")
+        raise ConfigError(f"run_dir={run_dir} holds files that are not a run; name a new or empty directory")
 
 
 def check_entries(run_dir: Path) -> None:

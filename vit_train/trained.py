@@ -151,7 +151,7 @@ def _check_inference(inference: Mapping[str, Any], model: nn.Module) -> None:
     """
     names, side, channels = inference["class_names"], inference["img_size"], inference["in_channels"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("class_names is no list of names")
+        raise ValueError("class_names is not a list of names")
     if channels not in (1, 3) or type(side) is not int or side < 1:
         raise ValueError(f"images of {channels!r} channels and {side!r} pixels")
     for key in ("mean", "std"):

@@ -109,7 +109,7 @@ def test_bad_files_waits_for_nothing_and_names_everything(root, num_workers):
     assert time.monotonic() - start < 20
     assert sum(done) == len(names)
     assert list(bad) == [1, 2, 3, 4, 5, 6, 8, 9, 10]
-    plain = "is no plain file, training would wait for it"
+    plain = "is not a plain file, training would wait for it"
     assert bad[1] == bad[3] == bad[8] == plain
     assert bad[2] == bad[9] == "is not an image Pillow can read"
     assert bad[4] == bad[5] == "does not exist"

@@ -225,7 +225,7 @@ ERRORS = {
     several_empty_classes: ["photos/train/empty0, photos/train/empty1,", "empty4 and 2 more hold no images"],
     a_class_of_heic_only: [
         "photos/train/fox holds no images",
-        "; 3 files are no images by name (.heic); .heic is HEIC, which is not read: convert it to JPEG\n",
+        "; 3 files are not images by name (.heic); .heic is HEIC, which is not read: convert it to JPEG\n",
     ],
     a_phone_s_picture_named_jpg: [
         "photos/train/cat/IMG_1.jpg is HEIC, which is not read: convert it to JPEG"
@@ -518,12 +518,12 @@ def test_files_that_are_no_images_by_name_are_counted(tmp_path):
     data = made(tmp_path)
     assert data.sizes == {"train": 8, "val": 8, "test": 0}
     assert (
-        "4 files are no images by name (no suffix, .heic, .txt): ignored; .heic is HEIC, which is not read: "
+        "4 files are not images by name (no suffix, .heic, .txt): ignored; .heic is HEIC, which is not read: "
         "convert it to JPEG" in data.notes
     )
     (tmp_path / "train/cat/1.heic").unlink()
     (tmp_path / "train/dog/2.HEIC").unlink()
-    assert "2 files are no images by name (no suffix, .txt): ignored" in made(tmp_path).notes
+    assert "2 files are not images by name (no suffix, .txt): ignored" in made(tmp_path).notes
 
 
 def test_every_suffix_that_can_be_read(tmp_path):

@@ -83,7 +83,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
 
 
-def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     """The type with which argparse makes a whole number, and refuses a smaller or larger one."""
 
     def number(text: str) -> int:
@@ -150,7 +150,7 @@ def output_file(option: str, path: str) -> Path:
     """
     target = expanded(path)
     if path.endswith(("/", os.sep)) or target.is_symlink() or (target.exists() and not target.is_file()):
-        raise ConfigError(f"{option} {path} is no plain file; type the name of one")
+        raise ConfigError(f"{option} {path} is not a plain file; type the name of one")
     above = next(folder for folder in target.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ConfigError(f"{option} {path} cannot be made in {above}; type another place")

@@ -259,7 +259,7 @@ def _add_stats(commands: Any) -> None:
     _add_common(stats_)
     stats_.add_argument(
         "--img-size",
-        type=command.at_least(1, 2**14),
+        type=command.whole_number(1, 2**14),
         metavar="N",
         help="side in pixels; default: what training would take",
     )
@@ -278,7 +278,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON; - prints it instead")
     parser.add_argument(
         "--num-workers",
-        type=command.at_least(0, 256),
+        type=command.whole_number(0, 256),
         metavar="N",
         help="processes that read images; default: one per core",
     )

@@ -397,7 +397,7 @@ def with_overrides(
             node = node.get(part, {}) if isinstance(node, dict) else {}
         if not isinstance(node, dict) or name not in node or name.startswith("_"):
             if key == "data.root":
-                raise ConfigError(f"the run's data is no folder: type data=imagefolder {override}")
+                raise ConfigError(f"the run's data is not a folder: type data=imagefolder {override}")
             known = [k for k in node if not k.startswith("_")] if isinstance(node, dict) else []
             raise ConfigError(f"{key}: no such key{suggest(name, known)} (choices: {', '.join(known)})")
         try:

@@ -129,19 +129,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_run(parser)
     command.add_images(parser)
     parser.add_argument(
-        "--top-k", type=command.at_least(1), default=5, metavar="K", help="classes per image; default: 5"
+        "--top-k", type=command.whole_number(1), default=5, metavar="K", help="classes per image; default: 5"
     )
     command.add_device(parser)
     parser.add_argument(
         "--batch-size",
-        type=command.at_least(1),
+        type=command.whole_number(1),
         default=64,
         metavar="N",
         help="images at a time; default: 64",
     )
     parser.add_argument(
         "--num-workers",
-        type=command.at_least(0, 256),
+        type=command.whole_number(0, 256),
         metavar="N",
         help="processes that read images; default: one per core, none for a few images",
     )

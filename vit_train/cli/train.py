@@ -28,7 +28,7 @@ from vit_train.cli.typed import for_hydra, is_group
 from vit_train.composed import Launch, config_dir, plain
 from vit_train.describe import describe
 from vit_train.errors import ConfigError, Interrupted, OutOfMemoryError, SaveError, VitTrainError, suggest
-from vit_train.resume import as_typed, packages_of, trusted
+from vit_train.resume import packages_of, trust_options, trusted
 
 if TYPE_CHECKING:
     from vit_train.guard import Signals, Stop
@@ -97,7 +97,7 @@ def train(cfg: DictConfig) -> float | None:
             if (built / ".history.png").exists() or not (built / "history.png").exists():
                 _draw(built)  # killed at the very last
             own = packages_of(plain(cfg)) or trusted(cfg.trust, hydra=True)
-            evaluate = f"vit-eval {shlex.quote(str(built))}{as_typed(own)}"
+            evaluate = f"vit-eval {shlex.quote(str(built))}{trust_options(own)}"
             print(f"{built} is finished: nothing to do. Its figures:  {evaluate}")
             return None
         result = execute(built)
@@ -260,7 +260,7 @@ def _plan(run: Run) -> Plan:
 
 def _stopped(run: Run, stop: Stop) -> dict[str, Any] | None:
     message = f"{stop.reason}; step {run.trainer.state.step} is saved. Continue with:"
-    trust = as_typed(packages_of(run.config), hydra=True)
+    trust = trust_options(packages_of(run.config), hydra=True)
     run.console.say(f"{message}\n  vit-train {places.as_typed('resume', run.run_dir)}{trust}")
     if stop.signum is not None:
         raise Interrupted(message, stop.signum)
@@ -291,6 +291,7 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     trainer.tracker.hparams(hyperparameters(run.config), final)
     trainer.tracker.flush()  # with its result a run counts as finished, and nothing is logged again
     durable.replace(run_dir / "result.json", json.dumps(result, indent=1))
+    resume = f"{places.as_typed('resume', run_dir)}{trust_options(own, hydra=True)}"
     run.console.say(closing_table(result))
     by_steps = run.config["trainer"]["max_steps"] is not None
     own = packages_of(run.config)
@@ -302,8 +303,8 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     run.console.say(
         f"run directory  {run_dir}\n"
         f"curves         tensorboard --logdir {shlex.quote(str(run_dir.parent))}\n"
-        f"evaluate       vit-eval {shlex.quote(str(run_dir))}{as_typed(own)}\n"
-        f"train longer   vit-train {places.as_typed('resume', run_dir)}{as_typed(own, hydra=True)} {longer}"
+        f"evaluate       vit-eval {shlex.quote(str(run_dir))}{trust_options(own)}\n"
+        f"train longer   vit-train {resume} {longer}"
     )
     return result
 

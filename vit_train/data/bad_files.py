@@ -65,7 +65,7 @@ def read(path: str, value_range: ValueRange | None = None) -> Image.Image:
     return decode(path, value_range=value_range)
 
 
-NOT_PLAIN = "is no plain file, training would wait for it"
+NOT_PLAIN = "is not a plain file, training would wait for it"
 
 
 def reason_in(error: DataError, path: str) -> str:

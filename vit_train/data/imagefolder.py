@@ -322,10 +322,10 @@ class ImageFolder(ImageData):
 
 
 def _others(listing: Listing, what_of_it: str = "") -> str:
-    """`2 files are no images by name (.txt)`, or nothing."""
+    """`2 files are not images by name (.txt)`, or nothing."""
     number = sum(listing.others.values())
     kinds = layout.some([kind or "no suffix" for kind in listing.others])
-    what = "1 file is no image" if number == 1 else f"{number:,} files are no images"
+    what = "1 file is not an image" if number == 1 else f"{number:,} files are not images"
     advice = "" if listing.others.keys().isdisjoint(HEIC) else f"; .heic {NOT_READ}"
     return f"{what} by name ({kinds}){what_of_it}{advice}" if number else ""
 

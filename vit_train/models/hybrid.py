@@ -51,7 +51,7 @@ def _trunk(
     if backbone not in known:
         close = difflib.get_close_matches(backbone, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f" (such as {', '.join(known[:5])})"
-        raise ValueError(f"{backbone!r} is no torchvision classification model{hint}")
+        raise ValueError(f"{backbone!r} is not a torchvision classification model{hint}")
     net: Any = models.get_model(backbone, weights="DEFAULT" if pretrained else None)
     if small_stem:
         if not (hasattr(net, "conv1") and hasattr(net, "maxpool")):

@@ -76,8 +76,8 @@ def check_place(folder: Path) -> None:
         raise ConfigError(f"{folder} cannot be listed ({error.strerror}): name another with --out") from error
     if others:
         raise ConfigError(
-            f"{folder} holds {others[0]}, which is no part of a report: name a directory that does not exist "
-            "yet with --out"
+            f"{folder} holds {others[0]}, which is not part of a report: name a directory that does not "
+            "exist yet with --out"
         )
 
 

@@ -15,7 +15,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a metrics.jsonl; a line cut off by a crash, or that is no event, is left out.
 
     Raises:
-        OSError: it cannot be read, or is no plain file.
+        OSError: it cannot be read, or is not a plain file.
     """
     events = []
     if path.exists():

@@ -240,7 +240,7 @@ def _from_safetensors(path: Path) -> dict[str, Any]:
 def _from_pickle(path: Path) -> Any:
     with path.open("rb") as file:
         if not file.read(2).startswith((b"PK", b"\x80")):  # an archive, or the pickle of older versions
-            raise CheckpointError(f"{path} is no file that torch.save wrote")
+            raise CheckpointError(f"{path} is not a file that torch.save wrote")
     try:
         # DeiT's and Swin's own scripts save their command line beside the weights: a bag of plain values
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -257,7 +257,7 @@ def _from_pickle(path: Path) -> Any:
             )
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{path} is no file of weights, or not whole") from error
+        raise CheckpointError(f"{path} is not a file of weights, or not whole") from error
 
 
 def _exported(source: str, tensors: dict[str, Tensor], about: str) -> Pretrained:
@@ -265,7 +265,7 @@ def _exported(source: str, tensors: dict[str, Tensor], about: str) -> Pretrained
     try:
         described = json.loads(about)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"init_from={source}: its description is no JSON") from error
+        raise CheckpointError(f"init_from={source}: its description is not JSON") from error
     described = described if isinstance(described, dict) else {}
     renamed, _ = to_ours(tensors)
     return _own(source, "exported by vit-train", renamed, described, described.get("model"))
