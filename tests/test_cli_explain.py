@@ -325,4 +325,4 @@ def test_how_often_is_free_to_change_on_a_resume() -> None:
     from vit_train.resume import compare
 
     found = compare({"tracker": {}}, {"tracker": {"attention_every_epochs": 3}}, cadence_matters=True)
-    assert not found.identity + found.grown + found.hardware
+    assert not found["identity"] + found["grown"] + found["hardware"]

@@ -24,7 +24,7 @@ from vit_train.checkpoint import load as load_checkpoint
 from vit_train.ema import Ema
 from vit_train.precision import autocast, grad_scaler, resolve_precision
 from vit_train.rng import mix, seed_cpu, seed_device
-from vit_train.trained import stored_config, without_download
+from vit_train.trained import without_download
 
 CPU = torch.device("cpu")
 
@@ -284,7 +284,7 @@ def test_a_loaded_model_knows_how_to_be_fed(trainer) -> None:
     assert (trained.mean, trained.std) == (data.mean, data.std)
     assert (trained.img_size, trained.in_channels, trained.step) == (8, 1, 2)
     assert trained.path == run_of(trainer) / "checkpoints/step_00000002"
-    assert trained.config == stored_config(load_run(run_of(trainer))[0]) == trainer.parts.about["config"]
+    assert trained.config == load_run(run_of(trainer))[0].state["config"] == trainer.parts.about["config"]
 
 
 def test_without_an_average_there_are_raw_weights_only(changed) -> None:
@@ -412,8 +412,8 @@ def test_a_damaged_or_missing_run_is_said(trainer, tmp_path) -> None:
 
 
 def test_a_checkpoint_without_a_configuration_is_said(changed) -> None:
-    with pytest.raises(errors.CheckpointError, match="holds no configuration"):
-        stored_config(load_run(changed(_without("config")))[0])
+    with pytest.raises(errors.CheckpointError, match="does not describe a model"):
+        load_trained(changed(_without("config")), device=CPU)
 
 
 def test_nothing_is_downloaded_for_stored_weights() -> None:

@@ -48,7 +48,7 @@ from vit_train.resume import (
     read_config,
     trusted,
 )
-from vit_train.run_dir import check_free, choose_run_dir, default_name, find_run, holds_run
+from vit_train.run_dir import check_free, choose_run_dir, find_run, holds_run
 from vit_train.taught import find_teacher, make_teacher, measure
 
 if TYPE_CHECKING:
@@ -130,11 +130,6 @@ def _completed(stored: dict[str, Any]) -> dict[str, Any]:
     return {**stored, **_START, **stored}
 
 
-def completed(nodes: Mapping[str, Any], group: str) -> dict[str, Any]:
-    """One node with its defaults; those of the trainer are read here, whoever's class it is."""
-    return with_defaults(nodes[group], inherited=group == "trainer")
-
-
 def _adopt(cfg: DictConfig, stored: Mapping[str, Any], overrides: list[str]) -> None:
     """What was left to the data, to `auto` or to pretrained weights is as in the run that is continued."""
     known = flat(stored)
@@ -164,13 +159,7 @@ def _adopt(cfg: DictConfig, stored: Mapping[str, Any], overrides: list[str]) -> 
 def build_run(cfg: DictConfig, launch: Launch, signals: Signals | None = None) -> Run | Path:
     """Builds everything a run needs. Writes nothing.
 
-    Args:
-        cfg: as composed.
-        launch: how the command was typed.
-        signals: what has arrived at this process; None where nobody listens.
-
-    Returns:
-        The run, or the directory of a run that is finished already.
+    Returns the run, or the directory of a run that is finished already.
 
     Raises:
         ConfigError, DataError, CheckpointError: see the messages.
@@ -216,7 +205,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         stored, notes = read_config(run_dir)
         stored = _completed(stored)
         allow = allowed(stored, trust, run_dir)
-        stored |= {group: completed(stored, group) for group in _WITH_DEFAULTS}
+        stored |= {key: with_defaults(stored[key], inherited=key == "trainer") for key in _WITH_DEFAULTS}
         force = cfg.resume == "force"
         cfg = _with_overrides(stored, launch.overrides)
         if is_typed("objective.class_weights", launch.overrides):  # what is stored names no file to read
@@ -228,7 +217,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         check_config(cfg)
         trust = trusted(cfg.trust, hydra=True)
         if cfg.name is None:
-            cfg.name = default_name(launch.choices)
+            cfg.name = "-".join(launch.choices.get(group, group) for group in ("model", "data"))
         typed = None if cfg.run_dir is None else str(cfg.run_dir)
         run_dir = choose_run_dir(typed, str(cfg.name), launch.job_dir)
         if holds_run(run_dir):
@@ -240,7 +229,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
     cfg.augment = {"repeats": 1, **cfg.augment}  # which a config of the user's own may leave out
     check_free(run_dir)
     for group in _WITH_DEFAULTS:  # what a user's own config leaves out
-        defaults = completed(plain(cfg), group)
+        defaults = with_defaults(plain(cfg)[group], inherited=group == "trainer")  # which is read here
         cfg[group] = {**defaults, **cfg[group]}
         if stored and stored[group].get("_target_") == defaults["_target_"]:  # by an older version
             stored[group] = {**defaults, **stored[group]}
@@ -432,15 +421,15 @@ def _build(
                     trainer.state.evaluations_since_best = 0
                 trainer.judge_patience()
             notes += rate_jump(before, trainer)
+        except (AttributeError, ArithmeticError, RuntimeError, ValueError, TypeError, LookupError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error
+        if (run_dir / "result.json").is_file() and trainer.is_done() and named is None:
             if trainer.state.step == cfg.trainer.max_steps and is_typed("trainer.epochs", launch.overrides):
                 raise ConfigError(
                     f"{run_dir} ended at trainer.max_steps={cfg.trainer.max_steps}, "
                     "whatever trainer.epochs is: type a larger number, or trainer.max_steps=null as well"
                 )
-        except (AttributeError, ArithmeticError, RuntimeError, ValueError, TypeError, LookupError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error
-        if (run_dir / "result.json").is_file() and trainer.is_done() and named is None:
             return run_dir
     elif trainer.auto_batch:
         pieces = fit_micro_batch(trainer, cfg.data.batch_size // strategy.world_size)
@@ -525,7 +514,7 @@ def outline(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...]] | No
     Counting them proves that the model takes such images.
 
     Raises:
-        ConfigError: it does not, it is no model, or it has another number of classes than the data.
+        ConfigError: it does not, or see `without_memory`.
     """
     from vit_train.models.cost import multiply_adds
 

@@ -39,19 +39,12 @@ def config_dir() -> Path:
 
 @dataclass(frozen=True)
 class Launch:
-    """How the command was typed, as Hydra tells it.
+    """How the command was typed, as Hydra tells it."""
 
-    Attributes:
-        overrides: `key=value` arguments.
-        choices: the config chosen for each group.
-        job_dir: the directory of this job of a sweep, None outside sweeps.
-        user_config_dirs: folders given with --config-dir.
-    """
-
-    overrides: list[str] = field(default_factory=list)
-    choices: dict[str, str] = field(default_factory=dict)
-    job_dir: Path | None = None
-    user_config_dirs: list[Path] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)  # `key=value`
+    choices: dict[str, str] = field(default_factory=dict)  # the config of each group
+    job_dir: Path | None = None  # of this job of a sweep
+    user_config_dirs: list[Path] = field(default_factory=list)  # --config-dir
 
 
 @dataclass(frozen=True)
@@ -100,8 +93,6 @@ def check_config(cfg: DictConfig) -> None:
     sound = cfg.copy() if broken else cfg
     for key in broken:
         OmegaConf.update(sound, key, None)
-    folder = r"\1; type data=imagefolder as well, for a folder of images"
-    errors = [re.sub(r"^(data\.root: \w+ has no such key).*", folder, error) for error in errors]
     tree, copies = plain(sound), _copies(sound)
     pending = {key for key in copies if OmegaConf.select(sound, key) is None} | broken.keys()
     errors = [*broken.values(), *_unknown(tree)]
@@ -109,6 +100,8 @@ def check_config(cfg: DictConfig) -> None:
     if isinstance(augment := tree.get("augment"), dict):
         root["augment"] = {"_target_": "vit_train.composed.Augmentation", **augment}
     errors += check({"_target_": "vit_train.composed.Root", **root}, pending=frozenset(pending))
+    folder = r"\1; type data=imagefolder as well, for a folder of images"
+    errors = [re.sub(r"^(data\.root: \w+ has no such key).*", folder, error) for error in errors]
     keys = {error.partition(": ")[0] for error in errors}
     for copy, origin in copies.items():  # an error is said once, where the value was typed
         repeated = tuple(f"{copy}{key[len(origin) :]}: " for key in keys if key.startswith(origin))
@@ -259,13 +252,13 @@ def read_class_weights(cfg: DictConfig) -> None:
     """
     path = OmegaConf.select(cfg, "objective.class_weights", throw_on_resolution_failure=False)
     if not isinstance(path, str) or not path.endswith(WEIGHT_FILES):
-        if not isinstance(written, dict) or any(isinstance(w, dict | list) for w in written.values()):
-            raise ValueError("expected one `name: weight` a line")
         return
     try:
         with expanded(path).open(encoding="utf-8") as file:
             # BaseLoader makes nothing but text
             written = json.load(file) if path.endswith(".json") else yaml.load(file, yaml.BaseLoader)
+        if not isinstance(written, dict) or any(isinstance(w, dict | list) for w in written.values()):
+            raise ValueError("expected one `name: weight` a line")
         weights = {name: float(weight) for name, weight in written.items()}
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())

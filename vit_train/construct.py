@@ -192,45 +192,42 @@ def check(node: Any, *, key: str = "", pending: frozenset[str] = frozenset()) ->
         key: where it stands in the configuration.
         pending: full keys whose values arrive at run time (class count, image size) and are not checked.
     """
-    if isinstance(node, list | tuple):
-        return [
-            line for i, value in enumerate(node) for line in check(value, key=f"{key}[{i}]", pending=pending)
-        ]
-    if not isinstance(node, Mapping):
-        return []
-    if TARGET not in node:
-        return [
-            line
-            for name, value in node.items()
-            for line in check(value, key=_join(key, str(name)), pending=pending)
-        ]
     errors = []
-    for name, value in node.items():
-        errors += check(value, key=_join(key, str(name)), pending=pending)
-    try:
-        target = locate(node[TARGET])
-    except ConfigError as error:
-        return [*errors, f"{_join(key, TARGET)}: {error}"]
-    if not callable(target):
-        return [*errors, f"{_join(key, TARGET)}: {node[TARGET]} is not a class or function"]
-    return errors + _check_arguments(target, node, key, pending)
+    for full, inner in _nodes(node, key):
+        try:
+            target = locate(inner[TARGET])
+        except ConfigError as error:
+            errors.append(f"{_join(full, TARGET)}: {error}")
+            continue
+        if callable(target):
+            errors += _check_arguments(target, inner, full, pending)
+        else:
+            errors.append(f"{_join(full, TARGET)}: {inner[TARGET]} is not a class or function")
+    return errors
+
+
+def _nodes(tree: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Full key and content of every node in a tree of plain data, innermost first."""
+    inside: list[tuple[str, Any]] = []
+    if isinstance(tree, Mapping):
+        inside = [(_join(key, str(name)), value) for name, value in tree.items()]
+    elif isinstance(tree, list | tuple):
+        inside = [(f"{key}[{i}]", value) for i, value in enumerate(tree)]
+    for full, value in inside:
+        yield from _nodes(value, full)
+    if is_node(tree):
+        yield key, tree
 
 
 def foreign_code(node: Any, allow: tuple[str, ...], key: str = "") -> list[tuple[str, str]]:
     """`key._target_` and path of every node that names code it may not; see `locate`. Imports what it may."""
-    if isinstance(node, list | tuple):
-        return [pair for value in node for pair in foreign_code(value, allow, key)]
-    if not isinstance(node, Mapping):
-        return []
     found = []
-    if TARGET in node:
+    for full, inner in _nodes(node, key):
         try:
-            locate(node[TARGET], allow)
+            locate(inner[TARGET], allow)
         except ConfigError:
-            found = [(_join(key, TARGET), " ".join(str(node[TARGET]).split()))]
-    return found + [
-        pair for name, value in node.items() for pair in foreign_code(value, allow, _join(key, str(name)))
-    ]
+            found.append((_join(full, TARGET), " ".join(str(inner[TARGET]).split())))
+    return found
 
 
 def with_defaults(node: Mapping[str, Any], *, inherited: bool = False) -> dict[str, Any]:
@@ -283,7 +280,7 @@ def _check_arguments(
 def _check_value(full: str, hint: Any, value: Any) -> list[str]:
     if is_node(value):
         return _check_child(full, hint, value)
-    if _holds_node(value):
+    if any(_nodes(value)):
         return []  # walked already; what the container holds exists only once it is built
     try:
         _adapter(hint).validate_python(value)
@@ -302,10 +299,8 @@ def _check_child(full: str, hint: Any, node: Mapping[str, Any]) -> list[str]:
         return []  # reported by the walk
     members = [t for t in _members(hint) if t is not type(None)]
     accepted = [t for t in members if inspect.isclass(t) and t not in (Any, object) and not _is_protocol(t)]
-    open_ended = len(accepted) < len(members)
-    if not accepted or open_ended or not inspect.isclass(target) or node.get(PARTIAL, False):
-        return []
-    if issubclass(target, tuple(accepted)):
+    open_ended = not accepted or len(accepted) < len(members) or node.get(PARTIAL, False)
+    if open_ended or not inspect.isclass(target) or issubclass(target, tuple(accepted)):
         return []
     names = " or ".join(t.__name__ for t in accepted)
     return [f"{full}: expected {names}, got {target.__name__} ({node[TARGET]})"]
@@ -352,12 +347,6 @@ def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-def _holds_node(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return TARGET in value or any(_holds_node(v) for v in value.values())
-    return isinstance(value, list | tuple) and any(_holds_node(v) for v in value)
-
-
 def _fitted(full: str, hint: Any, built: Any, value: Any) -> Any:
     """Plain values become the annotated types (list -> tuple); what a node makes must be of them already.
 
@@ -367,7 +356,7 @@ def _fitted(full: str, hint: Any, built: Any, value: Any) -> Any:
     try:
         return _adapter(hint).validate_python(built)
     except (ValidationError, PydanticUserError) as error:
-        if not _holds_node(value) or isinstance(error, PydanticUserError):
+        if not any(_nodes(value)) or isinstance(error, PydanticUserError):
             return built  # `check` reports it; here the constructor has the last word
         made = repr(built) if isinstance(built, _SCALARS) else type(built).__name__
         maker = value[TARGET] if is_node(value) else "it"

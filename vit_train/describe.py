@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vit_train.build import completed, make_part, outline, resolve_auto
+from vit_train.build import make_part, outline, resolve_auto
 from vit_train.composed import Launch, check_config, check_launch, check_numbers, plain, read_class_weights
 from vit_train.construct import as_config_error, locate, with_defaults
 from vit_train.errors import ConfigError, VitTrainError
@@ -23,33 +23,19 @@ _ASSUMED_CLASSES, _ASSUMED_SIZE = 1000, 224
 
 @dataclass
 class Described:
-    """A configuration as `summary=true` shows it.
+    """A configuration as `summary=true` shows it."""
 
-    Attributes:
-        config: resolved, with what the data would tell.
-        layers: rows of the table.
-        memory: of a training step.
-        multiply_adds: of one image.
-        micro_batch: images that go through the model at once.
-        device: where training would run, in words.
-        notes: what was assumed.
-    """
-
-    config: dict[str, Any]
+    config: dict[str, Any]  # resolved, with what the data would tell
     layers: list[Layer]
-    memory: Memory
-    multiply_adds: int
-    micro_batch: int
-    device: str
-    notes: list[str]
+    memory: Memory  # of a training step
+    multiply_adds: int  # of one image
+    micro_batch: int  # images that go through the model at once
+    device: str  # where training would run, in words
+    notes: list[str]  # what was assumed
 
 
 def describe(cfg: DictConfig, launch: Launch) -> Described:
     """What a configuration costs. Reads no data and takes no memory, but for a teacher's, and writes nothing.
-
-    Args:
-        cfg: as composed.
-        launch: how the command was typed.
 
     Raises:
         ConfigError: see the message.
@@ -60,7 +46,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
     read_class_weights(cfg)
     check_config(cfg)
     for group in ("data", "trainer", "optimizer"):
-        cfg[group] = {**completed(plain(cfg), group), **cfg[group]}
+        cfg[group] = {**with_defaults(plain(cfg)[group], inherited=group == "trainer"), **cfg[group]}
     check_numbers(cfg)
     notes = _assume(cfg)
     if cfg.init_from is not None:
@@ -111,7 +97,7 @@ def _assume(cfg: DictConfig) -> list[str]:
     target = cfg.data["_target_"]
     known = {
         "num_classes": getattr(locate(target), "default_num_classes", None),
-        "img_size": with_defaults({"_target_": target}).get("img_size"),
+        "img_size": with_defaults({"_target_": target}, inherited=True).get("img_size"),
     }
     guesses = {"num_classes": _ASSUMED_CLASSES, "img_size": _ASSUMED_SIZE}
     guessed = [key for key in guesses if cfg.data.get(key) is None and known[key] is None]

@@ -11,8 +11,6 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 from unicodedata import normalize
@@ -197,12 +195,12 @@ def allowed(
         for module in ("sklearn.datasets", *(each for code in STORED_CODE.values() for each in code)):
             importlib.import_module(module)
         never = {*sys.stdlib_module_names, *(name.partition(".")[0] for name in sys.modules)}
-        offer = f"; type{trust_options([*trust, *new], hydra=option)} if the code is yours"
         sensible = all(package.isidentifier() and package not in never for package in new)
         where, option = ("the checkpoint", hydra) if run_dir is None else (run_dir / CONFIG, True)
+        offer = f"; type{trust_options([*trust, *new], hydra=option)} if the code is yours"
         raise CheckpointError(
             f"{where} names code that is not vit-train's{''.join(f', nor of {p}' for p in trust)} ({named})"
-            + (f"; type{as_typed([*trust, *new], hydra=option)} if the code is yours" if sensible else "")
+            f"{offer if sensible else ''}"
         )
     return allow
 
@@ -247,25 +245,13 @@ _HARDWARE = ("strategy",)
 _CADENCE = ("trainer.eval_every_epochs",)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """How the configuration of a continuation differs from that of the run."""
+def compare(
+    stored: Mapping[str, Any], new: Mapping[str, Any], *, cadence_matters: bool
+) -> dict[str, list[str]]:
+    """Sorts every difference of two resolved configurations by what it means for an exact continuation.
 
-    identity: list[str]
-    grown: list[str]
-    hardware: list[str]
-
-
-def compare(stored: Mapping[str, Any], new: Mapping[str, Any], *, cadence_matters: bool) -> Comparison:
-    """Sorts every difference by what it means for an exact continuation.
-
-    Args:
-        stored: resolved configuration of the run.
-        new: resolved configuration of its continuation.
-        cadence_matters: whether the schedule or early stopping listens to the evaluations.
-
-    Returns:
-        One line `key: stored -> new` for each key that differs and is not free.
+    Returns lines `key: stored -> new` under `identity`, `grown` and `hardware`; what is free is left out. The
+    cadence matters where the schedule or early stopping listens to the evaluations.
     """
     free = _FREE if cadence_matters else _FREE + _CADENCE
     before, after = flat(stored), flat(new)
@@ -276,7 +262,7 @@ def compare(stored: Mapping[str, Any], new: Mapping[str, Any], *, cadence_matter
             continue
         kind = "grown" if key in _GROWABLE else "hardware" if _covered(key, _HARDWARE) else "identity"
         lines[kind].append(f"{key}: {_typed(old)} -> {_typed(now)}")
-    return Comparison(**lines)
+    return lines
 
 
 def _typed(value: Any) -> str:
@@ -306,18 +292,18 @@ def check_continuation(stored: Mapping[str, Any], config: Mapping[str, Any], run
     """
     schedule, trainer = config["schedule"], config["trainer"]
     listens = schedule.get("monitor") is not None or trainer["early_stop_patience"] is not None
-    differences = compare(stored, config, cadence_matters=listens)
-    if differences.identity:
+    identity, budget, hardware = compare(stored, config, cadence_matters=listens).values()
+    if identity:
         raise ConfigError(
-            f"{run_dir} holds a run with another configuration ({'; '.join(differences.identity)}); "
+            f"{run_dir} holds a run with another configuration ({'; '.join(identity)}); "
             "choose another run_dir, or type the values it has"
         )
     notes = [
         f"{line}: the schedule now spans the new budget" if line.startswith(_BUDGET) else line
-        for line in differences.grown
+        for line in budget
     ]
-    if differences.hardware:
-        notes.append(f"{'; '.join(differences.hardware)}: results may differ in the last bits from here on")
+    if hardware:
+        notes.append(f"{'; '.join(hardware)}: results may differ in the last bits from here on")
     return notes
 
 
@@ -351,12 +337,11 @@ def _budget(trainer: Mapping[str, Any], steps_per_epoch: int) -> int:
 def rate_jump(before: int, trainer: Any) -> list[str]:
     """A note where a larger budget than `before` (steps) changes the rate at the last step done."""
     step, make, budgets = trainer.state.step - 1, trainer.parts.make_schedule, (before, trainer.total_steps)
-    with suppress(ValueError):  # a warmup longer than the old budget, which older versions cut
-        old, new = (make(trainer.steps_per_epoch, budget)(step) for budget in budgets)
-        if step >= 0 and old != new:
-            lr, factor = trainer.optimizer.param_groups[0]["lr"], f" ({new / old:.3g} x)" if old else ""
-            return [f"with the larger budget the rate goes from {lr * old:.1e} to {lr * new:.1e}{factor}"]
-    return []
+    old, new = (make(trainer.steps_per_epoch, budget)(step) for budget in budgets)
+    if step < 0 or old == new:
+        return []
+    lr, factor = trainer.optimizer.param_groups[0]["lr"], f" ({new / old:.3g} x)" if old else ""
+    return [f"with the larger budget the rate goes from {lr * old:.1e} to {lr * new:.1e}{factor}"]
 
 
 def check_machine(run_dir: Path, device: str) -> list[str]:
@@ -375,17 +360,9 @@ def check_machine(run_dir: Path, device: str) -> list[str]:
 def check_data(
     found: checkpoint.Checkpoint, data: Any, fingerprint: str, run_dir: Path, *, force: bool
 ) -> list[str]:
-    """The data is that of the run, or the user insists that it may have changed.
+    """The data, which is set up, is that of the run, or the user insists (`force`) that it may have changed.
 
-    Args:
-        found: where the run continues.
-        data: set up.
-        fingerprint: of the data.
-        run_dir: for messages.
-        force: whether `resume=force` was typed.
-
-    Returns:
-        What to tell the user.
+    Returns what to tell the user.
 
     Raises:
         DataError: it differs, or differs more than can be continued.

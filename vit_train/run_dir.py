@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -13,20 +12,10 @@ from vit_train.errors import CheckpointError, ConfigError
 CONFIG = "config.yaml"
 
 
-def default_name(choices: Mapping[str, str]) -> str:
-    """<model>-<data>."""
-    return f"{choices.get('model', 'model')}-{choices.get('data', 'data')}"
-
-
 def choose_run_dir(run_dir: str | None, name: str, job_dir: Path | None) -> Path:
     """`run_dir`, else the sweep's job directory, else one keyed by the scheduler's job, else by the time.
 
     A requeued job has the id it had before, so the same command finds its run again.
-
-    Args:
-        run_dir: as typed.
-        name: of the run.
-        job_dir: of this job of a sweep.
     """
     if run_dir is not None:
         return Path(run_dir)

@@ -117,11 +117,6 @@ def check_sizes(node: Mapping[str, Any], shapes: checkpoint.Shapes, path: Path) 
     Width and classes are sides of its tensors; each of the blocks that depth counts has tensors of its own.
     Without it a few bytes would make a constructor count to a billion.
 
-    Args:
-        node: of the model.
-        shapes: of the tensors.
-        path: for the message.
-
     Raises:
         CheckpointError: one is larger.
     """
@@ -219,25 +214,8 @@ def _range(stored: object) -> ValueRange | None:
     raise ValueError(f"data.value_range is {stored!r}")
 
 
-def stored_config(stored: checkpoint.Checkpoint) -> dict[str, Any]:
-    """The resolved configuration inside a checkpoint.
-
-    Raises:
-        CheckpointError: it holds none.
-    """
-    config = stored.state.get("config")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{stored.path} holds no configuration")
-    return config
-
-
-def without_download(node: Mapping[str, Any]) -> dict[str, Any]:
+def without_download(node: Any) -> Any:
     """The same model node with every `pretrained: true` turned off."""
-    copied: dict[str, Any] = _turned_off(node)
-    return copied
-
-
-def _turned_off(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: False if key == "pretrained" else _turned_off(inner) for key, inner in value.items()}
-    return [_turned_off(inner) for inner in value] if isinstance(value, list) else value
+    if isinstance(node, Mapping):
+        return {key: False if key == "pretrained" else without_download(inner) for key, inner in node.items()}
+    return [without_download(inner) for inner in node] if isinstance(node, list) else node

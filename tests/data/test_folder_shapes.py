@@ -478,6 +478,9 @@ def test_a_test_folder_without_labels_is_left_out(tmp_path, names):
     report = checked(root)
     assert note in report.notes
     assert {*report.counts} == {"train", "val"}
+    write(root / "loose.png")
+    (stray,) = (finding for finding in checked(root).warnings if finding.kind == "stray")
+    assert [item.files for item in stray.items] == [("loose.png",)]
 
 
 def test_a_test_folder_with_the_classes_of_train_misspelt_is_no_such_folder(tmp_path):
@@ -493,9 +496,6 @@ def test_a_test_folder_with_the_classes_of_train_misspelt_is_no_such_folder(tmp_
         (("pets/cats", "pets/dogs", "other/thing"), "; did you mean data.root={}/pets?"),
         (("pets/train/cats", "pets/train/dogs", "other/a", "other/b"), "; did you mean data.root={}/pets?"),
         (("pets/cats", "pets/dogs", "other/a", "other/b"), ""),
-    write(root / "loose.png")
-    (stray,) = (finding for finding in checked(root).warnings if finding.kind == "stray")
-    assert [item.files for item in stray.items] == [("loose.png",)]
         (("birds/owl", "mammals/cat"), ""),
     ],
 )

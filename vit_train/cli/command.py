@@ -24,12 +24,8 @@ if TYPE_CHECKING:
 def run(command: str, work: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:
     """Does the work of a command and returns its exit code; an error of the user's becomes one line.
 
-    Whatever the encoding of the terminal, a name it cannot show comes out as an escape.
-
-    Args:
-        command: its name, which the line starts with.
-        work: returns an exit code of its own, or None for 0.
-        arguments: parsed.
+    Whatever the encoding of the terminal, a name it cannot show comes out as an escape. `work` returns an
+    exit code of its own, or None for 0.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -62,11 +62,11 @@ def report(arguments: argparse.Namespace) -> None:
     from vit_train.report.console import Console
     from vit_train.report.evaluated import evaluation_tables
     from vit_train.report.evaluation_files import check_place
-    from vit_train.trained import from_checkpoint, stored_config
+    from vit_train.trained import from_checkpoint
 
     stored, trust = command.read_run("vit-eval", arguments)
-    config = with_overrides(stored_config(stored), arguments.overrides, stored.state["inference"])
-    root = other_root(config["data"], stored_config(stored)["data"])
+    config = with_overrides(stored.state["config"], arguments.overrides, stored.state["inference"])
+    root = other_root(config["data"], stored.state["config"]["data"])
     if root is not None:
         for key, whole in (("limit", None), ("train_fraction", 1.0)):  # they are about the run's own images
             if key in config["data"] and not any(t.startswith(f"data.{key}=") for t in arguments.overrides):
@@ -408,12 +408,7 @@ def with_overrides(
 
 
 def folder_for(data: Mapping[str, Any], inference: Mapping[str, Any]) -> dict[str, Any]:
-    """The data node of a folder of images, read as the model's own data was.
-
-    Args:
-        data: the stored node, of another data module.
-        inference: what the checkpoint says of the images the model takes.
-    """
+    """The node of a folder of images, read as the stored node `data` and the model's `inference` say."""
     from vit_train.construct import with_defaults
 
     loading = ("batch_size", "num_workers", "worker_timeout_seconds")

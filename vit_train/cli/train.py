@@ -140,17 +140,14 @@ def _launch() -> Launch:
     sources = hydra_config.runtime.config_sources
     folders = [Path(source.path) for source in sources if source.provider == "command-line"]
     sweeping = hydra_config.mode == RunMode.MULTIRUN
+    # as typed: `run_dir=runs/${seed}` refers to nothing in Hydra's own settings
+    typed: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     return Launch(
-        overrides=[str(o) for o in _unresolved(hydra_config.overrides.task)],
+        overrides=[str(override) for override in typed],
         choices={str(k): str(v) for k, v in hydra_config.runtime.choices.items() if v is not None},
         job_dir=Path(hydra_config.runtime.output_dir) if sweeping else None,
         user_config_dirs=folders,
     )
-
-
-def _unresolved(values: Any) -> Any:
-    """As typed: `run_dir=runs/${seed}` is no interpolation of Hydra's own settings."""
-    return OmegaConf.to_container(values, resolve=False)
 
 
 def execute(run: Run) -> dict[str, Any] | None:
@@ -291,10 +288,10 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     trainer.tracker.hparams(hyperparameters(run.config), final)
     trainer.tracker.flush()  # with its result a run counts as finished, and nothing is logged again
     durable.replace(run_dir / "result.json", json.dumps(result, indent=1))
-    resume = f"{places.as_typed('resume', run_dir)}{trust_options(own, hydra=True)}"
     run.console.say(closing_table(result))
     by_steps = run.config["trainer"]["max_steps"] is not None
     own = packages_of(run.config)
+    resume = f"{places.as_typed('resume', run_dir)}{trust_options(own, hydra=True)}"
     longer = f"trainer.max_steps={2 * step}" if by_steps else f"trainer.epochs={2 * trainer.total_epochs}"
     if trainer.state.stopped_early:
         waited = trainer.state.evaluations_since_best
