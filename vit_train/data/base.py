@@ -75,39 +75,30 @@ class DataModule(Protocol):
         self, *, device: torch.device, rank: int, world_size: int, training: bool = True, should_stop: Flag
     ) -> None:
         """Finds the data; `should_stop` ends what takes long, `training` is False for evaluation alone."""
-        ...
 
     def loader(self, split: Split) -> Loader:
         """The loader of one split, the same one at every call."""
-        ...
 
     def eval_loader(self, split: Split) -> Loader:
         """Every image of a split once and in order, as evaluation sees them: also of train."""
-        ...
 
     def examples(self, split: Split, count: int) -> Batch:
         """Up to `count` samples spread evenly over a split, as evaluation sees them."""
-        ...
 
     def pick(self, split: Split, indices: Sequence[int]) -> Batch:
         """These samples of a split, as evaluation sees them: `vit-eval` shows its mistakes."""
-        ...
 
     def source(self, split: Split, index: int) -> str:
         """File path or name of a sample, for messages."""
-        ...
 
     def fingerprint(self) -> str:
         """Hash of classes, splits and samples: equal for equal data."""
-        ...
 
     def worker_lost(self, error: BaseException) -> WorkerLostError | None:
         """The one line for an exception that means a worker process died, None for any other."""
-        ...
 
     def close(self) -> None:
         """Ends worker processes."""
-        ...
 
 
 @dataclass

@@ -58,27 +58,21 @@ class Source(Protocol):
     @property
     def targets(self) -> NDArray[np.int64]:
         """(n,) class ids."""
-        ...
 
     def read(self, index: int) -> Image.Image:
         """The decoded image; raises DataError, naming it, where that fails."""
-        ...
 
     def name(self, index: int) -> str:
         """Where the sample comes from, for messages."""
-        ...
 
     def keys(self) -> Iterator[str]:
         """What each sample is called within its class: decides which ones are held out."""
-        ...
 
     def select(self, indices: NDArray[np.int64]) -> Source:
         """The samples at `indices`, in that order."""
-        ...
 
     def update(self, digest: hashlib._Hash) -> None:
         """Adds what identifies these samples to a fingerprint."""
-        ...
 
 
 class Samples(Dataset[Sample | Failure]):
@@ -281,23 +275,18 @@ class Loader(Protocol):
 
     def __len__(self) -> int:
         """Optimizer steps of a whole epoch for training, whatever the position; batches otherwise."""
-        ...
 
     def set_position(self, epoch: int, step: int) -> None:
         """Makes the next iteration run from `step` to the end of `epoch` (training only)."""
-        ...
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields batches."""
-        ...
 
     def read_by(self, error: BaseException) -> str:
         """What the worker process that `error` names was reading, or nothing."""
-        ...
 
     def close(self) -> None:
         """Ends worker processes."""
-        ...
 
 
 class SampleLoader:

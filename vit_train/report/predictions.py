@@ -31,11 +31,9 @@ class Format(Protocol):
 
     def head(self) -> str:
         """What comes before the first."""
-        ...
 
     def text(self, predictions: Sequence[Prediction]) -> str:
         """Whole lines for these."""
-        ...
 
 
 class JsonLines:
