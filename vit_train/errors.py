@@ -22,6 +22,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shown)
 
 
+def one_line(text: str) -> str:
+    """`printable`, with line ends escaped too."""
+    return printable(text).replace("\n", "\\n")
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """`1 image`, `1,000 images`, `3 classes`; `many` where it is another word."""
+    many = many or (f"{one}es" if one.endswith("s") else f"{one}s")
+    return f"{number:,} {one if number == 1 else many}"
+
+
 class VitTrainError(Exception):
     """Base of every error that ends a command with one clear line."""
 

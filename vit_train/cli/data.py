@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_train.cli import command
-from vit_train.errors import ConfigError, DataError, WorkerLostError
+from vit_train.errors import ConfigError, DataError, WorkerLostError, count
 from vit_train.places import as_typed, expanded
 
 _STDOUT = "-"
@@ -61,7 +61,7 @@ def stats(arguments: argparse.Namespace) -> None:
     import torch
 
     from vit_train.data import ImageFolder
-    from vit_train.data.layout import count, some
+    from vit_train.data.layout import some
     from vit_train.data.stats import ChannelStats, channel_stats, unusual
     from vit_train.report.console import Console
     from vit_train.report.dataset import stats_tables

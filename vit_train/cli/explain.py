@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from unicodedata import normalize
 
 from vit_train.cli import command
-from vit_train.errors import ConfigError, DataError, printable, suggest
+from vit_train.errors import ConfigError, DataError, one_line, suggest
 from vit_train.places import expanded
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def explain(arguments: argparse.Namespace) -> None:
         try:
             explained = explain_image(trained, file, method=method, target=target, heads=arguments.heads)
         except DataError as error:
-            tqdm.write(f"vit-explain: skipped: {error}".replace("\n", "\\n"), file=sys.stderr)
+            tqdm.write(one_line(f"vit-explain: skipped: {error}"), file=sys.stderr)
             continue
         drawn += 1
         written = folder / f"{name}_{method}.png"
@@ -79,7 +79,7 @@ def explain(arguments: argparse.Namespace) -> None:
 
 
 def _line(*parts: object) -> str:
-    return printable("  ".join(map(str, parts))).replace("\n", "\\n")
+    return one_line("  ".join(map(str, parts)))
 
 
 def explain_image(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from vit_train.cli import command
-from vit_train.errors import ConfigError, DataError, WorkerLostError
+from vit_train.errors import ConfigError, DataError, WorkerLostError, one_line
 
 if TYPE_CHECKING:
     from vit_train.report.predictions import Format
@@ -65,7 +65,7 @@ def _write(arguments: argparse.Namespace, trained: Trained, names: list[str], fi
                 errors = [each.error for each in predictions if each.error is not None]
                 with tqdm.external_write_mode(file=sys.stdout):
                     for error in errors:
-                        print(f"vit-predict: skipped: {error}".replace("\n", "\\n"), file=sys.stderr)
+                        print(one_line(f"vit-predict: skipped: {error}"), file=sys.stderr)
                     file.write(format_.text(predictions))
                     file.flush()
                 failed += len(errors)

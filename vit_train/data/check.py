@@ -31,7 +31,7 @@ from vit_train.data.imagefolder import ImageFolder, sample_of
 from vit_train.data.listing import LEFT_BY, images_below, is_folder, is_image, is_visible
 from vit_train.data.pool import Crash, each_file
 from vit_train.data.stats import unusual
-from vit_train.errors import DataError, printable, suggest
+from vit_train.errors import DataError, count, printable, suggest
 
 _DIGEST_BYTES = 16
 _DARK = 3  # levels
@@ -363,19 +363,15 @@ def _finding(kind: str, text: str, items: list[Item]) -> Finding | None:
     return Finding(kind, text, tuple(items)) if items else None
 
 
-def _several(count: int, one: str, many: str) -> str:
-    return f"1 {one}" if count == 1 else f"{count:,} {many}"
-
-
 def _unreadable(survey: _Survey, images: _Images) -> Finding | None:
     items = [Item((survey.names[position],), images.bad[position]) for position in sorted(images.bad)]
-    count = _several(len(items), "image cannot be read", "images cannot be read")
-    return _finding("unreadable", f"{count}: repair or remove", items)
+    many = count(len(items), "image cannot be read", "images cannot be read")
+    return _finding("unreadable", f"{many}: repair or remove", items)
 
 
 def _refused_folders(survey: _Survey) -> Finding | None:
-    count = _several(len(survey.refused), "folder cannot be listed", "folders cannot be listed")
-    return _finding("refused", f"{count}: ask for permission", survey.refused)
+    many = count(len(survey.refused), "folder cannot be listed", "folders cannot be listed")
+    return _finding("refused", f"{many}: ask for permission", survey.refused)
 
 
 def _empty_classes(survey: _Survey) -> Finding | None:
@@ -386,8 +382,8 @@ def _empty_classes(survey: _Survey) -> Finding | None:
         for place, label in survey.classes.get("train", {}).items()
         if not counts["train", label] and place not in refused
     ]
-    count = _several(len(items), "class has no training image", "classes have no training image")
-    return _finding("empty_class", f"{count}: fill the folder or remove it", items)
+    many = count(len(items), "class has no training image", "classes have no training image")
+    return _finding("empty_class", f"{many}: fill the folder or remove it", items)
 
 
 def _unknown_classes(survey: _Survey) -> Finding | None:
@@ -403,8 +399,8 @@ def _unknown_classes(survey: _Survey) -> Finding | None:
                 alike = in_capitals.get(label.casefold())
                 detail = f"train has {alike!r}" if alike else f"not in train{suggest(label, known)}"
                 items.append(Item((place,), detail))
-    count = _several(len(items), "class folder is", "class folders are")
-    return _finding("unknown_class", f"{count} unknown to train: rename or remove", items)
+    many = count(len(items), "class folder is", "class folders are")
+    return _finding("unknown_class", f"{many} unknown to train: rename or remove", items)
 
 
 def _unmeasured(survey: _Survey) -> Finding | None:
@@ -416,8 +412,8 @@ def _unmeasured(survey: _Survey) -> Finding | None:
             if split != "train" and counts["train", label] and not counts[split, label]:
                 detail = "no images" if label in there else "no such folder"
                 items.append(Item((there.get(label, survey.below[split] + label),), detail))
-    count = _several(len(items), "class is", "classes are")
-    return _finding("missing_class", f"{count} missing in val or test: nothing is measured there", items)
+    many = count(len(items), "class is", "classes are")
+    return _finding("missing_class", f"{many} missing in val or test: nothing is measured there", items)
 
 
 def _alike_classes(survey: _Survey) -> Finding | None:
@@ -442,11 +438,11 @@ def _same_files(survey: _Survey, images: _Images) -> Iterator[Finding | None]:
         if len(splits) == len(labels) == 1:
             copies.append(Item(files))
             surplus += len(files) - 1
-    count = _several(len(leaks), "picture is", "pictures are")
-    yield _finding("leak", f"{count} in more than one split: results on them are too good", leaks)
-    count = _several(len(contradictions), "picture has", "pictures have")
-    yield _finding("contradiction", f"{count} more than one label: only one can be right", contradictions)
-    text = f"{_several(surplus, 'file is a copy', 'files are copies')} of another one of the same class"
+    many = count(len(leaks), "picture is", "pictures are")
+    yield _finding("leak", f"{many} in more than one split: results on them are too good", leaks)
+    many = count(len(contradictions), "picture has", "pictures have")
+    yield _finding("contradiction", f"{many} more than one label: only one can be right", contradictions)
+    text = f"{count(surplus, 'file is a copy', 'files are copies')} of another one of the same class"
     if "val" not in survey.classes:
         text += "; held-out validation images may be among them"
     yield _finding("copy", text, copies)
@@ -455,12 +451,12 @@ def _same_files(survey: _Survey, images: _Images) -> Iterator[Finding | None]:
 def _brightness(survey: _Survey, images: _Images) -> Iterator[Finding]:
     for text, which in unusual(images.levels):
         items = tuple(Item((survey.names[i],)) for i in which)
-        yield Finding("brightness", f"{_several(len(items), 'picture', 'pictures')} {text}", items)
+        yield Finding("brightness", f"{count(len(items), 'picture')} {text}", items)
 
 
 def _strays(survey: _Survey) -> Finding | None:
-    count = _several(len(survey.strays), "other file or folder is", "other files and folders are")
-    return _finding("stray", f"{count} not used", survey.strays)
+    many = count(len(survey.strays), "other file or folder is", "other files and folders are")
+    return _finding("stray", f"{many} not used", survey.strays)
 
 
 def _counts(survey: _Survey) -> dict[str, dict[str, int]]:

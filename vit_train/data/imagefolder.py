@@ -29,7 +29,7 @@ from vit_train.data.listing import SUFFIXES, Listing, list_images
 from vit_train.data.loaders import Source
 from vit_train.data.names import Names
 from vit_train.data.sample_transforms import SampleTransform, plain
-from vit_train.errors import DataError
+from vit_train.errors import DataError, count
 
 # The size to train at is read from the headers of a few files: enough to see whether they are all alike.
 _NUM_HEADERS = 64
@@ -238,7 +238,7 @@ class ImageFolder(ImageData):
             if len(np.setdiff1d(source.targets, sources[split].targets)):
                 raise DataError(f"{unreadable([*bad.values()])}: a class would be without images")
             self.notes.append(
-                f"data.on_bad_image=skip leaves out {layout.count(len(bad), 'image')} of "
+                f"data.on_bad_image=skip leaves out {count(len(bad), 'image')} of "
                 f"{len(source.targets):,}: {layout.some([source.name(i) for i in bad])}"
             )
         return sources

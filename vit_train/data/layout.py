@@ -15,7 +15,7 @@ from unicodedata import normalize
 
 from vit_train.data.base import Split
 from vit_train.data.listing import is_folder, is_image, is_visible
-from vit_train.errors import DataError, suggest
+from vit_train.errors import DataError, count, suggest
 from vit_train.places import as_typed, expanded
 
 _SPLITS: dict[str, Split] = {
@@ -266,8 +266,3 @@ def some(names: Sequence[object], *, of: int | None = None) -> str:
     hidden = (len(names) if of is None else of) - NAMED
     more = f" and {hidden:,} more" if hidden > 0 else ""
     return ", ".join(str(name) for name in names[:NAMED]) + more
-
-
-def count(number: int, what: str) -> str:
-    """`1 image` or `1,000 images`."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

@@ -13,8 +13,7 @@ from rich.text import Text
 
 from vit_train.data.check import Finding, Item, Report
 from vit_train.data.stats import ChannelStats
-from vit_train.errors import printable
-from vit_train.report.summary import count
+from vit_train.errors import count, one_line
 
 _MOST_ITEMS = 20  # of one finding; and classes
 _MOST_FILES = 3  # of one item
@@ -44,7 +43,7 @@ def check_tables(report: Report) -> Iterator[RenderableType]:
     yield _verdict(report)
     num_classes = len(next(iter(report.counts.values()), {}))
     yield Text(
-        f"{_one_line(report.root)}: {count(report.num_images, 'image')} in "
+        f"{one_line(report.root)}: {count(report.num_images, 'image')} in "
         f"{count(num_classes, 'class')}, {_bytes(report.num_bytes)}"
     )
     for finding in report.problems:
@@ -99,13 +98,13 @@ def _verdict(report: Report) -> Text:
 def _finding(label: str, style: str, finding: Finding) -> RenderableType:
     head = Table.grid(padding=(0, 2, 0, 0))
     head.add_column(width=_INDENT - 2)
-    head.add_row(Text(label, style=style), Text(_one_line(finding.text)))
+    head.add_row(Text(label, style=style), Text(one_line(finding.text)))
     items = Table.grid(padding=(0, 2, 0, 0))
     items.add_column(overflow="fold")
     if any(item.detail for item in finding.items):
         items.add_column(overflow="fold", style="dim")
     for item in finding.items[:_MOST_ITEMS]:
-        items.add_row(*(Text(text) for text in (_files(item), _one_line(item.detail)) if text))
+        items.add_row(*(Text(text) for text in (_files(item), one_line(item.detail)) if text))
     hidden = len(finding.items) - _MOST_ITEMS
     if hidden > 0:
         items.add_row(Text(f"and {hidden:,} more (--json lists all)"))
@@ -113,7 +112,7 @@ def _finding(label: str, style: str, finding: Finding) -> RenderableType:
 
 
 def _files(item: Item) -> str:
-    shown = " = ".join(_one_line(file) for file in item.files[:_MOST_FILES])
+    shown = " = ".join(one_line(file) for file in item.files[:_MOST_FILES])
     hidden = len(item.files) - _MOST_FILES
     return f"{shown} = {hidden:,} more" if hidden > 0 else shown
 
@@ -138,7 +137,7 @@ def _class_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
             table.add_row(Text(f"{len(labels) - _MOST_ITEMS:,} classes between", style="dim"))
             continue
         numbers = [f"{counts[split][label]:,}" for split in splits]
-        table.add_row(Text(_one_line(label)), *numbers, _bar(counts[bar_of][label], most))
+        table.add_row(Text(one_line(label)), *numbers, _bar(counts[bar_of][label], most))
     if len(labels) > 1:
         table.add_section()
         table.add_row(
@@ -182,7 +181,3 @@ def _bytes(number: int) -> str:
         if number >= size:
             return f"{number / size:,.1f} {unit}"
     return f"{number} bytes"
-
-
-def _one_line(text: str) -> str:
-    return printable(text).replace("\n", "\\n")

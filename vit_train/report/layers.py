@@ -25,10 +25,11 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
+from vit_train.errors import count
 from vit_train.layers import Block, ConvGroup
 from vit_train.layers.window import forget_window_tables
 from vit_train.precision import Precision, autocast
-from vit_train.report.summary import count, key_value_table
+from vit_train.report.summary import key_value_table
 
 if TYPE_CHECKING:
     from vit_train.describe import Described

@@ -18,7 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from vit_train.errors import printable
+from vit_train.errors import one_line, printable
 from vit_train.prediction import Prediction
 
 _PLAIN_WIDTH = 110  # columns where the output is no terminal
@@ -98,10 +98,10 @@ class PredictionTable:
     def __init__(self, file: IO[str], names: Sequence[str], class_names: Sequence[str]) -> None:
         width = None if file.isatty() else _PLAIN_WIDTH
         self._console = rich.console.Console(file=file, width=width, highlight=False, emoji=False)
-        longest = max(len(name if name.isprintable() else _one_line(name)) for name in names)
+        longest = max(len(name if name.isprintable() else one_line(name)) for name in names)
         self._file_width = max(len("file"), min(longest, self._console.width * 2 // 5))
         self._class_width = min(
-            max(len(_one_line(name)) for name in (*class_names, "not read")), _LONGEST_CLASS
+            max(len(one_line(name)) for name in (*class_names, "not read")), _LONGEST_CLASS
         )
 
     def head(self) -> str:
@@ -124,17 +124,13 @@ class PredictionTable:
         return captured.get()
 
     def _row(self, prediction: Prediction) -> list[Text | Bar | str]:
-        file = Text(_end_of(_one_line(prediction.file), self._file_width))
+        file = Text(_end_of(one_line(prediction.file), self._file_width))
         if prediction.error is not None:
             return [file, Text("not read", style="red"), "", "", ""]
         (name, p), *others = prediction.classes
-        then = ", ".join(f"{_one_line(other)} {100 * q:.1f}" for other, q in others)
+        then = ", ".join(f"{one_line(other)} {100 * q:.1f}" for other, q in others)
         bar = Bar(1, 0, p, width=_BAR_WIDTH, color="cyan")
-        return [file, Text(_one_line(name), style="bold"), f"{100 * p:.1f}", bar, Text(then, style="dim")]
-
-
-def _one_line(name: str) -> str:
-    return printable(name).replace("\n", "\\n")
+        return [file, Text(one_line(name), style="bold"), f"{100 * p:.1f}", bar, Text(then, style="dim")]
 
 
 def _end_of(name: str, width: int) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from vit_train.errors import count as count
 from vit_train.errors import printable
 from vit_train.tracker import duration
 
@@ -113,12 +114,6 @@ def key_value_table(rows: Mapping[str, str]) -> Table:
     for key, value in rows.items():
         table.add_row(key, printable(value))
     return table
-
-
-def count(number: int, noun: str) -> str:
-    """1 image, 2 images, 1 class, 3 classes."""
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def class_table(names: Sequence[str], counts: Sequence[int]) -> str:
