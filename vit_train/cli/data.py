@@ -8,7 +8,8 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,24 +112,13 @@ def stats(arguments: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _bars() -> Iterator[Callable[[int], Callable[[int], None]]]:
+def _bars() -> Iterator[Callable[[int], Callable[[int], object]]]:
     """Gives what starts a progress bar: total -> what is called with the number done."""
-    from contextlib import ExitStack
-
     from tqdm import tqdm
 
     with ExitStack() as stack:
-
-        def start(total: int) -> Callable[[int], None]:
-            bar = tqdm(total=total, unit="image", leave=False, delay=1, disable=not sys.stderr.isatty())
-            stack.enter_context(bar)
-
-            def update(num_done: int) -> None:
-                bar.update(num_done)
-
-            return update
-
-        yield start
+        bar = partial(tqdm, unit="image", leave=False, delay=1, disable=not sys.stderr.isatty())
+        yield lambda total: stack.enter_context(bar(total=total)).update
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from vit_train.data.decode import NOT_READ, ValueRange, decode
 from vit_train.data.pool import each_file
 from vit_train.errors import DataError
 
-Progress: TypeAlias = Callable[[int], None]
+Progress: TypeAlias = Callable[[int], object]
 
 _NAMED = 20  # in one message
 

@@ -53,7 +53,7 @@ def each_file(
     paths: Sequence[str],
     *,
     num_workers: int,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[], object] = lambda: None,
 ) -> Generator[tuple[int, T | Crash]]:
     """Yields position and `function(path)` for every path, in the order in which they are done.
 

@@ -49,7 +49,7 @@ def unusual(levels: NDArray[np.float32]) -> Iterator[tuple[str, list[int]]]:
 
 
 def channel_stats(
-    data: DataModule, split: Split, *, progress: Callable[[int], None] = lambda _: None
+    data: DataModule, split: Split, *, progress: Callable[[int], object] = lambda _: None
 ) -> ChannelStats:
     """Looks once at every image of a split, as training sees them without augmentation.
 
