@@ -5,8 +5,6 @@ The figures come from scikit-learn and the list of what was predicted. Fractions
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from vit_train.errors import printable
 from vit_train.evaluation import Evaluation, Predictions
+from vit_train.report.predictions import csv_text
 from vit_train.report.summary import percent
 
 NUM_BINS = 15
@@ -226,28 +225,18 @@ def confusion_csv(report: Evaluated) -> str:
     """Counts: a row for each true class, a column for each predicted one."""
     names = report.class_names
     rows = zip(names, report.evaluation.confusion.tolist())
-    return _csv(["true class", *names], [[name, *counts] for name, counts in rows])
+    return csv_text([["true class", *names], *([name, *counts] for name, counts in rows)])
 
 
 def predictions_csv(report: Evaluated) -> str:
     """A row for each image."""
     names, found = report.class_names, report.predictions
     columns = (x.tolist() for x in (found.targets, found.predicted, found.confidence, found.loss))
-    return _csv(
-        ["file", "true", "predicted", "confidence", "loss"],
-        [
-            [file, names[target], names[predicted], f"{confidence:.6f}", f"{loss:.6g}"]
-            for file, target, predicted, confidence, loss in zip(report.files, *columns)
-        ],
+    rows = (
+        [file, names[target], names[predicted], f"{confidence:.6f}", f"{loss:.6g}"]
+        for file, target, predicted, confidence, loss in zip(report.files, *columns)
     )
-
-
-def _csv(header: list[str], rows: list[list[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text([["file", "true", "predicted", "confidence", "loss"], *rows])
 
 
 # ----------------------------------------------------------------------------------------------------- tables

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import IO, Protocol
 
 import rich.console
@@ -68,20 +68,22 @@ class Csv:
     def head(self) -> str:
         ranks = range(1, self.num_classes + 1)
         pairs = [name for rank in ranks for name in (f"class_{rank}", f"probability_{rank}")]
-        return self._rows([["file", *pairs, "error"]])
+        return csv_text([["file", *pairs, "error"]])
 
     def text(self, predictions: Sequence[Prediction]) -> str:
-        return self._rows([self._row(prediction) for prediction in predictions])
+        return csv_text(map(self._row, predictions))
 
     def _row(self, prediction: Prediction) -> list[str]:
         pairs = [text for name, p in prediction.classes for text in (printable(name), f"{p:.6f}")]
         pairs += [""] * (2 * self.num_classes - len(pairs))
         return [printable(prediction.file), *pairs, prediction.error or ""]
 
-    def _rows(self, rows: list[list[str]]) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        return text.getvalue()
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Rows as lines of CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 class PredictionTable:
