@@ -77,16 +77,16 @@ class DataModule(Protocol):
         """Finds the data; `should_stop` ends what takes long, `training` is False for evaluation alone."""
 
     def loader(self, split: Split) -> Loader:
-        """The loader of one split, the same one at every call."""
+        """The loader of one split, the same one at every call; raises DataError where there is no such."""
 
     def eval_loader(self, split: Split) -> Loader:
-        """Every image of a split once and in order, as evaluation sees them: also of train."""
+        """Every image of a split once and in order, as evaluation sees them: also of train. As `loader`."""
 
     def examples(self, split: Split, count: int) -> Batch:
-        """Up to `count` samples spread evenly over a split, as evaluation sees them."""
+        """Up to `count` samples spread evenly over a split; otherwise as `pick`."""
 
     def pick(self, split: Split, indices: Sequence[int]) -> Batch:
-        """These samples of a split, as evaluation sees them: `vit-eval` shows its mistakes."""
+        """These samples, as evaluation sees them; raises DataError, which names one that cannot be read."""
 
     def source(self, split: Split, index: int) -> str:
         """File path or name of a sample, for messages."""
@@ -119,7 +119,7 @@ class Found:
     img_size: int
 
 
-class ImageData(abc.ABC):
+class ImageData(DataModule, abc.ABC):
     """Everything a data module does once its images are found.
 
     Validation images come from a split of that name, else `val_fraction` of train is held out. Then
@@ -154,11 +154,6 @@ class ImageData(abc.ABC):
     default_num_classes: ClassVar[int | None] = None  # where they are known before the images are
     max_workers: ClassVar[int] = 8
 
-    num_classes: int
-    img_size: int
-    class_names: list[str]
-    class_counts: list[int]
-
     def __init__(
         self,
         *,
@@ -187,7 +182,7 @@ class ImageData(abc.ABC):
         self.batch_size = batch_size
         self.num_workers = min(num_cores(), self.max_workers) if num_workers is None else num_workers
         self.worker_timeout_seconds = worker_timeout_seconds
-        self.in_channels: int = in_channels
+        self.in_channels = in_channels
         self.val_fraction = val_fraction
         self.train_fraction = train_fraction
         self.limit = limit
@@ -200,8 +195,7 @@ class ImageData(abc.ABC):
         self.sample_transform = sample_transform
         self._wanted_img_size = img_size
         self._wanted_num_classes = num_classes
-        self.sizes: dict[str, int] = {}
-        self.notes: list[str] = []
+        self.sizes, self.notes = {}, []
         self.sources: dict[Split, Source] = {}
         self._listed: dict[Split, Source] = {}  # before unusable images were left out of train
         self.holds_out = False
@@ -209,7 +203,7 @@ class ImageData(abc.ABC):
         self._loaders: dict[str, Loader] = {}
         self._finished: dict[Split, Tensor] = {}
         self._decoded: Source | None = None
-        self._should_stop: Callable[[], bool] = lambda: False
+        self._should_stop: Flag = lambda: False
         self._training = True
 
     @abc.abstractmethod
@@ -231,7 +225,7 @@ class ImageData(abc.ABC):
         rank: int,
         world_size: int,
         training: bool = True,
-        should_stop: Callable[[], bool] = lambda: False,
+        should_stop: Flag = lambda: False,
     ) -> None:
         """Finds the data, splits it and fills the cache; see `DataModule`.
 
@@ -280,11 +274,6 @@ class ImageData(abc.ABC):
             self._fill_cache(device)
 
     def loader(self, split: Split) -> Loader:
-        """The loader of one split; see `DataModule`.
-
-        Raises:
-            DataError: the data has no such split.
-        """
         if split not in self.sources:
             raise DataError(f"this dataset has no {split} split: use one of {', '.join(self.sources)}")
         if split not in self._loaders:
@@ -292,11 +281,6 @@ class ImageData(abc.ABC):
         return self._loaders[split]
 
     def eval_loader(self, split: Split) -> Loader:
-        """Every image of a split once and in order, without augmentation; see `DataModule`.
-
-        Raises:
-            DataError: the data has no such split.
-        """
         if split != "train" or split not in self.sources:
             return self.loader(split)
         if "train, evaluated" not in self._loaders:
@@ -304,21 +288,11 @@ class ImageData(abc.ABC):
         return self._loaders["train, evaluated"]
 
     def examples(self, split: Split, count: int) -> Batch:
-        """Up to `count` samples spread evenly over a split, as evaluation sees them.
-
-        Raises:
-            DataError: a sample cannot be read; the line names it.
-        """
         size = self.sizes[split]
         count = min(count, size)
         return self.pick(split, [i * size // count for i in range(count)])
 
     def pick(self, split: Split, indices: Sequence[int]) -> Batch:
-        """These samples of a split, as evaluation sees them.
-
-        Raises:
-            DataError: a sample cannot be read; the line names it.
-        """
         samples = self._samples(Samples, split)
         batch = collate([samples[0, index, 0] for index in indices])
         if isinstance(batch, Failure):
@@ -326,7 +300,6 @@ class ImageData(abc.ABC):
         return batch
 
     def source(self, split: Split, index: int) -> str:
-        """File path or name of a sample."""
         return self.sources[split].name(index)
 
     def fingerprint(self) -> str:
