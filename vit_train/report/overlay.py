@@ -6,6 +6,7 @@ its smallest to its largest value: the more, the more it covers of the image.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ _COLORS = "viridis"  # perceptually uniform, and told apart by the colour-blind
 _COVER = 0.8  # opacity of the largest value; the smallest is transparent
 _GREY = 0.8  # brightness the image keeps under a map, so that yellow stands out from white
 _UNSEEN = "dark: not seen by the model"
-_INK, _FAINT = "#1f2328", "#59636e"
+INK, _FAINT = "#1f2328", "#59636e"
 RIGHT, WRONG = "#1a7f37", "#cf222e"  # titles, as on the sheet of predictions
 _TEXT = 1 / 24  # height of text over the width of a panel; all distances are multiples of it
 SHEET = 64  # images a sheet holds
@@ -54,7 +55,7 @@ class Explained:
     maps: Mapping[str, NDArray[np.float32]]
     title: str
     note: str = ""
-    color: str = _INK
+    color: str = INK
 
 
 def place(values: NDArray[np.float32], size: tuple[int, int], box: Box) -> NDArray[np.float32]:
@@ -154,7 +155,7 @@ def picture(explained: Explained) -> NDArray[np.uint8]:
 
     text = max(13, round(_TEXT * min(width, 1.5 * height)))
     across, down = max(width, 14 * text), height + round((0.8 + 1.2 * lines) * text)
-    page = _Page(columns * (across + text) + text, round(4.4 * text) + -(-number // columns) * down)
+    page = Page(columns * (across + text) + text, round(4.4 * text) + -(-number // columns) * down)
     legend = page.legend(page.width - text, round(1.5 * text), size=0.85 * text)
     page.write(
         explained.title, text, 1.5 * text, size=1.3 * text, room=legend - 2 * text, color=explained.color
@@ -195,11 +196,11 @@ class Sheet:
         """
         columns = min(4, len(self.tiles))
         across, down, gap = 2 * _TILE + 4, _TILE + 40, 20
-        page = _Page(columns * (across + gap) + gap, 44 + -(-len(self.tiles) // columns) * (down + 10) + 6)
+        page = Page(columns * (across + gap) + gap, 44 + -(-len(self.tiles) // columns) * (down + 10) + 6)
         legend = page.legend(page.width - gap, 22, size=11) if columns > 1 else page.width
         if any(_pixels(a.image.size, a.box) != (0, 0, *a.image.size) for _, _, a in self.tiles):
             heading += f" ({_UNSEEN})"
-        page.write(heading, gap, 22, size=15, room=legend - 2 * gap, color=_INK)
+        page.write(heading, gap, 22, size=15, room=legend - 2 * gap, color=INK)
         for i, (image, painted, about) in enumerate(self.tiles):
             row, column = divmod(i, columns)
             x, y = gap + column * (across + gap), 44 + row * (down + 10)
@@ -213,7 +214,7 @@ class Sheet:
 
 
 @dataclass
-class _Page:
+class Page:
     """White paper for pictures at exact pixels, and text."""
 
     width: int
@@ -287,6 +288,13 @@ def _resized(image: Image.Image, box: Box, size: tuple[int, int]) -> tuple[Image
     resized = image.resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
     x, y = size[0] / image.width, size[1] / image.height
     return resized, (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+
+
+def png(picture: NDArray[np.uint8]) -> bytes:
+    """The picture (height, width, 3) as the content of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
 
 
 def shown_name(name: str, class_id: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +14,7 @@ from torchvision.utils import make_grid
 
 from vit_train.errors import printable
 from vit_train.report.fonts import fonts_for
+from vit_train.report.overlay import INK, RIGHT, WRONG, Page
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,49 +87,15 @@ def prediction_sheet(
     Returns:
         The picture (height, width, 3).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    shown = _as_shown(images[:_SHOWN], mean, std).permute(0, 2, 3, 1).numpy()
-    count, columns = len(shown), min(8, len(images))
-    rows = -(-count // columns)
-    families = fonts_for(class_names)
-    names = list(class_names) if families else [str(i) for i in range(len(class_names))]
-    figure = Figure(figsize=(1.5 * columns, 1.85 * rows + 0.4), dpi=100)
-    canvas = FigureCanvasAgg(figure)
-    # one pair of axes for all: 64 of them would take a second to make
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    axes.axis("off")
-    confidence, predicted = probabilities.float().cpu().max(1)
-    truths = targets.tolist()
-    for i, (image, guess, share) in enumerate(zip(shown, predicted.tolist(), confidence.tolist())):
-        row, column = divmod(i, columns)
-        right = truths[i] == guess
-        top = row + 0.22 + 0.2  # below the heading and two lines of title
-        axes.imshow(
-            image,
-            extent=(column + 0.09, column + 0.91, top + 0.76, top),
-            interpolation="nearest",
-            aspect="auto",
-        )
-        axes.text(
-            column + 0.5,
-            top - 0.015,
-            f"{short(names[guess])} {share:.0%}" + ("" if right else f"\nis {short(names[truths[i]])}"),
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            linespacing=0.95,
-            color="#1a7f37" if right else "#cf222e",
-            family=families or ["DejaVu Sans"],
-            parse_math=False,
-        )
-    axes.set(xlim=(0, columns), ylim=(rows + 0.22, 0))
-    hits = int((predicted[:count] == targets[:count].cpu()).sum())
-    heading = f"{hits} of {count} right. Green: right, red: wrong, with the true class below."
-    axes.text(columns / 2, 0.12, heading, ha="center", va="center", fontsize=9)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    names, captions, hits = _shown_names(class_names), [], 0
+    confidence, predicted = (x.tolist() for x in probabilities[:_SHOWN].float().cpu().max(1))
+    for truth, guess, share in zip(targets.tolist(), predicted, confidence):
+        hits += truth == guess
+        lines = [f"{short(names[guess])} {share:.0%}"] + [f"is {short(names[truth])}"] * (truth != guess)
+        captions.append([(line, RIGHT if truth == guess else WRONG) for line in lines])
+    heading = f"{hits} of {len(captions)} right. Green: right, red: wrong, with the true class below."
+    pixels = _as_shown(images[:_SHOWN], mean, std)
+    return _sheet(pixels, captions, columns=8, cell=(150, 185), size=11, heading=heading)
 
 
 def mistake_sheet(
@@ -149,45 +117,50 @@ def mistake_sheet(
     Returns:
         The picture (height, width, 3).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    channels, names = images.shape[1], _shown_names(class_names)
+    captions = [
+        [(f"{i}. {short(names[guess])} {share:.1%}", "#b3400a"), (f"is {short(names[truth])}", "#24292f")]
+        for i, (truth, guess, share) in enumerate(zip(targets, predicted, confidence), start=1)
+    ]
+    pixels = _as_shown(images / 255, (0.0,) * channels, (1.0,) * channels)
+    return _sheet(pixels, captions, columns=5, cell=(264, 314), size=16)
 
-    channels = images.shape[1]
-    shown = _as_shown(images / 255, (0.0,) * channels, (1.0,) * channels).permute(0, 2, 3, 1).numpy()
-    printed = [printable(name).replace("\n", " ") for name in class_names]
-    families = fonts_for(printed)
-    names = printed if families else [str(i) for i in range(len(printed))]
-    columns = min(5, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(2.2 * columns, 2.62 * rows), dpi=120)
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    axes.axis("off")
-    for i, image in enumerate(shown):
+
+def _sheet(
+    pixels: Tensor,
+    captions: Sequence[Sequence[tuple[str, str]]],
+    *,
+    columns: int,
+    cell: tuple[int, int],
+    size: int,
+    heading: str = "",
+) -> NDArray[np.uint8]:
+    """Pictures (B, 3, h, w) in [0, 1] in rows, each with lines of text in a colour above it.
+
+    Args:
+        pixels, captions: what is shown.
+        columns: most of a row.
+        cell: width and height of a picture with its lines.
+        size: height of a line.
+        heading: stands above all.
+    """
+    columns, rows = min(columns, len(pixels)), -(-len(pixels) // columns)
+    margin, above = cell[0] // 20, 40 if heading else 0
+    side = cell[0] - 2 * margin
+    page = Page(columns * cell[0], rows * cell[1] + above)
+    page.write(heading, margin, 20, size=12.5, room=page.width - 2 * margin, color=INK)
+    scaled = (255 * F.interpolate(pixels, size=(side, side))).round().byte().permute(0, 2, 3, 1).numpy()
+    for i, (picture, lines) in enumerate(zip(scaled, captions)):
         row, column = divmod(i, columns)
-        left, top = column + 0.06, row + 0.2
-        axes.imshow(
-            image, extent=(left, left + 0.88, top + 0.74, top), interpolation="nearest", aspect="auto"
-        )
-        says = f"{i + 1}. {short(names[predicted[i]])} {confidence[i]:.1%}"
-        for line, color, height in (
-            (says, "#b3400a", 0.09),
-            (f"is {short(names[targets[i]])}", "#24292f", 0.02),
-        ):
-            axes.text(
-                left,
-                top - height,
-                line,
-                ha="left",
-                va="bottom",
-                fontsize=9.5,
-                color=color,
-                family=families or ["DejaVu Sans"],
-                parse_math=False,
-            )
-    axes.set(xlim=(0, columns), ylim=(rows, 0))
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        x, y = column * cell[0] + margin, above + (row + 1) * cell[1] - side - margin
+        page.put(picture, x, y)
+        for number, (line, color) in enumerate(reversed(lines)):
+            page.write(line, x, y - (0.85 + 1.25 * number) * size, size=size, room=math.inf, color=color)
+    return page.draw()
+
+
+def _shown_names(class_names: Sequence[str]) -> Sequence[str]:
+    return class_names if fonts_for(map(printable, class_names)) else [*map(str, range(len(class_names)))]
 
 
 def short(name: str, longest: int = 16) -> str:
