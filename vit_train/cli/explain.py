@@ -227,16 +227,11 @@ def write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    import io
-
-    from PIL import Image
-
     from vit_train import durable
+    from vit_train.report.overlay import png
 
-    encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, format="png")
     try:
-        durable.replace(path, encoded.getvalue())
+        durable.replace(path, png(pixels))
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror or error}); type --out DIR") from error
 

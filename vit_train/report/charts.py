@@ -173,13 +173,6 @@ def reliability_chart(found: Calibration) -> NDArray[np.uint8]:
     return _drawn(figure)
 
 
-def png(picture: NDArray[np.uint8]) -> bytes:
-    """The picture (height, width, 3) as the content of a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return file.getvalue()
-
-
 def _figure(width: float, height: float, *, axes: bool = True) -> tuple[Figure, Any]:
     """A figure in inches whose axes, if any, fill it: what stands around them is added when it is drawn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
