@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from vit_train.data.batch import Batch, Failure, Sample
 from vit_train.data.decode import EXTENT
-from vit_train.data.loaders import Batches, EvalBatches, SampleLoader, Samples, Source
+from vit_train.data.loaders import Batches, EvalBatches, Loader, SampleLoader, Samples, Source
 from vit_train.errors import DataError
 
 Cache: TypeAlias = Literal["auto", "none", "ram", "device"]
@@ -45,8 +45,8 @@ _SHARE = 0.25  # of the memory that is free: the model, its gradients and other 
 _UNKNOWN_MEMORY = 2 * 2**30  # where the system does not say
 
 
-class CachedLoader:
-    """Batches of finished images: each one gather. A `Loader`.
+class CachedLoader(Loader):
+    """Batches of finished images: each one gather.
 
     Args:
         pixels: uint8 (n, C, S, S).
@@ -58,7 +58,7 @@ class CachedLoader:
     def __init__(
         self, pixels: Tensor, targets: NDArray[np.int64], batches: Batches, *, pin_memory: bool
     ) -> None:
-        self.should_stop: Callable[[], bool] = lambda: False  # it never waits
+        self.should_stop = lambda: False  # it never waits
         self._pixels, self._batches, self._pin_memory = pixels, batches, pin_memory
         self._targets = torch.from_numpy(targets).to(pixels.device)
 
@@ -66,11 +66,9 @@ class CachedLoader:
         return len(self._batches)
 
     def set_position(self, epoch: int, step: int) -> None:
-        """See `Batches.set_position`."""
         self._batches.set_position(epoch, step)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields batches, where the images are."""
         device = self._pixels.device
         for order in self._batches.share():
             # from page-locked memory the copy waits for nothing

@@ -277,7 +277,7 @@ class Loader(Protocol):
         """Optimizer steps of a whole epoch for training, whatever the position; batches otherwise."""
 
     def set_position(self, epoch: int, step: int) -> None:
-        """Makes the next iteration run from `step` to the end of `epoch` (training only)."""
+        """See `Batches.set_position`; training only."""
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields batches."""
@@ -289,7 +289,7 @@ class Loader(Protocol):
         """Ends worker processes."""
 
 
-class SampleLoader:
+class SampleLoader(Loader):
     """Reads and transforms samples one by one, in worker processes or in this one.
 
     Args:
@@ -301,9 +301,6 @@ class SampleLoader:
         collate: makes a batch of what `samples` returns; a Failure it returns ends the iteration.
         worker_timeout_seconds: how long to wait for a batch before the workers count as lost.
         explain: makes the message about a sample that cannot be read out of its line.
-
-    Attributes:
-        should_stop: asked while waiting for a worker; iteration then ends early.
     """
 
     def __init__(
@@ -318,7 +315,7 @@ class SampleLoader:
         worker_timeout_seconds: float = 600,
         explain: Callable[[str], str] = str,
     ) -> None:
-        self.should_stop: Callable[[], bool] = lambda: False
+        self.should_stop = lambda: False
         self._samples, self._batches = samples, batches
         self._timeout = worker_timeout_seconds
         self._persistent, self._explain = persistent, explain
@@ -338,11 +335,9 @@ class SampleLoader:
         )
 
     def __len__(self) -> int:
-        """Optimizer steps of a whole epoch for training, whatever the position; batches otherwise."""
         return len(self._batches)
 
     def set_position(self, epoch: int, step: int) -> None:
-        """See `Batches.set_position`."""
         self._batches.set_position(epoch, step)
 
     def __iter__(self) -> Iterator[Batch]:
