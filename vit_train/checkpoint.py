@@ -170,8 +170,8 @@ class Checkpointer:
         )
         if free < count * nbytes:
             raise SaveError(
-                f"{self.root.parent} has {_megabytes(free)} free, but {what} "
-                f"{_megabytes(count * nbytes)}; free some space or type run_dir=... on another disk"
+                f"{self.root.parent} has {free / 1e6:,.1f} MB free, but {what} "
+                f"{count * nbytes / 1e6:,.1f} MB; free some space or type run_dir=... on another disk"
             )
 
     def best_path(self) -> Path | None:
@@ -252,10 +252,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.1f} MB"
 
 
 # ------------------------------------------------------------------------------------------------ finding
