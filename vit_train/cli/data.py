@@ -78,7 +78,8 @@ def stats(arguments: argparse.Namespace) -> None:
     try:
         with _typed_root():
             data.setup(device=torch.device("cpu"), rank=0, world_size=1, training=arguments.split == "train")
-        with _bars() as start, _all_bad_files(arguments.root):
+        all_bad = f"; {shlex.join(['vit-data', 'check', arguments.root])} lists all"
+        with _bars() as start, _typed_root(all_bad):  # reading stops at the first
             found = channel_stats(data, arguments.split, progress=start(data.sizes[arguments.split]))
     except WorkerLostError as error:
         raise WorkerLostError(str(error).replace("data.num_workers=0", "--num-workers 0")) from error
@@ -122,21 +123,12 @@ def _bars() -> Iterator[Callable[[int], Callable[[int], object]]]:
 
 
 @contextmanager
-def _typed_root() -> Iterator[None]:
-    """Errors about `data.root` name what was typed here."""
+def _typed_root(more: str = "") -> Iterator[None]:
+    """Errors about `data.root` name what was typed here, and say more."""
     try:
         yield
     except DataError as error:
-        raise DataError(str(error).replace("data.root=", "")) from error
-
-
-@contextmanager
-def _all_bad_files(root: str) -> Iterator[None]:
-    """Reading stops at the first."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{error}; {shlex.join(['vit-data', 'check', root])} lists all") from error
+        raise DataError(str(error).replace("data.root=", "") + more) from error
 
 
 def _json_file(path: str | None) -> Path | str | None:
