@@ -71,14 +71,10 @@ def stats_tables(stats: ChannelStats, *, split: str, defaults: ChannelStats) -> 
         defaults: what training uses where nothing is typed.
     """
     names = ("grey",) if len(stats.mean) == 1 else ("red", "green", "blue")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column(f"{stats.num_images:,} {split} images")
+    table = _table(f"{stats.num_images:,} {split} images")
     for name in names:
         table.add_column(name, justify="right")
-    for label, own, default in (
-        ("mean", stats.mean, defaults.mean),
-        ("std", stats.std, defaults.std),
-    ):
+    for label, own, default in (("mean", stats.mean, defaults.mean), ("std", stats.std, defaults.std)):
         table.add_row(label, *(f"{value:.4f}" for value in own))
         difference = [value - usual for value, usual in zip(own, default)]
         table.add_row("  less ImageNet's", *(f"{value:+.4f}" for value in difference), style="dim")
@@ -119,8 +115,8 @@ def _files(item: Item) -> str:
 
 def _class_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
     splits = list(counts)
-    labels = list(counts[splits[0]])
     bar_of = splits[0]
+    labels = list(counts[bar_of])
     if len(labels) > _MOST_ITEMS:
         labels.sort(key=lambda label: -counts[bar_of][label])
         half = _MOST_ITEMS // 2

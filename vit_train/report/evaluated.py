@@ -248,7 +248,8 @@ def worst_first(report: Evaluated) -> list[ClassFigures]:
 def evaluation_tables(report: Evaluated) -> list[Table]:
     """The figures of the split, then those of the classes: of more than 30 the worst 15 and the best 5."""
     about, evaluation = report.about, report.evaluation
-    overall = Table(box=SIMPLE_HEAD, pad_edge=False)
+    caption = "macro F1: mean of the classes that have images"
+    overall = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     cells = {
         "split": str(about["split"]),
         "images": f"{evaluation.images:,}",
@@ -265,10 +266,8 @@ def evaluation_tables(report: Evaluated) -> list[Table]:
     for heading in cells:
         overall.add_column(heading, justify="left" if heading in ("split", "weights", "tta") else "right")
     overall.add_row(*cells.values())
-    overall.caption = "macro F1: mean of the classes that have images"
-    overall.caption_justify = "left"
 
-    classes = Table(box=SIMPLE_HEAD, pad_edge=False)
+    classes = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     for heading in ("class", "images", "top-1 %", "precision %", "F1 %", "most often taken for"):
         classes.add_column(heading, justify="left" if heading.startswith(("class", "most")) else "right")
 
@@ -291,5 +290,4 @@ def evaluation_tables(report: Evaluated) -> list[Table]:
         classes.caption = f"the worst {_WORST} and the best {_BEST} of {len(report.classes)} classes" + (
             f", {without} of them without images" if without else ""
         )
-        classes.caption_justify = "left"
     return [overall, classes]

@@ -31,8 +31,7 @@ def summary(run: Run) -> Table:
     falling = f", falling from layer to layer to {rates[0]:.1g}" if falls else ""
     batch, pieces = min(config["data"]["batch_size"], data.sizes["train"]), settings["grad_accum_steps"]
     split = f" = {pieces} micro-batches of {batch // pieces}" if pieces > 1 else ""
-    optimizer = config["optimizer"]
-    side = data.img_size
+    optimizer, side = config["optimizer"], data.img_size
     rows = {
         "model": f"{node['_target_'].rsplit('.', 1)[-1]}, {parameters / 1e6:.2f}M parameters{frozen}, "
         f"{run.multiply_adds / 1e9:.3f} GMACs an image (multiply-adds)  [{origin['model']}]",
@@ -131,12 +130,11 @@ def percent(value: float | None) -> str:
 
 def closing_table(result: Mapping[str, Any]) -> Table:
     """The figures of result.json as the user sees them."""
-    table = Table(box=SIMPLE_HEAD, title=None, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     table.add_column("")
     for heading in ("loss", "top-1 %", "top-5 %", "epoch"):
         table.add_column(heading, justify="right")
-    rows = (("best val", "best/val"), ("last val", "last/val"), ("test", "test"))
-    for label, key in rows:
+    for label, key in (("best val", "best/val"), ("last val", "last/val"), ("test", "test")):
         if result.get(f"{key}/loss") is None:
             continue
         epoch = result.get(f"{key.split('/')[0]}/epoch", result.get("best/epoch"))
@@ -149,8 +147,6 @@ def closing_table(result: Mapping[str, Any]) -> Table:
         )
     table.caption = (
         f"{count(result['epochs'], 'epoch')}, {count(result['steps'], 'step')} in "
-        f"{duration(result['seconds'])}, "
-        f"{result['images_per_second']:,.0f} images/s"
+        f"{duration(result['seconds'])}, {result['images_per_second']:,.0f} images/s"
     )
-    table.caption_justify = "left"
     return table
