@@ -73,7 +73,7 @@ def _make_model(name: str, *, mask_padding: bool | None, **sizes: int) -> nn.Mod
         guess = in_library(name) or suggest(name, known)
         raise ConfigError(f"objective.teacher_model={name}: no such model{guess}")
     cfg = OmegaConf.create({"model": _merged(folder, name), "data": sizes})
-    node = without_download(OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]
+    node = without_download(OmegaConf.to_container(cfg.model, resolve=True))
     if mask_padding is not None and "mask_padding" in node:
         node["mask_padding"] = mask_padding
     made: nn.Module = make(node, key="objective.teacher_model")
