@@ -117,7 +117,7 @@ def mistake_sheet(
     Returns:
         The picture (height, width, 3).
     """
-    channels, names = images.shape[1], _shown_names(class_names)
+    channels, names = images.shape[1], _shown_names([*map(printable, class_names)])
     captions = [
         [(f"{i}. {short(names[guess])} {share:.1%}", "#b3400a"), (f"is {short(names[truth])}", "#24292f")]
         for i, (truth, guess, share) in enumerate(zip(targets, predicted, confidence), start=1)
@@ -160,7 +160,7 @@ def _sheet(
 
 
 def _shown_names(class_names: Sequence[str]) -> Sequence[str]:
-    return class_names if fonts_for(map(printable, class_names)) else [*map(str, range(len(class_names)))]
+    return class_names if fonts_for(class_names) else [*map(str, range(len(class_names)))]
 
 
 def short(name: str, longest: int = 16) -> str:
