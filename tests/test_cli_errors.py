@@ -104,7 +104,7 @@ CONFIG_MISTAKES = {
     ],
     "schedule.warmup_epochs=50 data.limit=64": [
         "schedule: warmup_epochs=50 (50 steps) is longer than the run of 40 steps",
-        "type fewer epochs, or null",
+        "type fewer, or schedule.warmup_epochs=null",
     ],
     "data.val_fraction=2": ["data.val_fraction: must be less than 1, got 2"],
     "strategy.device=cuda:99": ["strategy: device 'cuda:99' is not there", "type strategy.device="],
