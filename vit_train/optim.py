@@ -24,7 +24,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from vit_train.construct import Fraction, NotNegative, NotNegativeFloat, PositiveFloat, Probability, Share
 from vit_train.errors import suggest
-from vit_train.layers import Block, ConvGroup
+from vit_train.layers import Block
 
 
 @runtime_checkable
@@ -88,15 +88,12 @@ def _norm_biases(model: nn.Module) -> set[str]:
 def layer_ids(model: nn.Module) -> dict[str, int]:
     """The layer of each parameter: 0 what comes before the first block, n block n, then norm and head.
 
-    What stands between two blocks (Swin's patch merging) belongs to the one that follows. A
-    convolutional model has `ConvGroup`s in place of blocks.
+    What stands between two blocks (Swin's patch merging) belongs to the one that follows.
 
     Raises:
-        ValueError: the model has neither.
+        ValueError: the model has no `Block`.
     """
-    modules = list(model.named_modules())
-    blocks = [name for name, module in modules if isinstance(module, Block)]
-    blocks = blocks or [name for name, module in modules if isinstance(module, ConvGroup)]
+    blocks = [name for name, module in model.named_modules() if isinstance(module, Block)]
     if not blocks:
         raise ValueError(f"layer_decay needs a model of blocks; {type(model).__name__} has none")
     ids, seen = {}, 0

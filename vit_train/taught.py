@@ -38,14 +38,19 @@ def find_teacher(cfg: DictConfig, trust: tuple[str, ...], *, download: bool) -> 
         return None
     from vit_train.teacher import read_teacher
 
-    found = read_teacher(
-        node.teacher,
-        sizes={key: cfg.data[key] for key in ("num_classes", "img_size", "in_channels")},
-        make_model=_make_model,
-        model=node.get("teacher_model"),
-        trust=trust,
-        download=download,
-    )
+    try:
+        found = read_teacher(
+            node.teacher,
+            sizes={key: cfg.data[key] for key in ("num_classes", "img_size", "in_channels")},
+            make_model=_make_model,
+            model=node.get("teacher_model"),
+            trust=trust,
+            download=download,
+        )
+    except ConfigError as error:
+        if download:
+            raise
+        raise CheckpointError(str(error)) from error  # whoever wrote it
     sha256, known = found.sha256(), node.get("teacher_sha256")
     if known not in (None, sha256):
         raise CheckpointError(
