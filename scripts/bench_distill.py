@@ -10,8 +10,8 @@ teacher and one without, for each teacher, precision and batch, and alternates s
     teacher   the teacher's forward pass on the images of the step
 
 in one process, on one batch that is in memory already. Prints the median time of each, and the median over
-the rounds of taught / (alone + teacher). On a CPU the times are those of the processor, which other work on the
-machine disturbs less than the clock. The weights of the teachers are random.
+the rounds of taught / (alone + teacher). On a CPU the times are those of the processor, which other work on
+the machine disturbs less than the clock. The weights of the teachers are random.
 """
 
 from __future__ import annotations

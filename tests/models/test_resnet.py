@@ -7,7 +7,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from vit_train.layers import ConvGroup
 from vit_train.models import ResNet
 from vit_train.models.resnet import NEIGHBOURS
-from vit_train.optim import layer_ids
 
 SMALL = (
     "model=resnet_cifar",
@@ -106,15 +105,6 @@ def test_weights_come_from_the_seed():
     differ = [name for name in first if not torch.equal(first[name], other[name])]
     # with 24 channels from the stem, the first group of 8 is all identity
     assert [name for name in random if name in differ] == [*random[1:]]
-
-
-def test_layers_from_the_stem_up():
-    ids = layer_ids(resnet())
-    assert {name.rsplit(".", 1)[0]: layer for name, layer in ids.items()} == {
-        "stem": 0,
-        **{f"groups.{i}.{part}": i + 1 for i in range(3) for part in ("conv1", "norm1", "conv2", "norm2")},
-        "head": 4,
-    }
 
 
 def test_batch_norm_learns_what_evaluation_then_uses():
