@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import zipfile
@@ -78,7 +77,11 @@ def test_what_the_wheel_holds(wheel):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"vit_train"}
     assert not [name for name in names if "test" in Path(name).name or "scripts" in name]
-    code = {str(path.relative_to(HOUSE)).replace(os.sep, "/") for path in (HOUSE / "vit_train").rglob("*.py")}
+    code = {
+        path.relative_to(HOUSE).as_posix()
+        for path in (HOUSE / "vit_train").rglob("*")
+        if path.suffix in (".py", ".css")
+    }
     configs = {
         f"vit_train/{path.relative_to(HOUSE).as_posix()}" for path in (HOUSE / "configs").rglob("*.yaml")
     }

@@ -267,10 +267,11 @@ def _stopped(run: Run, stop: Stop) -> dict[str, Any] | None:
 def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     import json
 
+    from vit_train.errors import count
     from vit_train.report.attention import sheet_of_attention
     from vit_train.report.pictures import sheet_of_predictions
     from vit_train.report.record import closing_figures
-    from vit_train.report.summary import closing_table, count, hyperparameters
+    from vit_train.report.summary import closing_table, hyperparameters
 
     trainer, run_dir = run.trainer, run.run_dir
     result = closing_figures(

@@ -21,47 +21,6 @@ from vit_train.report.summary import percent
 _CONFUSIONS = 20  # most frequent ones listed
 _OPEN_CLASSES, _WORST = 30, 15  # of more classes than this the worst are shown, and all folded up
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #ffffff; --card: #f6f8fa;
-  --line: #d1d9e0; --bar: #9ec5e8; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117;
-  --card: #161b22; --line: #3d444d; --bar: #1f4e7c; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 62rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
-p { margin: .25rem 0 1rem; overflow-wrap: anywhere; }
-.note { border-left: .25rem solid var(--bar); padding-left: .75rem; }
-.soft { color: var(--soft); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem;
-  margin: 1.25rem 0; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .7rem .9rem; }
-.tile strong { display: block; font-size: 1.55rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: .85rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-.text { text-align: left; overflow-wrap: anywhere; }
-.file { min-width: 11rem; }
-/* below the number: the end of a bar behind it would cross a digit */
-.share { background: linear-gradient(90deg, var(--bar) var(--to), transparent var(--to))
-  bottom / 100% .25rem no-repeat; }
-.facts th { text-align: left; width: 1%; padding-left: 0; vertical-align: top; }
-.facts td { text-align: left; overflow-wrap: anywhere; }
-img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: .6rem;
-  border: 1px solid var(--line); }
-summary { cursor: pointer; padding: .3rem 0; }
-@media (max-width: 40rem) {
-  table { font-size: .74rem; }
-  th, td { padding: .3rem .15rem; }
-  th { white-space: normal; }
-  .text { min-width: 4.3rem; }
-  .file { min-width: 6rem; }
-}
-"""
-
 
 def evaluation_page(report: Evaluated, pictures: Mapping[str, bytes]) -> str:
     """The page.
@@ -71,6 +30,7 @@ def evaluation_page(report: Evaluated, pictures: Mapping[str, bytes]) -> str:
         pictures: PNG files: `confusion.png`, `reliability.png` and, where there are mistakes, `mistakes.png`.
     """
     about = report.about
+    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     title = f"{about['split']} images of {_data_name(about)}"
     sections = [
         f"<h1>{_text(title)}</h1>",
@@ -86,7 +46,7 @@ def evaluation_page(report: Evaluated, pictures: Mapping[str, bytes]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{_text(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vit_train.errors import count as count
-from vit_train.errors import printable
+from vit_train.errors import count, printable
 from vit_train.tracker import duration
 
 if TYPE_CHECKING:
