@@ -58,12 +58,15 @@ def test_totals_are_the_published_ones(name, in_tmp):
 def test_every_model_has_a_table(name, in_tmp):
     """With few blocks, for speed."""
     side = 8 if "digits" in name else 32 if "cifar" in name else 224
-    shallow = "model.depths=[1,2]" if name.startswith("swin") else "model.depth=1"
+    shallow = ["model.depths=[1,2]" if name.startswith("swin") else "model.depth=1"] * (
+        name != "resnet_cifar"
+    )
     heads = ["model.num_heads=[2,4]", "model.embed_dim=64"] if name.startswith("swin") else []
-    found = described("data=imagefolder", f"model={name}", f"data.img_size={side}", shallow, *heads)
+    found = described("data=imagefolder", f"model={name}", f"data.img_size={side}", *shallow, *heads)
     assert sum(layer.multiply_adds for layer in found.layers) == found.multiply_adds > 0
     assert 4 * sum(layer.parameters for layer in found.layers) == found.memory.gradients
-    assert {"patch_embed", "norm", "head"} <= {layer.name for layer in found.layers}
+    ends = {"stem", "head"} if name == "resnet_cifar" else {"patch_embed", "norm", "head"}
+    assert ends <= {layer.name for layer in found.layers}
     assert found.memory.activations > 0
 
 

@@ -378,8 +378,8 @@ def test_a_hostile_pickle_runs_nothing(place, tmp_path):
 
 BROKEN = {
     "missing.pth": (None, "no such file"),
-    "empty.pth": (b"", "no file that torch.save wrote"),
-    "text.pth": (b"hello, world", "no file that torch.save wrote"),
+    "empty.pth": (b"", "not a file that torch.save wrote"),
+    "text.pth": (b"hello, world", "not a file that torch.save wrote"),
     f"{'n' * 300}.pth": (None, "File name too long"),
     "text.safetensors": (b"hello, world", "not a whole safetensors"),
     "empty.safetensors": (b"", "not a whole safetensors"),
@@ -466,7 +466,7 @@ def test_tensors_of_the_wrong_kind_do_not_fit(wrong, tmp_path):
 
 def test_a_description_nested_without_end_is_one_line(tmp_path):
     save_file(timm_vit().state_dict(), tmp_path / "w.safetensors", {"vit_train": "[" * 100_000})
-    with pytest.raises(CheckpointError, match="no JSON"):
+    with pytest.raises(CheckpointError, match="not JSON"):
         read_pretrained(str(tmp_path / "w.safetensors"))
 
 

@@ -45,7 +45,7 @@ def write_facts(
     driver: str | None,
     fingerprint: str,
     world_size: int,
-    teacher: Mapping[str, Any] | None,
+    teacher: Mapping[str, Any] | None = None,
 ) -> None:
     """run.json: what is needed to repeat the run, with a line for each time it was started.
 
