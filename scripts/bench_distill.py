@@ -1,6 +1,7 @@
 """What a taught step costs over a step alone and a forward pass of the teacher, measured apart.
 
-    python scripts/bench_distill.py [--rounds 9] [--steps 2] [--batches 64 128] [key=value ...]
+    python scripts/bench_distill.py [--rounds 9] [--steps 2] [--teachers vit_cifar resnet_cifar]
+        [--batches 64 128] [--precisions fp32 bf16] [key=value ...]
 
 Builds two runs that `vit-train key=value ...` would build (vit_cifar at 32 pixels by default), one with a
 teacher and one without, for each teacher, precision and batch, and alternates short rounds of
@@ -9,9 +10,9 @@ teacher and one without, for each teacher, precision and batch, and alternates s
     alone     the same without a teacher
     teacher   the teacher's forward pass on the images of the step
 
-in one process, on one batch that is in memory already. Prints the median time of each, and the median over
-the rounds of taught / (alone + teacher). On a CPU the times are those of the processor, which other work on
-the machine disturbs less than the clock. The weights of the teachers are random.
+in one process, on one batch in memory. Prints the median time of each, and the median over the rounds of
+taught / (alone + teacher). On a CPU the times are those of the processor, which other work on the machine
+disturbs less than the clock. The teachers are shipped models with random weights.
 """
 
 from __future__ import annotations
@@ -26,16 +27,15 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from torchvision.models import resnet18
 
 from vit_train.build import build_run
 from vit_train.composed import Launch, config_dir
-from vit_train.data import Batch
 from vit_train.guard import Guard, Signals
 from vit_train.tracker import NullTracker
 
-DEFAULTS = ["data=digits", "data.img_size=32", "data.in_channels=3", "model=vit_cifar", "trainer=cifar"]
-ROW = "{:22} {:>9} {:>5} {:>10} {:>10} {:>10} {:>7}  {}"
+DEFAULTS = ["data=digits", "data.img_size=32", "data.in_channels=3", "data.val_fraction=0", "trainer=cifar"]
+HEAD = ("teacher", "precision", "batch", "taught ms", "alone ms", "teacher ms", "ratio", "min max")
+ROW = "{:14} {:>9} {:>5} {:>10} {:>10} {:>10} {:>7}  {}"
 
 
 def main() -> None:
@@ -43,23 +43,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=2, help="steps per round")
+    parser.add_argument("--teachers", nargs="+", default=["vit_cifar", "resnet_cifar"])
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     chosen = parser.parse_args()
-    print(
-        ROW.format("teacher", "precision", "batch", "taught ms", "alone ms", "teacher ms", "ratio", "min max")
-    )
+    print(ROW.format(*HEAD))
     with tempfile.TemporaryDirectory() as folder:
         typed = [*DEFAULTS, f"run_dir={folder}/run", "data.num_workers=0", *chosen.overrides]
-        weights = {"vit_cifar": build(typed).model, "torchvision:resnet18": resnet18(num_classes=10)}
-        for name, model in weights.items():
-            file = Path(folder) / f"{name.rpartition(':')[2]}.pth"
-            torch.save(model.state_dict(), file)
+        for name in chosen.teachers:
+            file = Path(folder) / f"{name}.pth"
+            torch.save(build([*typed, f"model={name}"]).model.state_dict(), file)
             taught = ["objective=distill", f"objective.teacher={file}", f"objective.teacher_model={name}"]
             for precision in chosen.precisions:
                 for batch in chosen.batches:
-                    also = [f"trainer.precision={precision}", f"data.batch_size={batch}"]
+                    also = ["model=vit_cifar", f"trainer.precision={precision}", f"data.batch_size={batch}"]
                     pair = build([*typed, *also, *taught]), build([*typed, *also])
                     figures = measure(*pair, chosen.rounds, chosen.steps)
                     print(ROW.format(name, precision, batch, *figures), flush=True)
@@ -76,8 +74,7 @@ def build(overrides: list[str]) -> Any:
 def measure(taught: Any, alone: Any, rounds: int, steps: int) -> list[str]:
     """Medians over rounds, in turn and every other one backwards."""
     device, data = taught.strategy.device, taught.parts.data
-    batch = next(iter(taught.train_loader))
-    batch = Batch(*(tensor.to(device) for tensor in batch))
+    batch = taught.strategy.to_device(next(iter(taught.train_loader)))
     assert len(batch[0]) == taught.parts.about["config"]["data"]["batch_size"] <= data.sizes["train"]
     images, _ = taught.parts.train_transform(batch, 0, 0)
     calls: dict[str, Callable[[], object]] = {
