@@ -233,7 +233,7 @@ DAMAGE = {
     "future format": (lambda p: rewrite(p, format=2), r"step_00000001 has checkpoint format 2; this vit-train reads 1"),
     "no state listed": (lambda p: rewrite(p, files={k: v for k, v in listed(p).items() if k != "state.json"}), r"manifest\.json does not list state\.json"),
     "entry of another type": (lambda p: rewrite(p, files={**listed(p), "state.json": 3}), r"state\.json is damaged"),
-    "no tensors inside": (lambda p: honest(p, "model.safetensors", b"\x80\x04pickle"), r"model\.safetensors is not a safetensors file"),
+    "no tensors inside": (lambda p: honest(p, "model.safetensors", b"\x80\x04pickle"), r"model\.safetensors is damaged: it is not a safetensors file"),
     "no object inside": (lambda p: honest(p, "state.json", b"[1]"), r"state\.json is damaged: expected an object"),
     "deeply nested": (lambda p: honest(p, "state.json", b"[" * 10**6), r"state\.json is damaged"),
 }  # fmt: skip

@@ -500,7 +500,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _no_tensors(path: Path, error: Exception) -> CheckpointError:
     """Of an error of safetensors, which raises its own, undocumented types; they may quote the file."""
-    return CheckpointError(f"{path} is not a safetensors file: {' '.join(str(error).split())}")
+    return CheckpointError(f"{path} is damaged: it is not a safetensors file: {' '.join(str(error).split())}")
 
 
 def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
