@@ -27,7 +27,7 @@ from vit_train import checkpoint
 from vit_train.errors import CheckpointError, ConfigError, DataError, VitTrainError, suggest
 from vit_train.models.cost import multiply_adds
 from vit_train.places import expanded
-from vit_train.precision import Precision, inference_precision
+from vit_train.precision import Precision, autocast, inference_precision
 from vit_train.resume import Packages
 from vit_train.trained import fits, from_checkpoint
 from vit_train.weights import load_pretrained, read_pretrained
@@ -320,8 +320,7 @@ class Teacher(nn.Module):
         if images.shape[-1] != self.img_size:
             side = (self.img_size, self.img_size)
             images = F.interpolate(images, size=side, mode="bilinear", antialias=True)
-        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        with torch.autocast(images.device.type, dtype=dtype, enabled=self.precision != "fp32"):
+        with autocast(self.precision, images.device):
             logits: Tensor = self.model(images).float()
         return logits if self.picked is None else logits.index_select(1, self.picked)
 
