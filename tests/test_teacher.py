@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torchvision
-from conftest import TINY, load_trained, vit_train_here, with_trained_head
+from conftest import TINY, environment, load_trained, vit_train_here, with_trained_head
 from torch import Tensor, nn
 
 from vit_train.errors import CheckpointError, ConfigError, DataError
@@ -305,6 +307,46 @@ def test_one_line_says_what_to_type(tmp_path, monkeypatch, source, model, error,
     with pytest.raises(error, match=message) as caught:
         read(source, model=model)
     assert "\n" not in str(caught.value)
+
+
+IN_A_PROCESS = """
+import resource, sys
+from vit_train.errors import VitTrainError
+from vit_train.taught import _make_model
+from vit_train.teacher import read_teacher
+sizes = {"num_classes": 5, "img_size": 224, "in_channels": 3}
+for name in ("vit_huge", "torchvision:vit_h_14", "timm:vit_huge_patch14_224"):
+    try:
+        read_teacher(sys.argv[1], sizes=sizes, make_model=_make_model, model=name)
+    except VitTrainError:
+        print("refused")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is in other units")
+def test_a_small_file_may_not_name_a_huge_model(tmp_path) -> None:
+    """Nothing of 2.5 GB of model is allocated before its tensors were looked for in the file."""
+    torch.save({"head.weight": torch.zeros(5, 8)}, tmp_path / "small.pth")
+    typed = [sys.executable, "-c", IN_A_PROCESS, str(tmp_path / "small.pth")]
+    done = subprocess.run(typed, env=environment(), capture_output=True, text=True, check=True)
+    *refused, megabytes = done.stdout.split()
+    assert refused == ["refused"] * 3
+    assert int(megabytes) < 2000, "torch and both libraries take some 700"
+
+
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "squeezenet1_1", "googlenet"])
+def test_files_of_models_that_are_made_in_other_ways(tmp_path, name) -> None:
+    """A RegNet cannot be made without memory, a SqueezeNet ends in a convolution, GoogLeNet has heads beside."""
+    torch.manual_seed(8)
+    options = {"init_weights": True} if name == "googlenet" else {}
+    theirs = torchvision.models.get_model(name, num_classes=5, **options).eval()
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    images = pixels(side=64)
+    with torch.no_grad():
+        expected = theirs(normalised(images, *IMAGENET))
+    teacher = fitted(read(tmp_path / "w.pth", img_size=64, model=f"torchvision:{name}"))
+    torch.testing.assert_close(teacher(normalised(images, MEAN, STD)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_its_sha256_changes_with_any_number_and_name(run) -> None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_train import checkpoint
+from vit_train.data.layout import some
 from vit_train.errors import CheckpointError, ConfigError, DataError, VitTrainError, suggest
 from vit_train.models.cost import multiply_adds
 from vit_train.places import expanded
@@ -31,11 +34,10 @@ from vit_train.precision import Precision, autocast, inference_precision
 from vit_train.resume import Packages
 from vit_train.trained import fits, from_checkpoint
 from vit_train.weights import load_pretrained, read_pretrained
-from vit_train.weights.source import TORCHVISION, check_tensors
+from vit_train.weights.source import TORCHVISION, Pretrained, check_tensors
 
 TIMM = "timm:"
 _KEY = "objective.teacher"
-_NAMED = 5  # classes in a message
 _WORDNET = re.compile(r"n\d{8}")  # the names of ImageNet's folders, where torchvision has words
 _CPU = torch.device("cpu")
 
@@ -139,11 +141,11 @@ def _from_run(path: Path, trust: Packages) -> Found:
     return Found(known.model, str(known.path.resolve()), known.config["model"], *about, precision or "auto")
 
 
-def _from_library(source: str, *, download: bool = True, num_classes: int | None = None) -> Any:
-    """A model with its own weights, or at random with `num_classes`; its class names, mean, std, side."""
+def _from_library(source: str, *, download: bool) -> Any:
+    """A model with its own weights; its class names, mean, std and side of an image."""
     make = _torchvision if source.startswith(TORCHVISION) else _timm
     try:
-        return make(source, download=download, num_classes=num_classes)
+        return make(source, download=download, num_classes=None)
     except VitTrainError:
         raise
     except Exception as error:  # of any kind where there is no network, or the file is not what it should be
@@ -154,6 +156,7 @@ def _from_library(source: str, *, download: bool = True, num_classes: int | None
 
 
 def _torchvision(source: str, *, download: bool, num_classes: int | None) -> Any:
+    """As `_from_library`; with a number of classes a model at random, whose classes have no names."""
     from torchvision import models
 
     name = source.removeprefix(TORCHVISION)
@@ -214,27 +217,15 @@ def _check_cache(source: str, is_there: bool, download: bool) -> None:
 def _from_file(
     source: str, name: str, sizes: Mapping[str, int], make_model: Callable[..., nn.Module]
 ) -> Found:
-    side, channels = sizes["img_size"], sizes["in_channels"]
     try:
         given = read_pretrained(source)
         count = sizes["num_classes"] if given.class_names is None else len(given.class_names)
-        if name.startswith((TORCHVISION, TIMM)):
-            model, _, mean, std, usual = _from_library(name, num_classes=count)
-            check_tensors(source, given.as_saved)
-            last, tensor = [*model.state_dict().items()][-1]  # of the head
-            theirs = given.as_saved.get(last, tensor).shape
-            if theirs != tensor.shape:
-                raise DataError(_not_matched(theirs[0] if theirs else 0, count))
-            model.load_state_dict(given.as_saved)
-            # a file does not tell the size, and most convolutions take any
-            side, channels = side if _answers(model, 3, side) else usual, 3
-        else:
-            model = make_model(
-                name, **{**sizes, "num_classes": count}, mask_padding=given.mask_padding
-            ).eval()
-            if anew := load_pretrained(model, given).made_anew:
-                raise ConfigError(f"{_KEY}={source} has other classes: {', '.join(anew)} would start anew")
-            mean, std = given.mean, given.std
+        fill = partial(_of_library if name.startswith((TORCHVISION, TIMM)) else _of_ours, given, name)
+        sizes = {**sizes, "num_classes": count}
+        # first without memory: a small file may name a huge model. RegNets of torchvision need some.
+        with suppress(NotImplementedError), torch.device("meta"):
+            fill(sizes, make_model)
+        model, *about = fill(sizes, make_model)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -243,7 +234,33 @@ def _from_file(
     except (CheckpointError, ConfigError) as error:
         said = str(error).replace("init_from=", f"{_KEY}=")
         raise type(error)(said.replace(", or type init_strict=false to take what fits", "")) from error
-    return Found(model, source, name, given.class_names, mean, std, side, channels)
+    return Found(model, source, name, given.class_names, *about)
+
+
+def _of_library(given: Pretrained, name: str, sizes: Mapping[str, int], _: object) -> Any:
+    """A model of a library with the weights given; its mean, std, side of an image and channels."""
+    make = _torchvision if name.startswith(TORCHVISION) else _timm
+    model, _, mean, std, usual = make(name, download=False, num_classes=sizes["num_classes"])
+    check_tensors(given.source, given.as_saved)
+    last, tensor = [*model.state_dict().items()][-1]  # of the head
+    theirs = given.as_saved.get(last, tensor).shape
+    if theirs != tensor.shape:
+        raise DataError(_not_matched(theirs[0] if theirs else 0, sizes["num_classes"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a model without memory stays without
+        model.load_state_dict(given.as_saved)
+    # a file does not tell the size, and most convolutions take any
+    return model, mean, std, sizes["img_size"] if _answers(model, 3, sizes["img_size"]) else usual, 3
+
+
+def _of_ours(
+    given: Pretrained, name: str, sizes: Mapping[str, int], make_model: Callable[..., nn.Module]
+) -> Any:
+    """The same of one of our configs."""
+    model = make_model(name, **sizes, mask_padding=given.mask_padding).eval()
+    if anew := load_pretrained(model, given).made_anew:
+        raise ConfigError(f"{_KEY}={given.source} has other classes: {', '.join(anew)} would start anew")
+    return model, given.mean, given.std, sizes["img_size"], sizes["in_channels"]
 
 
 def _answers(model: nn.Module, channels: int, side: int) -> int:
@@ -347,20 +364,17 @@ def match_classes(
         picked = [place[name] for name in ours]
         if count > len(ours):
             return picked, f"{len(ours)} of its {count:,}, by name"
-        return (
-            (None, f"the same {count:,}")
-            if picked == [*range(count)]
-            else (picked, f"the same {count:,}, reordered")
-        )
+        if picked == [*range(count)]:
+            return None, f"the same {count:,}"
+        return picked, f"the same {count:,}, reordered"
     folders = all(_WORDNET.fullmatch(name) for name in ours) and not any(map(_WORDNET.fullmatch, place))
     if count == len(ours) and (theirs is None or folders):
         return None, f"its {count:,} are assumed to be the data's in this order: it names none of them"
     if theirs is None:
         raise DataError(_not_matched(count, len(ours)))
-    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
     raise DataError(
         f"{_KEY} does not know {len(missing):,} of the {len(ours):,} classes of the data "
-        f"({', '.join(map(repr, missing[:_NAMED]))}{more}); it has {count:,}, and names must be equal, "
+        f"({some([*map(repr, missing)])}); it has {count:,}, and names must be equal, "
         f"capitals too{suggest(missing[0], place)}"
     )
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _OVERRIDABLE = ("data", "strategy", "trainer.precision")
 _FOLDER = "vit_train.data.ImageFolder"
 _FEW = 100  # images, below which a single one moves the figures by more than a point
-_NAMED = 5  # unknown classes named in a message
 # What building and running raise where a stored value, or one beside RUN, makes no sense
 _UNFIT = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
@@ -303,15 +302,16 @@ def class_map(data_classes: list[str], model_classes: list[str]) -> Any:
     """
     import torch
 
+    from vit_train.data.layout import some
+
     ids = {name: i for i, name in enumerate(model_classes)}
     unknown = [name for name in data_classes if name not in ids]
     if unknown:
-        named = ", ".join(map(repr, unknown[:_NAMED]))
+        named = some([*map(repr, unknown)])
         if len(unknown) == 1:
             what = f"class {named} of the data is not one the model knows{suggest(unknown[0], ids)}"
         else:
-            more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
-            what = f"classes {named}{more} of the data are not ones the model knows"
+            what = f"classes {named} of the data are not ones the model knows"
         raise DataError(
             f"{what}: names must be equal, capitals included: rename the folder, or leave it out "
             f"(it knows: {', '.join(model_classes)})"
