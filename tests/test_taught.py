@@ -8,8 +8,10 @@ import shutil
 
 import pytest
 import yaml
-from conftest import TINY, change_states, typed_here, vit_train_here
+from conftest import TINY, change_states, compose, typed_here, vit_train_here
+from omegaconf import OmegaConf
 
+from vit_train.composed import config_dir
 from vit_train.report.history import read_events
 
 TEACHER = (*TINY, "model.embed_dim=64", "run_dir=teacher")
@@ -123,7 +125,7 @@ def test_a_teacher_below_the_mark_is_refused_before_anything_is_written(copied) 
     none = ("data.val_fraction=0", "run_dir=new")
     done = vit_train_here(*TAUGHT, *none, "objective.teacher_min_top1=0.1", cwd=copied)
     assert done.code == 2
-    assert "the teacher was not measured; set data.val_fraction" in done.err
+    assert "there are no validation images to measure the teacher on; set data.val_fraction" in done.err
     assert not (copied / "new").exists()
     done = vit_train_here(*TAUGHT, *none, cwd=copied)
     assert done.code == 0
@@ -135,6 +137,36 @@ def test_the_mark_may_be_set_later(copied) -> None:
     done = vit_train_here("resume=student", "trainer.epochs=4", "objective.teacher_min_top1=0.99", cwd=copied)
     assert done.code == 2
     assert "less than objective.teacher_min_top1=99.00%" in done.err
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{")])
+def test_a_run_whose_facts_are_lost_goes_on_with_its_mark(copied, damage) -> None:
+    """The teacher is measured again: its figure is nowhere else."""
+    top1 = facts(copied)["top1"]
+    damage(copied / "student" / "run.json")
+    mark = f"objective.teacher_min_top1={top1 / 2}"
+    done = vit_train_here("resume=student", "trainer.epochs=4", mark, cwd=copied)
+    assert done.code == 0, done.err
+    assert facts(copied)["top1"] == top1
+
+
+def test_what_was_measured_before_the_first_step_stands(copied) -> None:
+    path = copied / "student" / "run.json"
+    written = json.loads(path.read_text())
+    written["teacher"]["top1"] = 0.4321
+    path.write_text(json.dumps(written))
+    done = vit_train_here("resume=student", "trainer.epochs=4", cwd=copied)
+    assert done.code == 0, done.err
+    assert facts(copied)["top1"] == 0.4321
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (config_dir() / "model").glob("*.yaml")))
+def test_a_config_of_ours_is_what_hydra_composes(name) -> None:
+    from vit_train.taught import _merged
+
+    cfg = compose(f"model={name}")
+    ours = OmegaConf.create({"model": _merged(config_dir() / "model", name), "data": cfg.data})
+    assert OmegaConf.to_container(ours.model, resolve=True) == OmegaConf.to_container(cfg.model, resolve=True)
 
 
 def test_the_same_run_without_the_teacher_is_another_configuration(copied) -> None:

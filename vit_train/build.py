@@ -380,14 +380,14 @@ def _build(
     notes += check_machine(run_dir, strategy.describe())
     objective = make_part(cfg, "objective", allow, torch.nn.Module)
     teacher = None if taught is None else make_teacher(taught, cfg, data, strategy.device)
-    also = [] if teacher is None else [strategy.wrap(teacher)]
+    extra = [] if teacher is None else [strategy.wrap(teacher)]
     if taught is not None and Path(taught.source).is_relative_to(str(cfg.init_from)):
         notes.append("the student is its own teacher: it starts from the run it is to learn from")
     train_transform = make_part(cfg, "augment.batch", allow, torch.nn.Module)
     parts = Parts(
         model=model,
         data=data,
-        objective=objective(data.class_names, data.class_counts, *also),
+        objective=objective(data.class_names, data.class_counts, *extra),
         make_optimizer=make_part(cfg, "optimizer", allow, torch.optim.Optimizer),
         make_schedule=make_part(cfg, "schedule", allow, Schedule),
         train_transform=train_transform(data.mean, data.std).to(strategy.device),
@@ -449,7 +449,7 @@ def _build(
         notes=[*notes, *data.notes, *(f"checkpoint skipped: {problem}" for problem in problems)],
         weights=weights,
         multiply_adds=outlined()[1],
-        teacher=None if teacher is None else measure(teacher, parts, facts, begun=found is not None),
+        teacher=None if teacher is None else measure(teacher, parts, facts),
     )
 
 

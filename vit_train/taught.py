@@ -107,14 +107,13 @@ def make_teacher(found: Found, cfg: DictConfig, data: Any, device: torch.device)
     return teacher
 
 
-def measure(teacher: Teacher, parts: Parts, facts: Any, *, begun: bool) -> dict[str, Any]:
+def measure(teacher: Teacher, parts: Parts, facts: Any) -> dict[str, Any]:
     """The entry of run.json: where the teacher is from, what it is, and its top-1 on the validation split.
 
     Args:
         teacher: on its device.
         parts: of the run.
-        facts: the entry that is there already.
-        begun: whether the run has a checkpoint: what was measured before its first step stands.
+        facts: the entry that is there already: its top-1 stands, where it is of this teacher.
 
     Raises:
         ConfigError: its top-1 is below `objective.teacher_min_top1`, or nothing tells it.
@@ -122,15 +121,12 @@ def measure(teacher: Teacher, parts: Parts, facts: Any, *, begun: bool) -> dict[
     """
     node, model = parts.about["config"]["objective"], teacher.model
     least, sha256 = node.get("teacher_min_top1"), node["teacher_sha256"]
-    facts = facts if isinstance(facts, dict) else {}
-    if begun or facts.get("sha256") == sha256:
-        top1 = facts.get("top1") if isinstance(facts.get("top1"), float) else None
-    else:
-        top1 = _top1(teacher, parts)
+    before = facts.get("top1") if isinstance(facts, dict) and facts.get("sha256") == sha256 else None
+    top1 = before if isinstance(before, float) else _top1(teacher, parts)
     if least is not None and top1 is None:
         raise ConfigError(
-            f"objective.teacher_min_top1={least:g}: the teacher was not measured; set data.val_fraction, or "
-            "leave it out"
+            f"objective.teacher_min_top1={least:g}: there are no validation images to measure the teacher on; "
+            "set data.val_fraction, or leave it out"
         )
     if least is not None and top1 < least:
         raise ConfigError(
