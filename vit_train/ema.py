@@ -17,8 +17,8 @@ class Ema:
     a young average would otherwise be the random initialisation for thousands of steps. It is a function of
     the step, so nothing but the averaged weights has to be saved.
 
-    Running statistics of batch norms are averaged as the weights are: a copy of the trained model's is nearer
-    at first and wrong later (docs/RESULTS.md).
+    Running statistics of batch norms are averaged as the weights are: they belong to the networks the average
+    is made of.
 
     Args:
         model: copied at once; keep it on its final device.

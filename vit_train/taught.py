@@ -66,7 +66,7 @@ def _make_model(name: str, *, mask_padding: bool | None, **sizes: int) -> nn.Mod
     """A model of one of our configs, for images and classes of these sizes.
 
     Raises:
-        ConfigError: there is no such config.
+        ConfigError: no config has this name.
     """
     from vit_train.trained import without_download
 

@@ -97,7 +97,7 @@ def read_teacher(
         download: whether what a library does not have in its cache may be fetched.
 
     Raises:
-        ConfigError: there is no such model, or the source needs another key.
+        ConfigError: no model has this name, or the source needs another key.
         CheckpointError: it cannot be read.
     """
     if source.startswith((TORCHVISION, TIMM)):

@@ -77,7 +77,7 @@ class DataModule(Protocol):
         """Finds the data; `should_stop` ends what takes long, `training` is False for evaluation alone."""
 
     def loader(self, split: Split) -> Loader:
-        """The loader of one split, the same one at every call; raises DataError where there is no such."""
+        """The loader of one split, the same one at every call; raises DataError where the data lacks it."""
 
     def eval_loader(self, split: Split) -> Loader:
         """Every image of a split once and in order, as evaluation sees them: also of train. As `loader`."""
