@@ -125,7 +125,7 @@ def test_a_teacher_below_the_mark_is_refused_before_anything_is_written(copied) 
     none = ("data.val_fraction=0", "run_dir=new")
     done = vit_train_here(*TAUGHT, *none, "objective.teacher_min_top1=0.1", cwd=copied)
     assert done.code == 2
-    assert "there are no validation images to measure the teacher on; set data.val_fraction" in done.err
+    assert "there are no validation images to measure the teacher; set data.val_fraction" in done.err
     assert not (copied / "new").exists()
     done = vit_train_here(*TAUGHT, *none, cwd=copied)
     assert done.code == 0

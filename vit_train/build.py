@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vit_train.guard import Signals
+    from vit_train.weights import Pretrained
 
 # What may be left open in a command and is known once a run exists
 _RESOLVED_KEYS = (
@@ -281,9 +282,9 @@ def _build(
     from vit_train.state import Parts
     from vit_train.strategy import SingleDevice
     from vit_train.tracker import NullTracker
-    from vit_train.trained import check_sizes, without_download
+    from vit_train.trained import check_sizes
     from vit_train.trainer import Trainer
-    from vit_train.weights import load_pretrained, read_pretrained
+    from vit_train.weights import read_pretrained
 
     signals = signals or Signals()
     strategy = make_part(cfg, "strategy", allow, SingleDevice)
@@ -294,30 +295,11 @@ def _build(
     if cfg.init_from is not None and not stored:
         pretrained = read_pretrained(cfg.init_from)
         notes += as_pretrained(cfg, pretrained, launch.overrides)
-    data = make_part(cfg, "data", allow)
-    if not hasattr(data, "setup"):
-        raise ConfigError(f"data: {cfg.data['_target_']} does not make a data module")
-    with as_config_error("data"):
-        data.setup(
-            device=strategy.device,
-            rank=strategy.rank,
-            world_size=strategy.world_size,
-            should_stop=signals.arrived,
-        )
-    if data.num_classes < 2:
-        raise DataError(f"there is only one class, {data.class_names[0]!r}: nothing to tell apart")
+    data = _set_up_data(cfg, allow, strategy, signals)
     if cfg.data.get("sampler") == "balanced" and cfg.objective.get("class_weights") is not None:
         notes.append(
             "data.sampler=balanced and objective.class_weights correct the same twice: leave one of them out"
         )
-    if cfg.data.get("root") is not None:  # so that the run can be continued from any directory
-        cfg.data.root = str(expanded(cfg.data.root).absolute())
-    for key in ("num_classes", "img_size", "in_channels"):
-        OmegaConf.update(cfg, f"data.{key}", getattr(data, key), force_add=True)
-    for key in {"mean", "std"} & cfg.data.keys():  # a module of the user's may have constants
-        cfg.data[key] = list(getattr(data, key))
-    if cfg.data.get("value_range", 0) is None and data.value_range is not None:
-        cfg.data.value_range = list(data.value_range)
     with as_config_error("trainer.precision"):
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
     config = plain(cfg)
@@ -346,34 +328,16 @@ def _build(
     taught = find_teacher(cfg, trust, download=not stored)
     config = plain(cfg)
     seed_device(strategy.device, cfg.seed, "init")
-    offline = without_download(config["model"])
-    if allow is not None and found is None and (offline != config["model"] or cfg.init_from is not None):
-        raise CheckpointError(
-            f"{run_dir} was to start from pretrained weights and has no checkpoint yet; type the full "
-            f"command with {as_typed('run_dir', run_dir)}: nothing stored starts a download or names a file"
-        )
-    if allow is not None:
-        model = make(offline, key="model", allow=allow["model"])
-    else:
-        model = make_part(cfg, "model", allow)
-    weights = "from scratch" if offline == config["model"] else "pretrained parts, the rest from scratch"
-    if found is not None:
-        weights = f"from {found.path.name} of this run"
-    elif cfg.init_from is not None:
+    model, weights = _make_model(config, allow, run_dir, found)
+    if found is None and cfg.init_from is not None:
+        pretrained = pretrained or read_pretrained(cfg.init_from)
+        weights, more = _fill(model, cfg, pretrained, data)
+        notes += more
         if fixed and "experiment" not in launch.choices:
             notes.append(
                 f"optimizer.lr={cfg.optimizer.lr:g} is made for training from scratch; to keep more of what "
                 "the weights know, type optimizer.lr=1e-4 optimizer.layer_decay=0.75"
             )
-        pretrained = pretrained or read_pretrained(cfg.init_from)
-        same_classes = pretrained.class_names == data.class_names
-        if pretrained.old_split and same_classes and data.holds_out and data.sizes["val"]:
-            notes.append(
-                f"{cfg.init_from} held out other images (an older version chose them): if it was trained on "
-                "this data, it has seen validation images, and their figures are too good"
-            )
-        report = load_pretrained(model, pretrained, strict=cfg.init_strict, class_names=data.class_names)
-        weights = str(report)
     fingerprint = data.fingerprint()
     if found is not None:
         notes += check_data(found, data, fingerprint, run_dir, force=force)
@@ -413,17 +377,7 @@ def _build(
     trainer = make_part(cfg, "trainer", allow, Trainer)(parts)
     before = check_budget(stored["trainer"], trainer) if stored else 0
     if found is not None:
-        try:
-            trainer.resume(found)
-            trainer.state.check_position(trainer.steps_per_epoch, trainer.total_steps)
-            if trainer.state.stopped_early:
-                if grown(found.state["config"], config, patience=False):  # since it was written
-                    trainer.state.evaluations_since_best = 0
-                trainer.judge_patience()
-            notes += rate_jump(before, trainer)
-        except (AttributeError, ArithmeticError, RuntimeError, ValueError, TypeError, LookupError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error
+        notes += _put_back(trainer, found, config, before)
         if (run_dir / "result.json").is_file() and trainer.is_done() and named is None:
             if trainer.state.step == cfg.trainer.max_steps and is_typed("trainer.epochs", launch.overrides):
                 raise ConfigError(
@@ -451,6 +405,104 @@ def _build(
         multiply_adds=outlined()[1],
         teacher=None if teacher is None else measure(teacher, parts, facts),
     )
+
+
+def _set_up_data(
+    cfg: DictConfig, allow: Mapping[str, tuple[str, ...]] | None, strategy: Any, signals: Signals
+) -> Any:
+    """The data module, once it has found its data; what it alone knows goes into the configuration.
+
+    Raises:
+        ConfigError: it is not a data module, or refuses its arguments.
+        DataError: there is nothing to learn from.
+    """
+    data = make_part(cfg, "data", allow)
+    if not hasattr(data, "setup"):
+        raise ConfigError(f"data: {cfg.data['_target_']} does not make a data module")
+    with as_config_error("data"):
+        data.setup(
+            device=strategy.device,
+            rank=strategy.rank,
+            world_size=strategy.world_size,
+            should_stop=signals.arrived,
+        )
+    if data.num_classes < 2:
+        raise DataError(f"there is only one class, {data.class_names[0]!r}: nothing to tell apart")
+    if cfg.data.get("root") is not None:  # so that the run can be continued from any directory
+        cfg.data.root = str(expanded(cfg.data.root).absolute())
+    for key in ("num_classes", "img_size", "in_channels"):
+        OmegaConf.update(cfg, f"data.{key}", getattr(data, key), force_add=True)
+    for key in {"mean", "std"} & cfg.data.keys():  # a module of the user's may have constants
+        cfg.data[key] = list(getattr(data, key))
+    if cfg.data.get("value_range", 0) is None and data.value_range is not None:
+        cfg.data.value_range = list(data.value_range)
+    return data
+
+
+def _make_model(
+    config: Mapping[str, Any],
+    allow: Mapping[str, tuple[str, ...]] | None,
+    run_dir: Path,
+    found: checkpoint.Checkpoint | None,
+) -> tuple[nn.Module, str]:
+    """The model before any weights are loaded, and in words where it starts from.
+
+    Raises:
+        ConfigError: it cannot be built.
+        CheckpointError: what is stored would start a download or name a file.
+    """
+    from vit_train.trained import without_download
+
+    offline = without_download(config["model"])
+    if allow is not None:
+        if found is None and (offline != config["model"] or config["init_from"] is not None):
+            raise CheckpointError(
+                f"{run_dir} was to start from pretrained weights and has no checkpoint yet; type the full "
+                f"command with {as_typed('run_dir', run_dir)}: nothing stored starts a download or names a "
+                "file"
+            )
+        model = make(offline, key="model", allow=allow["model"])
+    else:
+        model = make(config["model"], key="model")
+    if found is not None:
+        return model, f"from {found.path.name} of this run"
+    return model, "from scratch" if offline == config["model"] else "pretrained parts, the rest from scratch"
+
+
+def _fill(model: nn.Module, cfg: DictConfig, pretrained: Pretrained, data: Any) -> tuple[str, list[str]]:
+    """Loads pretrained weights; says what became of them, and whether they saw what is held out here."""
+    from vit_train.weights import load_pretrained
+
+    notes = []
+    same_classes = pretrained.class_names == data.class_names
+    if pretrained.old_split and same_classes and data.holds_out and data.sizes["val"]:
+        notes.append(
+            f"{cfg.init_from} held out other images (an older version chose them): if it was trained on "
+            "this data, it has seen validation images, and their figures are too good"
+        )
+    report = load_pretrained(model, pretrained, strict=cfg.init_strict, class_names=data.class_names)
+    return str(report), notes
+
+
+def _put_back(
+    trainer: Any, found: checkpoint.Checkpoint, config: Mapping[str, Any], before: int
+) -> list[str]:
+    """The trainer where the checkpoint stood; a note where a budget larger than `before` changes the rate.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    try:
+        trainer.resume(found)
+        trainer.state.check_position(trainer.steps_per_epoch, trainer.total_steps)
+        if trainer.state.stopped_early:
+            if grown(found.state["config"], config, patience=False):  # since it was written
+                trainer.state.evaluations_since_best = 0
+            trainer.judge_patience()
+        return rate_jump(before, trainer)
+    except (AttributeError, ArithmeticError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error
 
 
 def resolve_auto(cfg: DictConfig, overrides: list[str], model: nn.Module) -> list[str]:

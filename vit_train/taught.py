@@ -125,7 +125,7 @@ def measure(teacher: Teacher, parts: Parts, facts: Any) -> dict[str, Any]:
     top1 = before if isinstance(before, float) else _top1(teacher, parts)
     if least is not None and top1 is None:
         raise ConfigError(
-            f"objective.teacher_min_top1={least:g}: there are no validation images to measure the teacher on; "
+            f"objective.teacher_min_top1={least:g}: there are no validation images to measure the teacher; "
             "set data.val_fraction, or leave it out"
         )
     if least is not None and top1 < least:
