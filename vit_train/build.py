@@ -24,7 +24,7 @@ from vit_train.composed import (
     as_pretrained,
     check_config,
     check_launch,
-    check_numbers,
+    check_values,
     config_dir,
     is_typed,
     plain,
@@ -234,11 +234,11 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         cfg[group] = {**defaults, **cfg[group]}
         if stored and stored[group].get("_target_") == defaults["_target_"]:  # by an older version
             stored[group] = {**defaults, **stored[group]}
-    check_numbers(cfg)
+    check_values(cfg)
     if stored:
         _adopt(cfg, stored, launch.overrides)
         check_config(cfg)  # what was adopted as well
-        check_numbers(cfg)
+        check_values(cfg)
         notes += check_continuation(stored, plain(cfg), run_dir)
         if (run_dir / "result.json").is_file() and not grown(stored, plain(cfg)) and named is None:
             return run_dir

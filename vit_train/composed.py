@@ -273,7 +273,7 @@ def is_typed(key: str, overrides: list[str]) -> bool:
     return any(override.lstrip("+").startswith(f"{key}=") for override in overrides)
 
 
-def check_numbers(cfg: DictConfig) -> None:
+def check_values(cfg: DictConfig) -> None:
     if cfg.objective.get("teacher", "") is None:
         raise ConfigError(
             "objective.teacher: missing; type objective.teacher=RUN (a run or checkpoint), torchvision:NAME "

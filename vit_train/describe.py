@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from vit_train.build import make_part, outline, resolve_auto
-from vit_train.composed import Launch, check_config, check_launch, check_numbers, plain, read_class_weights
+from vit_train.composed import Launch, check_config, check_launch, check_values, plain, read_class_weights
 from vit_train.construct import as_config_error, locate, with_defaults
 from vit_train.errors import ConfigError, VitTrainError
 from vit_train.resume import trusted
@@ -47,7 +47,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
     check_config(cfg)
     for group in ("data", "trainer", "optimizer"):
         cfg[group] = {**with_defaults(plain(cfg)[group], inherited=group == "trainer"), **cfg[group]}
-    check_numbers(cfg)
+    check_values(cfg)
     notes = _assume(cfg)
     if cfg.init_from is not None:
         notes.append("init_from is not read: the weights may set model.mask_padding")
