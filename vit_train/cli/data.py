@@ -118,7 +118,7 @@ def _bars() -> Iterator[Callable[[int], Callable[[int], object]]]:
     from tqdm import tqdm
 
     with ExitStack() as stack:
-        bar = partial(tqdm, unit="image", leave=False, delay=1, disable=not sys.stderr.isatty())
+        bar = partial(tqdm, unit="image", leave=False, delay=1, disable=None)
         yield lambda total: stack.enter_context(bar(total=total)).update
 
 

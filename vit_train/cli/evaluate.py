@@ -129,7 +129,7 @@ def _evaluate(
     chosen, collector = Chosen(data, splits), Collector()
     evaluation = evaluate(
         MirrorMean(trained.model) if about["tta"] == "hflip" else trained.model,
-        tqdm(chosen, desc=about["split"], unit="batch", leave=False, disable=not sys.stderr.isatty()),
+        tqdm(chosen, desc=about["split"], unit="batch", leave=False, disable=None),
         objective=CrossEntropy(trained.class_names, [1] * len(trained.class_names)),
         transform=trained.batch_transform(),
         strategy=strategy,

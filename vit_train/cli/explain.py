@@ -55,9 +55,7 @@ def explain(arguments: argparse.Namespace) -> None:
     folder = _folder(arguments)
     sheet, drawn = Sheet(), 0
     named = zip(files, output_names(files))
-    for file, name in tqdm(
-        named, total=len(files), unit="image", leave=False, disable=not sys.stderr.isatty()
-    ):
+    for file, name in tqdm(named, total=len(files), unit="image", leave=False, disable=None):
         try:
             explained = explain_image(trained, file, method=method, target=target, heads=arguments.heads)
         except DataError as error:

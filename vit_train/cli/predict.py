@@ -58,7 +58,7 @@ def _write(arguments: argparse.Namespace, trained: Trained, names: list[str], fi
     format_ = _format(arguments, trained, names, file)
     failed = 0
     # a bar only where it takes longer than a second
-    with tqdm(total=len(names), unit="image", leave=False, delay=1, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(names), unit="image", leave=False, delay=1, disable=None) as bar:
         try:
             file.write(format_.head())
             for predictions in batches:

@@ -15,7 +15,6 @@ import hashlib
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -183,9 +182,8 @@ class Filling:
             worker_timeout_seconds=self.worker_timeout_seconds,
         )
         loader.should_stop = self.should_stop
-        hidden = not sys.stderr.isatty()
         with tqdm(
-            total=len(samples), desc=f"decoding {split}", unit="image", leave=False, delay=1, disable=hidden
+            total=len(samples), desc=f"decoding {split}", unit="image", leave=False, delay=1, disable=None
         ) as bar:
             for read in cast("Iterator[list[Sample | Failure]]", iter(loader)):
                 good = [sample for sample in read if not isinstance(sample, Failure)]

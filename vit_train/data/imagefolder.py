@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -249,9 +248,8 @@ class ImageFolder(ImageData):
 
     def _bad_lines(self, source: FileSource) -> dict[int, str]:
         """What is wrong with each image that cannot be read."""
-        hidden = not sys.stderr.isatty()
         with tqdm(
-            total=len(source.targets), desc="reading", unit="image", leave=False, delay=1, disable=hidden
+            total=len(source.targets), desc="reading", unit="image", leave=False, delay=1, disable=None
         ) as bar:
 
             def progress(done: int) -> None:

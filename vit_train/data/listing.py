@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -138,13 +137,7 @@ class _Walk:
 
 def _progress() -> tqdm[NoReturn]:
     """A bar that counts files, where there is a terminal and it takes long."""
-    return tqdm(
-        desc="listing",
-        unit=" files",
-        leave=False,
-        delay=_PROGRESS_AFTER_SECONDS,
-        disable=not sys.stderr.isatty(),
-    )
+    return tqdm(desc="listing", unit=" files", leave=False, delay=_PROGRESS_AFTER_SECONDS, disable=None)
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
