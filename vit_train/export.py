@@ -147,8 +147,7 @@ def make_file(
     if file_format == "safetensors":
         from safetensors.torch import save
 
-        content: bytes = save(tensors, {"format": "pt", KEY: described})
-        return content
+        return save(tensors, {"format": "pt", KEY: described})
     buffer = io.BytesIO()
     torch.save({"state_dict": tensors, KEY: described}, buffer)
     return buffer.getvalue()
@@ -168,8 +167,7 @@ def load_file(content: bytes, file_format: Format, model: nn.Module) -> Forward:
     if file_format == "onnx":
         return _load_onnx(content)
     if file_format == "pt2":
-        loaded: Forward = torch.export.load(io.BytesIO(content)).module()
-        return loaded
+        return torch.export.load(io.BytesIO(content)).module()
     if file_format == "safetensors":
         from safetensors.torch import load
 
@@ -276,8 +274,7 @@ def _onnx_file(model: nn.Module, images: Tensor, described: str) -> bytes:
     for node in graph.graph.node:  # notes of the exporter for its own debugging
         del node.metadata_props[:]
     graph.metadata_props.add(key=KEY, value=described)
-    content: bytes = graph.SerializeToString()
-    return content
+    return graph.SerializeToString()
 
 
 def _load_onnx(content: bytes) -> Forward:

@@ -31,8 +31,7 @@ class ArraySource:
     ids: NDArray[np.int64]
 
     def read(self, index: int) -> Image.Image:
-        image: Image.Image = to_pil_image(self.images[index])
-        return image
+        return to_pil_image(self.images[index])
 
     def name(self, index: int) -> str:
         return f"{self.label} image {self.ids[index]}"

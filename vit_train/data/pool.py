@@ -132,10 +132,9 @@ class _Worker:
     def answer(self) -> list[Any] | None:
         """The results for the chunk; None if the worker has died."""
         try:
-            results: list[Any] = self.connection.recv()
+            return self.connection.recv()
         except (EOFError, OSError):
             return None
-        return results
 
     def exit_code(self) -> int:
         """Of a worker that has died."""

@@ -96,10 +96,7 @@ def _resize(image: Image.Image, *, size: list[int]) -> Tensor:
         return F.resize(pixels, size, interpolation=_BICUBIC, antialias=True)
     to_width, to_height = size if len(size) == 2 else _whole(width, height, size[0])
     scales = to_height / height, to_width / width  # the same kernel, which would scale all that it is given
-    part: Tensor = torch.ops.aten._upsample_bicubic2d_aa(pixels[None], (to_height, to_width), False, *scales)[
-        0
-    ]
-    return part
+    return torch.ops.aten._upsample_bicubic2d_aa(pixels[None], (to_height, to_width), False, *scales)[0]
 
 
 def _middle(width: float, height: float) -> tuple[int, int, float, float]:
@@ -200,8 +197,7 @@ class _CropToTensor(v2.RandomResizedCrop):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         width, height = map(int, flat_inputs[0].info.get(EXTENT, flat_inputs[0].size))
-        params: dict[str, Any] = super().make_params([torch.empty(height, width, device="meta")])
-        return params
+        return super().make_params([torch.empty(height, width, device="meta")])
 
     def transform(self, inpt: Image.Image, params: dict[str, Any]) -> Tensor:
         part = F.pil_to_tensor(F.crop(inpt, **params))
