@@ -16,7 +16,7 @@ import math
 import re
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,15 +25,6 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from vit_train.construct import Fraction, NotNegative, NotNegativeFloat, PositiveFloat, Probability, Share
 from vit_train.errors import suggest
 from vit_train.layers import Block
-
-
-@runtime_checkable
-class HasNoWeightDecay(Protocol):
-    """A model that names parameters weight decay must not touch."""
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameter names, as in `named_parameters()`."""
-        ...
 
 
 def decay_groups(
@@ -50,7 +41,8 @@ def decay_groups(
     block at `lr * layer_decay`, the one below at `lr * layer_decay ** 2`, down to the patch embedding.
 
     Args:
-        model: every parameter with `requires_grad` lands in exactly one group.
+        model: every parameter with `requires_grad` lands in exactly one group. It may have a method
+            `no_weight_decay`, which returns names as in `named_parameters()`.
         weight_decay: of the groups that decay.
         lr: of the head.
         layer_decay: factor from one layer to the one below it; 1 is the same rate for all.
@@ -59,7 +51,7 @@ def decay_groups(
     Raises:
         ValueError: the model has no blocks to count.
     """
-    exempt = model.no_weight_decay() if isinstance(model, HasNoWeightDecay) else set()
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
     layers = dict.fromkeys(dict(model.named_parameters()), 0) if layer_decay == 1 else layer_ids(model)
     top = max(layers.values())
     groups: dict[tuple[int, bool, float], dict[str, Any]] = {
