@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# Raised by building and running where a stored value, or one typed beside it, makes no sense
+UNFIT = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _LONGEST = 10_000  # characters of a message: a hostile file may put megabytes into one
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_train.cli import command
-from vit_train.errors import ConfigError, DataError, suggest
+from vit_train.errors import UNFIT, ConfigError, DataError, suggest
 from vit_train.places import expanded, is_text
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 _OVERRIDABLE = ("data", "strategy", "trainer.precision")
 _FOLDER = "vit_train.data.ImageFolder"
 _FEW = 100  # images, below which a single one moves the figures by more than a point
-# What building and running raise where a stored value, or one beside RUN, makes no sense
-_UNFIT = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def report(arguments: argparse.Namespace) -> None:
             "dataset_fingerprint": fingerprint,
         }
         evaluated, mistakes = _evaluate(trained, precision, strategy, data, splits, about)
-    except _UNFIT as error:
+    except UNFIT as error:
         lost = data.worker_lost(error)
         if lost is not None or type(error).__name__ == "OutOfMemoryError":
             raise lost or error from error
@@ -346,7 +344,7 @@ def build_data(config: dict[str, Any], trust: tuple[str, ...] = ()) -> tuple[Any
     try:
         strategy.start()
         data.setup(device=strategy.device, rank=0, world_size=1, training=False, should_stop=lambda: False)
-    except _UNFIT as error:
+    except UNFIT as error:
         raise ConfigError(f"data: {_reason(error)}") from error
     return strategy, data
 
