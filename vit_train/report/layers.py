@@ -254,17 +254,12 @@ def _watching(
     model: nn.Module, enter: Callable[[str, Any], None], leave: Callable[[str, Any], None]
 ) -> Iterator[None]:
     """Calls `enter(name, inputs)` and `leave(name, output)` before and after each part computes."""
-
-    def before(name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda _module, inputs: enter(name, inputs)
-
-    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda _module, _inputs, output: leave(name, output)
-
-    with ExitStack() as stack:
-        for name, module in _parts(model):
-            stack.callback(module.register_forward_pre_hook(before(name)).remove)
-            stack.callback(module.register_forward_hook(after(name)).remove)
+    with ExitStack() as hooks:
+        for part, module in _parts(model):
+            before = module.register_forward_pre_hook(lambda _, inputs, name=part: enter(name, inputs))
+            after = module.register_forward_hook(lambda _, __, output, name=part: leave(name, output))
+            hooks.enter_context(before)
+            hooks.enter_context(after)
         yield
 
 
