@@ -37,6 +37,7 @@ def confusion_chart(counts: NDArray[np.int64], class_names: Sequence[str]) -> ND
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, PowerNorm
+    from matplotlib.figure import Figure
 
     number = len(class_names)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -44,7 +45,8 @@ def confusion_chart(counts: NDArray[np.int64], class_names: Sequence[str]) -> ND
     blues = colormaps["Blues"](np.linspace(0.12 if number <= 100 else 0.4, 1, 256))
     colors, norm = ListedColormap(blues, "blues").with_extremes(bad="white"), PowerNorm(0.5, 0, 1)
     side = _side(number)
-    figure, axes = _figure(side, side)
+    figure = Figure(figsize=(side, side), dpi=_DPI)
+    axes: Any = figure.add_axes((0, 0, 1, 1))  # all of it: room around them is made when it is drawn
     axes.imshow(np.ma.masked_equal(shares, 0), cmap=colors, norm=norm, interpolation="nearest", aspect="auto")
     cell = 72 * side / number  # points
     every = 1 if number <= 100 else -(-number // _LABELS)
@@ -124,9 +126,10 @@ def _write_counts(
 
 def reliability_chart(found: Calibration) -> NDArray[np.uint8]:
     """Accuracy against confidence in 15 bins, and below how many images each holds."""
+    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    figure, _ = _figure(5.4, 5.6, axes=False)
+    figure = Figure(figsize=(5.4, 5.6), dpi=_DPI)
     above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 1), "hspace": 0.1})
     width = 1 / NUM_BINS
     filled = np.flatnonzero(found.images)
@@ -171,16 +174,6 @@ def reliability_chart(found: Calibration) -> NDArray[np.uint8]:
         axes.grid(axis="y", color=PALE, linewidth=0.5)
     figure.align_ylabels()
     return _drawn(figure)
-
-
-def _figure(width: float, height: float, *, axes: bool = True) -> tuple[Figure, Any]:
-    """A figure in inches whose axes, if any, fill it: what stands around them is added when it is drawn."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=_DPI)
-    FigureCanvasAgg(figure)
-    return figure, figure.add_axes((0, 0, 1, 1)) if axes else None
 
 
 def _drawn(figure: Figure) -> NDArray[np.uint8]:

@@ -45,7 +45,6 @@ def draw_history(run_dir: Path, title: str) -> Path | None:
         run_dir: holds metrics.jsonl.
         title: what stands above the curves.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -61,7 +60,6 @@ def draw_history(run_dir: Path, title: str) -> Path | None:
     if not epochs:
         return None
     figure = Figure(figsize=(12, 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     loss, accuracy, rate = figure.subplots(1, 3)
     marker = "o" if len(epochs) < 40 else None
 
