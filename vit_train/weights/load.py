@@ -149,13 +149,9 @@ def _other_head(
         return True
     mine = {name: tensor.shape for name, tensor in own.items() if name.startswith(_HEADS)}
     given = {name: tensor.shape for name, tensor in theirs.items() if name.startswith(_HEADS)}
-    if not given:
-        return True
     # of the layers both have: a second head that only one of them has is no question of classes
-    return (
-        any(mine[name] != given[name] for name in mine.keys() & given.keys())
-        or not mine.keys() & given.keys()
-    )
+    common = mine.keys() & given.keys()
+    return not common or any(mine[name] != given[name] for name in common)
 
 
 def _fitted(name: str, given: Tensor, mine: Tensor, model: nn.Module, source: Pretrained) -> Tensor | None:
