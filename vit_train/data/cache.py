@@ -150,27 +150,21 @@ class Filling:
             WorkerLostError: a worker process died.
         """
         pixels = torch.empty(len(samples), *samples.shape, dtype=torch.uint8, device=device)
-
-        def take(good: list[Sample]) -> None:
+        for good in self._read(samples, split, math.prod(samples.shape)):
             images, _, index, _ = zip(*good)
             pixels[torch.tensor(index, device=device)] = torch.stack(images).to(device)
-
-        return pixels if self._read(samples, take, split, math.prod(samples.shape)) else None
+        return None if self.should_stop() else pixels
 
     def decoded(self, samples: Untransformed, *, split: str, bytes_each: int) -> DecodedSource | None:
         """Every file of a split, of about so many bytes once it is decoded; otherwise as `finished`."""
         images: list[tuple[Tensor, Any]] = []
-
-        def take(good: list[Sample]) -> None:
+        for good in self._read(samples, split, bytes_each):
             # out of the workers' shared memory
             images.extend((pixels.clone(), extent) for pixels, extent, _, _ in good)
+        return None if self.should_stop() else DecodedSource(samples.source, images)
 
-        whole = self._read(samples, take, split, bytes_each)
-        return DecodedSource(samples.source, images) if whole else None
-
-    def _read(
-        self, samples: Samples, take: Callable[[list[Sample]], None], split: str, bytes_each: int
-    ) -> bool:
+    def _read(self, samples: Samples, split: str, bytes_each: int) -> Iterator[list[Sample]]:
+        """Its samples, a batch at a time and as long as all could be read; ends early where it is stopped."""
         fitting = _FILL_BYTES // (2 * max(self.num_workers, 1) * max(bytes_each, 1))
         loader = SampleLoader(
             samples,
@@ -189,11 +183,10 @@ class Filling:
                 good = [sample for sample in read if not isinstance(sample, Failure)]
                 self.bad.extend(sample.line for sample in read if isinstance(sample, Failure))
                 if good and not self.bad:
-                    take(good)
+                    yield good
                 bar.update(len(read))
-                if self.should_stop():
-                    return False
-        return not self.should_stop()  # which also ends a loader that waits
+                if self.should_stop():  # which also ends a loader that waits
+                    return
 
 
 class Untransformed(Samples):
