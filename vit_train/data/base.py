@@ -200,7 +200,7 @@ class ImageData(DataModule, abc.ABC):
         self._listed: dict[Split, Source] = {}  # before unusable images were left out of train
         self.holds_out = False
         self.split_rule: str | None = None
-        self._loaders: dict[str, Loader] = {}
+        self._loaders: dict[tuple[Split, bool], Loader] = {}  # of a split, for training or to evaluate
         self._finished: dict[Split, Tensor] = {}
         self._decoded: Source | None = None
         self._should_stop: Flag = lambda: False
@@ -274,18 +274,17 @@ class ImageData(DataModule, abc.ABC):
             self._fill_cache(device)
 
     def loader(self, split: Split) -> Loader:
-        if split not in self.sources:
-            raise DataError(f"this dataset has no {split} split: use one of {', '.join(self.sources)}")
-        if split not in self._loaders:
-            self._loaders[split] = self._make_loader(split)
-        return self._loaders[split]
+        return self._loader(split, train=split == "train")
 
     def eval_loader(self, split: Split) -> Loader:
-        if split != "train" or split not in self.sources:
-            return self.loader(split)
-        if "train, evaluated" not in self._loaders:
-            self._loaders["train, evaluated"] = self._make_loader(split, augmented=False)
-        return self._loaders["train, evaluated"]
+        return self._loader(split, train=False)
+
+    def _loader(self, split: Split, *, train: bool) -> Loader:
+        if split not in self.sources:
+            raise DataError(f"this dataset has no {split} split: use one of {', '.join(self.sources)}")
+        if (split, train) not in self._loaders:
+            self._loaders[split, train] = self._make_loader(split, train=train)
+        return self._loaders[split, train]
 
     def examples(self, split: Split, count: int) -> Batch:
         size = self.sizes[split]
@@ -458,8 +457,7 @@ class ImageData(DataModule, abc.ABC):
     def _is_finished(self, source: ArraySource) -> bool:
         return self._plain is None and source.images.shape[1] == self.in_channels
 
-    def _make_loader(self, split: Split, *, augmented: bool = True) -> Loader:
-        train = split == "train" and augmented
+    def _make_loader(self, split: Split, *, train: bool) -> Loader:
         size, share = self.sizes[split], self.batch_size // self._world_size
         rank, world_size = self._rank, self._world_size
         batches: Batches
