@@ -9,6 +9,7 @@ import hashlib
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, overload
@@ -341,8 +342,11 @@ def _refuse_no_content(sources: Mapping[Split, FileSource]) -> None:
 
 def _headers(source: FileSource) -> list[tuple[int, int, str]]:
     """Width, height and format of a few files that can be opened, the same ones at every call."""
-    headers = map(_header, sample_of(_Paths(source)))
-    return [header for header in headers if header is not None]
+    headers = []
+    for path in sample_of(_Paths(source)):
+        with suppress(Exception), Image.open(path) as image:  # as in decode; the loader will name the file
+            headers.append((*image.size, str(image.format)))
+    return headers
 
 
 def sample_of(paths: Sequence[str]) -> list[str]:
@@ -369,12 +373,3 @@ class _Paths(Sequence[str]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.source.name(index)
-
-
-def _header(path: str) -> tuple[int, int, str] | None:
-    """Width, height and format; None for a file that cannot be opened, which the loader will name."""
-    try:
-        with Image.open(path) as image:
-            return *image.size, str(image.format)
-    except Exception:  # as in decode
-        return None
