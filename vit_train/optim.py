@@ -278,8 +278,7 @@ class Cosine(Schedule):
     """Linear warmup from 0, then half a cosine down to `final_factor` at the last step.
 
     Args:
-        steps_per_epoch: optimizer steps in one epoch.
-        total_steps: the budget the schedule spans.
+        steps_per_epoch, total_steps: as for `Schedule`.
         warmup_epochs: length of the warmup; null is 2, at most a fifth of the run.
         final_factor: multiplier at the end (0.01 ends at a hundredth of the base rate).
     """
@@ -309,8 +308,7 @@ class MultiStep(Schedule):
     """Linear warmup, then times `factor` at each milestone.
 
     Args:
-        steps_per_epoch: optimizer steps in one epoch.
-        total_steps: the budget the schedule spans.
+        steps_per_epoch, total_steps: as for `Schedule`.
         milestones: fractions of the whole run, in any order (0.5 is half of it), so that the schedule spans
             whatever budget it is given.
         factor: what the rate is multiplied by at each milestone.
@@ -395,11 +393,9 @@ class ReduceOnPlateau(Schedule):
         return value > best * (1 + self.threshold)
 
     def state_dict(self) -> dict[str, Any]:
-        """Multiplier, best value and the count of epochs since."""
         return {"multiplier": self.multiplier, "best": self.best, "bad_epochs": self.bad_epochs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict()`."""
         self.multiplier, self.best, self.bad_epochs = state["multiplier"], state["best"], state["bad_epochs"]
 
 

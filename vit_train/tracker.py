@@ -256,14 +256,12 @@ class Tracker(NullTracker):
             self.picture("attention", self.plan.draw_attention, step)
 
     def progress(self, batches: Iterable[Batch], label: str) -> Iterable[Batch]:
-        """The same batches under a bar."""
         self._close_bar()
         if not self.show_bars:
             return batches
         return tqdm(batches, desc=label.replace("_raw", " (raw weights)"), unit="batch", leave=False)
 
     def test(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs the test figures."""
         self._write("test", step, metrics)
         self._scalars(step, metrics)
 
@@ -300,7 +298,6 @@ class Tracker(NullTracker):
         self._board(lambda writer: [writer.file_writer.add_summary(summary) for summary in summaries])
 
     def flush(self) -> None:
-        """Brings both files to disk."""
         if self.file is not None:
             try:
                 self.file.flush()
@@ -310,7 +307,6 @@ class Tracker(NullTracker):
         self._board(lambda writer: writer.flush())
 
     def close(self) -> None:
-        """Closes bar and files."""
         self._close_bar()
         file, self.file = self.file, None
         if file is not None:

@@ -315,7 +315,6 @@ class ImageData(DataModule, abc.ABC):
         return worker_lost(error, next(filter(None, reading), ""))
 
     def close(self) -> None:
-        """Ends the worker processes of all loaders."""
         for loader in self._loaders.values():
             loader.close()
         self._loaders = {}
