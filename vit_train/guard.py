@@ -12,7 +12,7 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import torch
@@ -58,9 +58,7 @@ class Signals:
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -68,8 +66,7 @@ class Signals:
         """Whether a signal has arrived, without asking other ranks or the device."""
         return bool(self.signum)
 
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        del frame
+    def _on_signal(self, signum: int, _: FrameType | None) -> None:
         if self.signum:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)

@@ -241,9 +241,8 @@ class Schedule:
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = total_steps
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: int) -> float:  # noqa: ARG002
         """The multiplier for the update number `step` (from 0)."""
-        del step
         return 1.0
 
     def observe(self, metrics: Mapping[str, float]) -> None:
@@ -370,9 +369,8 @@ class ReduceOnPlateau(Schedule):
         self.best: float | None = None
         self.bad_epochs = 0
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: int) -> float:  # noqa: ARG002
         """The multiplier the evaluations observed so far have led to."""
-        del step
         return self.multiplier
 
     def observe(self, metrics: Mapping[str, float]) -> None:

@@ -84,9 +84,8 @@ class SingleDevice:
         """The callable a forward pass goes through; `model` itself keeps parameters and clean names."""
         return model
 
-    def grad_sync(self, model: nn.Module, enabled: bool) -> AbstractContextManager[object]:
+    def grad_sync(self, model: nn.Module, enabled: bool) -> AbstractContextManager[object]:  # noqa: ARG002
         """Context of a backward pass that does or does not exchange gradients."""
-        del model, enabled
         return nullcontext()
 
     def to_device(self, batch: Batch) -> Batch:

@@ -76,9 +76,8 @@ class NullTracker:
     def after_epoch(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """An epoch was closed with these metrics."""
 
-    def progress(self, batches: Iterable[Batch], label: str) -> Iterable[Batch]:
+    def progress(self, batches: Iterable[Batch], label: str) -> Iterable[Batch]:  # noqa: ARG002
         """The same batches, with a bar where someone watches."""
-        del label
         return batches
 
     def test(self, step: int, metrics: Mapping[str, float]) -> None:
