@@ -431,15 +431,13 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
     try:
         return _cached_adapter(hint)
     except TypeError:  # unhashable annotation
-        return _new_adapter(hint)
+        return _cached_adapter.__wrapped__(hint)
 
 
-def _new_adapter(hint: Any) -> TypeAdapter[Any]:
+@functools.cache
+def _cached_adapter(hint: Any) -> TypeAdapter[Any]:
     try:
         config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
         return TypeAdapter(_strict(hint), config=config)
     except Exception:
         return TypeAdapter(Any)
-
-
-_cached_adapter = functools.lru_cache(maxsize=None)(_new_adapter)
