@@ -141,9 +141,7 @@ class Saver:
         try:
             for one in waiting:
                 self._unsaved_best = one if one.best else None
-                self.checkpointer.save(
-                    one.tensors, one.state, step=one.step, best=one.best, keep=one.keep, kept=one.kept
-                )
+                self.checkpointer.save(**vars(one))
                 self._unsaved_best = None
             self._failures.clear()
         except SaveError as error:
