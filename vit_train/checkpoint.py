@@ -150,7 +150,10 @@ class Checkpointer:
         """Deletes what an interrupted save left behind."""
         restore_replaced(self.root)
         for leftover in self.root.glob(f"{_PARTIAL}*"):
-            _remove(leftover)
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
     def check_space(self, nbytes: int) -> None:
         """Refuses to begin where two checkpoints would not fit: the one kept and the one being written.
@@ -245,13 +248,6 @@ def _write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mappin
     faults.point("save.manifest")
     durable.sync_directory(folder)
     faults.point("save.synced")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ finding
