@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_train.data.batch import Batch, Failure, Sample, collate
+from vit_train.data.batch import Failure, Sample
 from vit_train.data.download import download, is_url
 from vit_train.data.imagefolder import FileSource
 from vit_train.data.loaders import EvalBatches, SampleLoader, Samples
@@ -71,20 +71,19 @@ class Read(NamedTuple):
     """A batch of which some images may be missing.
 
     Attributes:
-        batch: those that could be read, in order; None where there is none.
+        pixels: uint8 (B, C, H, W) of those that could be read, in order; None where there is none.
         errors: for each image of the batch the reason why it could not be read, or None.
     """
 
-    batch: Batch | None
+    pixels: Tensor | None
     errors: list[str | None]
 
 
 def keep_good(samples: Sequence[Sample | Failure]) -> Read:
-    """Stacks the samples that could be read, and keeps the reasons of the others."""
-    good = [sample for sample in samples if not isinstance(sample, Failure)]
-    batch = collate(good) if good else None
-    assert not isinstance(batch, Failure), "there is none among them"
-    return Read(batch, [sample.line if isinstance(sample, Failure) else None for sample in samples])
+    """Stacks the images that could be read, and keeps the reasons of the others."""
+    good = [sample[0] for sample in samples if not isinstance(sample, Failure)]
+    errors = [sample.line if isinstance(sample, Failure) else None for sample in samples]
+    return Read(torch.stack(good) if good else None, errors)
 
 
 @torch.inference_mode()
@@ -104,7 +103,7 @@ def predict(
         WorkerLostError: one of them died or hangs.
     """
     device = next(trained.model.parameters()).device
-    precision, normalize = trained.precision(), trained.batch_transform()
+    precision, normalize = trained.precision(), trained.batch_transform().normalize
     samples = Samples(
         Pictures(names, trained),
         trained.sample_transform(),
@@ -122,11 +121,10 @@ def predict(
     )
     done = 0
     try:
-        for batch, errors in cast("Iterator[Read]", iter(loader)):  # what keep_good returns
+        for pixels, errors in cast("Iterator[Read]", iter(loader)):  # what keep_good returns
             answers: Iterator[Any] = iter(())
-            if batch is not None:
-                batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-                images, _ = normalize(batch, 0, 0)
+            if pixels is not None:
+                images = normalize(pixels.to(device, non_blocking=True))
                 with autocast(precision, device):
                     logits = trained.model(images)
                 answers = iter(_likeliest(logits, trained.class_names, top_k))

@@ -97,7 +97,6 @@ def explain_image(
     """
     import torch
 
-    from vit_train.data import Batch
     from vit_train.data.decode import decode
     from vit_train.data.sample_transforms import seen_box
     from vit_train.precision import autocast
@@ -113,9 +112,7 @@ def explain_image(
     # the model may be given less of a large file, as in vit-predict
     image, read = read_as(), read_as(least_side=transform.least_side)
     seen = transform(read.convert("L" if trained.in_channels == 1 else "RGB"))
-    pixels = seen[None].to(device)
-    none = torch.zeros(1, dtype=torch.int64, device=device)
-    images, _ = trained.batch_transform()(Batch(pixels, none, none, none), 0, 0)
+    images = trained.batch_transform().normalize(seen[None].to(device))
     with torch.no_grad(), autocast(trained.precision(), device):  # as vit-predict says it
         probabilities = trained.model(images).float().softmax(1)[0].tolist()
     if any(map(math.isnan, probabilities)):
