@@ -197,21 +197,18 @@ def _write_splits(folder: Path) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vit-data", description="Look at a dataset, or make one.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_check(commands)
-    _add_stats(commands)
-    digits = commands.add_parser(
-        "digits",
-        help="write scikit-learn's embedded digits as an image folder",
-        description="Writes scikit-learn's 1,797 digits as PNG files in ROOT/{train,val,test}/<digit>/.",
+    folder = argparse.ArgumentParser(add_help=False)
+    folder.add_argument("root", metavar="ROOT", help="the folder, as data.root")
+    folder.add_argument("--json", metavar="FILE", help="also write everything as JSON; - prints it instead")
+    folder.add_argument(
+        "--num-workers",
+        type=command.whole_number(0, 256),
+        metavar="N",
+        help="processes that read images; default: one per core",
     )
-    digits.add_argument("root", metavar="ROOT", help="a folder that does not exist yet, or is empty")
-    digits.set_defaults(work=lambda arguments: write_digits(arguments.root))
-    return parser
-
-
-def _add_check(commands: Any) -> None:
-    check_ = commands.add_parser(
+    commands.add_parser(
         "check",
+        parents=[folder],
         help="decode every image of a folder and say what is wrong with it",
         description=(
             "Decodes every image below ROOT, as training would, and looks at its layout. Exit code 3: "
@@ -224,21 +221,28 @@ def _add_check(commands: Any) -> None:
             "A damaged JPEG may still decode: of 100 with one flipped bit 98 do. Only a checksum made when "
             "the file was whole can tell."
         ),
+    ).set_defaults(work=check)
+    _add_stats(commands, folder)
+    digits = commands.add_parser(
+        "digits",
+        help="write scikit-learn's embedded digits as an image folder",
+        description="Writes scikit-learn's 1,797 digits as PNG files in ROOT/{train,val,test}/<digit>/.",
     )
-    _add_common(check_)
-    check_.set_defaults(work=check)
+    digits.add_argument("root", metavar="ROOT", help="a folder that does not exist yet, or is empty")
+    digits.set_defaults(work=lambda arguments: write_digits(arguments.root))
+    return parser
 
 
-def _add_stats(commands: Any) -> None:
+def _add_stats(commands: Any, folder: argparse.ArgumentParser) -> None:
     stats_ = commands.add_parser(
         "stats",
+        parents=[folder],
         help="mean and standard deviation of the pixels: data.mean and data.std",
         description=(
             "Computes mean and standard deviation per channel over every pixel of a split, as training sees "
             "the images without augmentation, and prints what to type to train with them."
         ),
     )
-    _add_common(stats_)
     stats_.add_argument(
         "--img-size",
         type=command.whole_number(1, 2**14),
@@ -253,17 +257,6 @@ def _add_stats(commands: Any) -> None:
         "--channels", type=int, choices=(1, 3), default=3, help="as data.in_channels; default: 3"
     )
     stats_.set_defaults(work=stats)
-
-
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", metavar="ROOT", help="the folder, as data.root")
-    parser.add_argument("--json", metavar="FILE", help="also write everything as JSON; - prints it instead")
-    parser.add_argument(
-        "--num-workers",
-        type=command.whole_number(0, 256),
-        metavar="N",
-        help="processes that read images; default: one per core",
-    )
 
 
 if __name__ == "__main__":
