@@ -27,19 +27,34 @@ class GridEmbed(nn.Module):
         img_size: height and width of the images in pixels.
         patch_size: pixels per token along one axis.
         embed_dim: width D of the tokens.
-        grid_size: tokens (h, w) of an image of `img_size`.
         any_size: whether images of other sizes are welcome.
+        grid_size: tokens (h, w) of an image of `img_size`; None where they are its patches.
+
+    Raises:
+        ValueError: `grid_size` is None, and `patch_size` does not divide `img_size` or (any size) is larger.
     """
 
     def __init__(
-        self, *, img_size: int, patch_size: int, embed_dim: int, grid_size: tuple[int, int], any_size: bool
+        self,
+        *,
+        img_size: int,
+        patch_size: int,
+        embed_dim: int,
+        any_size: bool = False,
+        grid_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.img_size = img_size
         self.patch_size = patch_size
         self.embed_dim = embed_dim
-        self.grid_size = grid_size
         self.any_size = any_size
+        if grid_size is None:
+            if not any_size:
+                require_divides("patch_size", patch_size, "img_size", img_size)
+            elif not 1 <= patch_size <= img_size:
+                raise ValueError(f"patch_size {patch_size} is not between 1 and img_size {img_size}")
+            grid_size = (-(-img_size // patch_size),) * 2
+        self.grid_size: tuple[int, int] = grid_size
 
     def check_size(self, images: Tensor) -> None:
         """Raises ValueError for images (B, C, H, W) of a size this embedding was not made for."""
@@ -49,15 +64,6 @@ class GridEmbed(nn.Module):
                 raise ValueError(f"images of {H}x{W} are smaller than one patch of {self.patch_size}")
         elif not H == W == self.img_size:
             raise ValueError(f"images are {H}x{W}, but the model was made for img_size {self.img_size}")
-
-
-def _patch_grid(img_size: int, patch_size: int, any_size: bool) -> tuple[int, int]:
-    if not any_size:
-        require_divides("patch_size", patch_size, "img_size", img_size)
-    elif not 1 <= patch_size <= img_size:
-        raise ValueError(f"patch_size {patch_size} is not between 1 and img_size {img_size}")
-    side = -(-img_size // patch_size)
-    return side, side
 
 
 class PatchEmbed(GridEmbed):
@@ -89,14 +95,7 @@ class PatchEmbed(GridEmbed):
         norm: bool = False,
         any_size: bool = False,
     ) -> None:
-        grid_size = _patch_grid(img_size, patch_size, any_size)
-        super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            grid_size=grid_size,
-            any_size=any_size,
-        )
+        super().__init__(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, any_size=any_size)
         self.projection = projection
         self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-5) if norm else nn.Identity()
@@ -142,14 +141,7 @@ class ConvStem(GridEmbed):
     ) -> None:
         if patch_size < 2 or patch_size & (patch_size - 1):
             raise ValueError(f"patch_size {patch_size} of a ConvStem is not a power of two from 2 on")
-        grid_size = _patch_grid(img_size, patch_size, any_size)
-        super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            grid_size=grid_size,
-            any_size=any_size,
-        )
+        super().__init__(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, any_size=any_size)
         num_convs = patch_size.bit_length() - 1
         halvings = 2 ** (num_convs - 1)
         if embed_dim % halvings:

@@ -125,7 +125,6 @@ class HybridEmbed(GridEmbed):
             patch_size=patch_size,
             embed_dim=embed_dim,
             grid_size=(h // patch_size, w // patch_size),
-            any_size=False,
         )
         self.backbone = _trunk(backbone, layer, in_channels, small_stem=small_stem, pretrained=pretrained)
         self.proj = nn.Conv2d(channels, embed_dim, kernel_size=patch_size, stride=patch_size)
