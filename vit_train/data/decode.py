@@ -121,7 +121,8 @@ def decode(
             orientation = 1 if image.info.keys().isdisjoint(_ORIENTED) else _orientation(image)
             shown = _eight_bits(image, _deep_pixels(image, file), value_range) if is_deep else image
             if shown.has_transparency_data:
-                shown = _on_background(shown, background)
+                under = Image.new("RGBA", shown.size, background)
+                shown = Image.alpha_composite(under, shown.convert("RGBA")).convert("RGB")
             elif shown.mode not in ("L", "RGB"):
                 shown = _convert(shown)
             if orientation in _UPRIGHT:
@@ -238,11 +239,6 @@ def find_range(files: Sequence[str]) -> tuple[ValueRange | None, str]:
         return None, ""
     note = f"deeper than 8 bits; the largest value of {len(ends) // 2} files is {max(ends):g}"
     return (black, white), f"data.value_range=[{black:g}, {white:g}]: {note}"
-
-
-def _on_background(image: Image.Image, background: RGB) -> Image.Image:
-    under = Image.new("RGBA", image.size, background)
-    return Image.alpha_composite(under, image.convert("RGBA")).convert("RGB")
 
 
 def _convert(image: Image.Image) -> Image.Image:

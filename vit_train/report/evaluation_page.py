@@ -32,9 +32,11 @@ def evaluation_page(report: Evaluated, pictures: Mapping[str, bytes]) -> str:
     about = report.about
     style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     title = f"{about['split']} images of {_data_name(about)}"
+    tta = ", mean over each image and its mirror image (tta: hflip)" if about["tta"] == "hflip" else ""
+    subtitle = f"{_checkpoint_name(about)}, step {about['step']:,}, {about['weights']} weights{tta}"
     sections = [
         f"<h1>{_text(title)}</h1>",
-        f'<p class="soft">{_text(_subtitle(report))}</p>',
+        f'<p class="soft">{_text(subtitle)}</p>',
         _tiles(report),
         *(f'<p class="note">{_text(_without_place(note, about))}</p>' for note in about["notes"]),
         _classes(report),
@@ -50,12 +52,6 @@ def evaluation_page(report: Evaluated, pictures: Mapping[str, bytes]) -> str:
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
-
-
-def _subtitle(report: Evaluated) -> str:
-    about = report.about
-    tta = ", mean over each image and its mirror image (tta: hflip)" if about["tta"] == "hflip" else ""
-    return f"{_checkpoint_name(about)}, step {about['step']:,}, {about['weights']} weights{tta}"
 
 
 def _tiles(report: Evaluated) -> str:
