@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -306,7 +307,7 @@ def test_workers_and_progress_change_nothing(root):
     report = checked(root)
     assert check_folder(str(root), num_workers=3, start=start) == report
     assert sum(done) == 25
-    assert json.loads(json.dumps(report.as_json()))["problems"][0]["items"] == [
+    assert json.loads(json.dumps(asdict(report)))["problems"][0]["items"] == [
         {"files": ["train/a/bad.jpg"], "detail": "is not an image Pillow can read"}
     ]
 

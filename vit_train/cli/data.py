@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def check(arguments: argparse.Namespace) -> int:
     with _bars() as start, _typed_root():
         report = check_folder(arguments.root, num_workers=workers, start=start)
     if out is not None:
-        _write_json(out, report.as_json())
+        _write_json(out, asdict(report))
     if arguments.json != _STDOUT:
         console = Console()
         for table in check_tables(report):

@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import normalize
@@ -133,10 +133,6 @@ class Report:
     modes: dict[str, int] = field(default_factory=dict)
     smallest: tuple[int, int] | None = None
     largest: tuple[int, int] | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain dicts and lists, everything in full."""
-        return asdict(self)
 
 
 @dataclass
