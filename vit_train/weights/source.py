@@ -138,7 +138,7 @@ def _from_torchvision(source: str) -> Pretrained:
             f"init_from={source} cannot be downloaded ({' '.join(str(error).split())}); where there is no "
             "network, copy the file and type init_from=FILE.pth"
         ) from error
-    return _foreign(source, state, mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
+    return replace(_foreign(source, state), mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
 
 
 def _from_run(source: str, path: Path) -> Pretrained:
@@ -154,9 +154,8 @@ def _from_run(source: str, path: Path) -> Pretrained:
         tensors,
         inference if isinstance(inference, dict) else {},
         config.get("model") if isinstance(config, dict) else None,
-        skipped=tuple(skipped),
     )
-    return replace(own, old_split="split_rule" not in stored.state)
+    return replace(own, skipped=tuple(skipped), old_split="split_rule" not in stored.state)
 
 
 def _from_file(source: str, path: Path) -> Pretrained:
@@ -272,15 +271,10 @@ def _exported(source: str, tensors: dict[str, Tensor], about: str) -> Pretrained
 
 
 def _own(
-    source: str,
-    whose: str,
-    tensors: dict[str, Tensor],
-    about: Mapping[str, Any],
-    model: Any,
-    skipped: tuple[str, ...] = (),
+    source: str, whose: str, tensors: dict[str, Tensor], about: Mapping[str, Any], model: Any
 ) -> Pretrained:
     check_tensors(source, tensors)
-    names, mean, std = about.get("class_names"), about.get("mean"), about.get("std")
+    names = about.get("class_names")
     masked = model.get("mask_padding") if isinstance(model, Mapping) else None
     return Pretrained(
         source,
@@ -288,9 +282,8 @@ def _own(
         tensors,
         mask_padding=masked if isinstance(masked, bool) else None,
         class_names=[normalize("NFC", str(name)) for name in names] if isinstance(names, list) else None,
-        mean=_numbers(mean),
-        std=_numbers(std),
-        skipped=skipped,
+        mean=_numbers(about.get("mean")),
+        std=_numbers(about.get("std")),
     )
 
 
@@ -316,13 +309,7 @@ def _numbers(values: Any) -> tuple[float, ...] | None:
     return tuple(values) if fits else None
 
 
-def _foreign(
-    source: str,
-    tensors: dict[str, Tensor],
-    place: Sequence[str] = (),
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-) -> Pretrained:
+def _foreign(source: str, tensors: dict[str, Tensor], place: Sequence[str] = ()) -> Pretrained:
     check_tensors(source, tensors)
     renamed, layout = to_ours(tensors)
     is_swin = any(name.endswith("relative_position_bias_table") for name in renamed)
@@ -333,6 +320,4 @@ def _foreign(
         renamed,
         align_corners=layout == "torchvision",
         mask_padding=False if is_swin else None,  # everyone else lets padding take part
-        mean=mean,
-        std=std,
     )
