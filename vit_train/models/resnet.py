@@ -46,10 +46,6 @@ class ResNet(nn.Module):
         self.head = nn.Linear(self.embed_dim, num_classes)
         init_linear(self.head)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay would harm and whose shape does not tell: none."""
-        return set()
-
     def forward_features(self, images: Tensor) -> Tensor:
         """The map of the last group, (B, C, H, W) -> (B, D, h, w)."""
         smallest = 2 ** len(self.groups) - 1
