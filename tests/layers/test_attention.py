@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from vit_train.layers import Attention, attend
 from vit_train.layers.attention import prefers_fused
@@ -90,3 +91,39 @@ def test_no_qkv_bias():
     attn = Attention(8, num_heads=2, qkv_bias=False)
     assert attn.qkv.bias is None
     assert F.mse_loss(attn(torch.zeros(1, 3, 8)), attn.proj.bias.expand(1, 3, 8)) == 0
+
+
+def relative(grid_size, **options):
+    torch.manual_seed(0)
+    attn = Attention(32, num_heads=4, grid_size=grid_size, **options)
+    torch.nn.init.normal_(attn.relative_position_bias_table)  # so large that a wrong index shows
+    return attn
+
+
+def test_relative_positions_equal_those_of_torchvisions_swin():
+    """In a map that is one window both are the same attention."""
+    attn = relative((7, 7))
+    reference = ShiftedWindowAttention(32, [7, 7], [0, 0], 4)
+    reference.load_state_dict(attn.state_dict(), strict=False)
+    x = torch.randn(2, 49, 32)
+    expected = reference(x.view(2, 7, 7, 32)).view(2, 49, 32)
+    torch.testing.assert_close(attn(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("h", "w"), [(3, 5), (5, 3), (1, 4)])
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_relative_positions_pair_by_pair(h, w, prefix):
+    attn, side = relative((h, w)), max(h, w)
+    expected = torch.zeros(4, prefix + h * w, prefix + h * w)
+    for i in range(h * w):
+        for j in range(h * w):
+            down, right = i // w - j // w, i % w - j % w
+            row = attn.relative_position_bias_table[(down + side - 1) * (2 * side - 1) + right + side - 1]
+            expected[:, prefix + i, prefix + j] = row
+    assert torch.equal(attn.bias(prefix + h * w), expected)
+    x = torch.randn(1, prefix + h * w, 32)
+    q, k, v = attn.heads(x)
+    weights = (q @ k.transpose(-2, -1) / 8**0.5 + expected).softmax(-1)
+    torch.testing.assert_close(attn.weights(x), weights)
+    out = attn.proj((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attn(x), out, rtol=1e-5, atol=1e-6)

@@ -25,6 +25,7 @@ VARIANTS = {
     "stem": functools.partial(small, stem=ConvStem, pool="mean"),
     "no_bias": functools.partial(small, qkv_bias=False),
     "regularised": functools.partial(small, drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.1),
+    "rel_pos": functools.partial(small, rel_pos=True, pool="mean"),
     "deit": functools.partial(small, DeiT),
 }
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import require_heads
-from .init import init_linear
+from .init import TOKEN_STD, init_linear
 
 PLAIN_MAX_TOKENS = 1024
 SHORT_ROW = 32
@@ -71,6 +71,19 @@ def attend(
     return weights @ v
 
 
+def relative_index(h: int, w: int, side: int, device: torch.device | None = None) -> Tensor:
+    """Which row of a table of relative positions holds for each pair of tokens of a grid: (h * w, h * w).
+
+    The table has (2 * side - 1) ** 2 rows, by the offset down, then to the right, of query from key; a grid
+    that is smaller than `side` uses the middle of it.
+    """
+    y, x = torch.arange(h, device=device), torch.arange(w, device=device)
+    down = y[:, None] - y[None, :] + side - 1
+    right = x[:, None] - x[None, :] + side - 1
+    index = down[:, None, :, None] * (2 * side - 1) + right[None, :, None, :]
+    return index.reshape(h * w, h * w)
+
+
 class Attention(nn.Module):
     """Self-attention over all tokens, (B, N, C) -> (B, N, C).
 
@@ -80,10 +93,15 @@ class Attention(nn.Module):
         qkv_bias: whether the query, key and value projections have a bias.
         attn_drop: dropout of the attention weights.
         proj_drop: dropout of the output.
+        grid_size: (h, w) of the last h * w tokens, to learn a bias of the scores for each offset between two
+            of them, in each head (as Swin within a window, and BEiT: Bao et al. 2022, arXiv 2106.08254);
+            tokens before them have none. None: no such bias.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`.
     """
+
+    relative_index: Tensor
 
     def __init__(
         self,
@@ -93,11 +111,18 @@ class Attention(nn.Module):
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        grid_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         require_heads(num_heads, dim)
         self.num_heads = num_heads
         self.attn_drop = attn_drop
+        self.relative_position_bias_table: nn.Parameter | None = None
+        if grid_size is not None:
+            side = max(grid_size)
+            self.relative_position_bias_table = nn.Parameter(torch.empty((2 * side - 1) ** 2, num_heads))
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=TOKEN_STD)
+            self.register_buffer("relative_index", relative_index(*grid_size, side), persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -112,12 +137,22 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2).contiguous() for part in qkv.unbind(2))
         return q, k, v
 
+    def bias(self, num_tokens: int) -> Tensor | None:
+        """What the offsets of the tokens add to the scores, (H, N, N); 0 for those before the grid."""
+        if self.relative_position_bias_table is None:
+            return None
+        bias = self.relative_position_bias_table[self.relative_index].permute(2, 0, 1)
+        prefix = num_tokens - len(self.relative_index)
+        return F.pad(bias, (prefix, 0, prefix, 0)) if prefix else bias
+
     def weights(self, x: Tensor) -> Tensor:
         """What `forward` weighs the values with, (B, N, C) -> (B, H, N, N); rows sum to 1. For looking at."""
         q, k, _ = self.heads(x)
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
+        scores, bias = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), self.bias(x.shape[1])
+        return (scores if bias is None else scores + bias).softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
-        out = attend(q, k, v, dropout=self.attn_drop if self.training else 0.0)
+        bias = self.bias(x.shape[1])
+        out = attend(q, k, v, bias=bias, dropout=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

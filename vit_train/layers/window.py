@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import attend
+from .attention import attend, relative_index
 from .checks import require_heads
 from .init import TOKEN_STD, init_linear
 
@@ -60,15 +60,10 @@ def _window_tables(
     rows: Axis, cols: Axis, table_window: int, mask_padding: bool, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """Index into the bias table (N * N,), and the mask to add (G, 1, N, N) or None where all is visible."""
-    # A window smaller than the table's only knows the smaller offsets: the middle of the table.
-    y = torch.arange(rows.window, device=device)
-    x = torch.arange(cols.window, device=device)
-    dy = y[:, None] - y[None, :] + table_window - 1
-    dx = x[:, None] - x[None, :] + table_window - 1
-    index = dy[:, None, :, None] * (2 * table_window - 1) + dx[None, :, None, :]
+    index = relative_index(rows.window, cols.window, table_window, device).flatten()
     masks_padding = mask_padding and (rows.padding > 0 or cols.padding > 0)
     if not (rows.shift or cols.shift or masks_padding):
-        return index.reshape(-1), None
+        return index, None
 
     wrapped_y, real_y = _axis_labels(rows, device)
     wrapped_x, real_x = _axis_labels(cols, device)
@@ -85,7 +80,7 @@ def _window_tables(
         # without any key would be NaN, and NaN times a zero gradient is NaN.
         visible = (visible & real[:, None, :]) | ~real[:, :, None]
     mask = torch.zeros(visible.shape, device=device).masked_fill_(~visible, float("-inf"))
-    return index.reshape(-1), mask.unsqueeze(1)
+    return index, mask.unsqueeze(1)
 
 
 @functools.lru_cache(maxsize=256)

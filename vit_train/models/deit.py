@@ -50,9 +50,6 @@ class DeiT(ViT):
     def prefix_tokens(self) -> list[Tensor]:
         return [self.cls_token, self.dist_token]
 
-    def no_weight_decay(self) -> set[str]:
-        return super().no_weight_decay() | {"dist_token"}
-
     def forward_head(self, features: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
         """(B, N, D) -> (logits, distill_logits) in training, their mean in evaluation, each (B, K)."""
         logits, distill_logits = self.head(features[:, 0]), self.head_dist(features[:, 1])

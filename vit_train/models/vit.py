@@ -17,6 +17,8 @@ from vit_train.layers import Attention, Block, drop_path_schedule, init_linear
 from vit_train.layers.checks import require_heads
 from vit_train.layers.init import TOKEN_STD, sincos_positions
 
+_NOT_DECAYED = ("cls_token", "dist_token", "pos_embed", "relative_position_bias_table")
+
 
 class ViT(nn.Module):
     """Patches, learned positions, transformer blocks, a norm, and a head on the class token or the mean.
@@ -30,6 +32,7 @@ class ViT(nn.Module):
         mlp_ratio: hidden width of the MLPs over `embed_dim`.
         qkv_bias: whether the query, key and value projections have a bias.
         norm_first: pre-norm blocks (ViT), or post-norm ones as in the original Transformer.
+        rel_pos: learn a bias of the attention scores for each offset between two patches; see `Attention`.
         pool: what the head sees: the class token, or the mean over the patches (no class token then).
         head: one linear layer, or two of which the first keeps the width, with GELU between.
         drop_rate: dropout after the positions, in the MLPs and after the attention.
@@ -51,6 +54,7 @@ class ViT(nn.Module):
         mlp_ratio: Expansion = 4.0,
         qkv_bias: bool = True,
         norm_first: bool = True,
+        rel_pos: bool = False,
         pool: Literal["cls", "mean"] = "cls",
         head: Literal["linear", "mlp"] = "linear",
         drop_rate: Fraction = 0.0,
@@ -78,6 +82,7 @@ class ViT(nn.Module):
                     qkv_bias=qkv_bias,
                     attn_drop=attn_drop_rate,
                     proj_drop=drop_rate,
+                    grid_size=patch_embed.grid_size if rel_pos else None,  # type: ignore[arg-type]
                 ),
                 mlp_ratio=mlp_ratio,
                 drop=drop_rate,
@@ -111,7 +116,7 @@ class ViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay would harm and whose shape does not tell."""
-        return {"cls_token", "pos_embed"} & dict(self.named_parameters(recurse=False)).keys()
+        return {name for name, _ in self.named_parameters() if name.endswith(_NOT_DECAYED)}
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Normalised tokens, (B, C, H, W) -> (B, N, D), prefix tokens first."""
