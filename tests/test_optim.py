@@ -17,6 +17,7 @@ from vit_train.optim import (
     adamw,
     decay_groups,
     load_named_state,
+    muon,
     named_state,
     set_lr,
     sgd,
@@ -150,7 +151,7 @@ def test_the_multiplier_is_of_the_base_rate_however_often_it_is_set() -> None:
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.5 * multiplier] * 2)
 
 
-@pytest.mark.parametrize("factory", [adamw, adam, sgd])
+@pytest.mark.parametrize("factory", [adamw, adam, sgd, muon])
 def test_optimizer_state_by_name_continues_bit_for_bit(factory) -> None:
     def steps(model: Small, optimizer: torch.optim.Optimizer, count: int) -> None:
         for _ in range(count):

@@ -6,7 +6,8 @@ resuming needs no replay.
 
 Sources: decoupled weight decay, Loshchilov and Hutter 2019 (arXiv 1711.05101); no decay on norms, biases and
 position tables as in DeiT and Swin; warmup + cosine, Goyal et al. 2017 and Loshchilov and Hutter 2017; a
-learning rate that falls from layer to layer, Clark et al. 2020 (ELECTRA), for vision Bao et al. 2022 (BEiT).
+learning rate that falls from layer to layer, Clark et al. 2020 (ELECTRA), for vision Bao et al. 2022 (BEiT);
+Muon as in torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
 from vit_train.construct import Fraction, NotNegative, NotNegativeFloat, PositiveFloat, Probability, Share
 from vit_train.errors import suggest
@@ -225,6 +226,73 @@ def sgd(
         nesterov=nesterov,
         fused=_fused(model),
     )
+
+
+def muon(
+    model: nn.Module,
+    *,
+    lr: PositiveFloat,
+    weight_decay: NotNegativeFloat = 0.05,
+    momentum: Fraction = 0.95,
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999),
+    eps: PositiveFloat = 1e-8,
+) -> Optimizer:
+    """Muon for the matrices between the pixels and the head, AdamW for all else, with decay groups.
+
+    Muon (Jordan 2024, kellerjordan.github.io/posts/muon) moves a matrix by its averaged gradient with all
+    singular values brought near 1. Steps are scaled to the size of AdamW's (Liu et al. 2025, "Muon is
+    Scalable for LLM Training", arXiv 2502.16982), so that both take the same rate and weight decay.
+
+    Args:
+        model: whose parameters are optimised.
+        lr: base learning rate; the schedule multiplies it.
+        weight_decay: decoupled, of matrices only.
+        momentum: Nesterov's, of Muon.
+        betas, eps: of AdamW.
+    """
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
+    hidden = {
+        id(p)
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and name not in exempt and not name.startswith("head")
+    }
+    by_muon: list[dict[str, Any]] = []
+    by_adamw: list[dict[str, Any]] = []
+    for group in decay_groups(model, weight_decay, lr=lr):
+        for groups, inside in ((by_muon, True), (by_adamw, False)):
+            if chosen := [p for p in group["params"] if (id(p) in hidden) is inside]:
+                groups.append(group | {"params": chosen})
+    parts: list[Optimizer] = [AdamW(by_adamw, lr=lr, betas=betas, eps=eps, fused=_fused(model))]
+    if by_muon:
+        parts.append(Muon(by_muon, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
+    return Together(parts)
+
+
+class Together(Optimizer):
+    """Optimizers of different kinds as one, with one list of groups and one state.
+
+    Args:
+        parts: each with parameters of its own; the first group of the first is the one that is logged.
+    """
+
+    def __init__(self, parts: list[Optimizer]) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = list(itertools.islice(groups, len(part.param_groups)))
+            part.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # how torch's load_state_dict ends
+        super().__setstate__(state)
+        self._share()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step(closure)
 
 
 class Schedule:

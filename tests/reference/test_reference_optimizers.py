@@ -21,7 +21,7 @@ from vit_train.guard import Guard, Signals
 from vit_train.layers import PatchEmbed
 from vit_train.models import DeiT, HybridEmbed, Swin, ViT
 from vit_train.objective import CrossEntropy
-from vit_train.optim import adamw, sgd
+from vit_train.optim import adamw, muon, sgd
 from vit_train.tracker import NullTracker
 
 
@@ -76,9 +76,40 @@ def test_the_same_parameters_decay_as_in_timm(family, depth, decay) -> None:
     for model in (ours, theirs):
         model.norm.weight.requires_grad_(depth != 2)  # a frozen one is in no group
     expected = param_groups_weight_decay(theirs, decay, no_weight_decay_list=theirs.no_weight_decay())
-    groups = adamw(ours, lr=0.1, weight_decay=decay).param_groups
-    assert by_name(ours, groups, "weight_decay") == by_name(theirs, expected, "weight_decay")
-    assert {group["lr"] for group in groups} == {0.1}
+    for factory in (adamw, muon):
+        groups = factory(ours, lr=0.1, weight_decay=decay).param_groups
+        assert by_name(ours, groups, "weight_decay") == by_name(theirs, expected, "weight_decay")
+        assert {group["lr"] for group in groups} == {0.1}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_muon_turns_matrices_and_leaves_the_rest_to_adamw(family) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES[family][0](2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = muon(model, lr=0.01, weight_decay=0.1)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+        if p.ndim == 2:  # singular values from 1 to 5: far from the 1 that all become, none lost in rounding
+            left, each, right = torch.linalg.svd(p.grad, full_matrices=False)
+            p.grad = left @ torch.linspace(1, 5, len(each)).diag() @ right
+    optimizer.step()
+    turned = set()
+    for name, p in model.named_parameters():
+        if "momentum_buffer" not in optimizer.state[p]:
+            decay = 0.1 if p.ndim > 1 and name not in model.no_weight_decay() else 0
+            expected = before[name] * (1 - 0.01 * decay) - 0.01 * p.grad.sign()  # Adam's first step
+            torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-6)
+            continue
+        turned.add(name)
+        moved = (before[name] * (1 - 0.01 * 0.1) - p.detach()) / (0.01 * 0.2 * max(p.shape) ** 0.5)
+        left, _, right = torch.linalg.svd(p.grad, full_matrices=False)
+        in_its_axes = left.T @ moved @ right.T  # of the gradient: a diagonal near 1
+        values = in_its_axes.diagonal()
+        assert ((values > 0.6) & (values < 1.3)).all(), name
+        assert (in_its_axes - values.diag()).abs().max() < 0.05, name
+    inner = {n for n, p in model.named_parameters() if p.ndim == 2 and ("blocks." in n or "reduction" in n)}
+    assert turned == {name for name in inner if not name.endswith("bias_table")}
 
 
 def test_the_same_parameters_of_a_hybrid_decay_as_in_timm() -> None:
