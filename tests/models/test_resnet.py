@@ -4,9 +4,9 @@ from conftest import build, checkpoint_hashes, vit_train_here
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vit_train.layers import ConvGroup
+from vit_train.layers import ConvGroup, TrunkEmbed
+from vit_train.layers.init import NEIGHBOURS
 from vit_train.models import ResNet
-from vit_train.models.resnet import NEIGHBOURS
 
 SMALL = (
     "model=resnet_cifar",
@@ -83,7 +83,7 @@ def test_any_size_and_colours(channels, size):
 
 
 def test_images_that_are_too_small_are_refused(in_tmp):
-    words = "images of 6x9 are too small for 3 groups; type data.img_size=7 or more"
+    words = "images of 6 pixels are too small for 3 groups; type data.img_size=7 or more"
     with pytest.raises(ValueError, match=words):
         resnet()(torch.randn(1, 3, 6, 9))
     done = vit_train_here("model=resnet_cifar", "data.img_size=6", cwd=in_tmp)
@@ -128,3 +128,19 @@ def test_a_run_that_was_interrupted_equals_one_that_was_not(in_tmp):
     trained = dict(whole.model.named_buffers())
     name = "groups.1.norm2.running_var"
     assert not torch.equal(average[name], trained[name]), "no statistics of its own"
+
+
+@pytest.mark.parametrize("side", [3, 7, 8, 15, 32, 33])
+@pytest.mark.parametrize("widths", [(4,), (4, 6), (4, 5, 6)])
+def test_the_trunk_as_a_patch_embedding_says_which_grid_it_gives(side, widths):
+    settings = {"img_size": side, "in_channels": 2, "widths": widths}
+    if side < 2 ** len(widths) - 1:
+        with pytest.raises(ValueError, match=r"type data\.img_size=7 or more"):
+            TrunkEmbed(**settings)
+        return
+    embed = TrunkEmbed(**settings)
+    tokens = embed(torch.randn(2, 2, side, side))
+    assert tokens.shape == (2, *embed.grid_size, widths[-1])
+    assert tokens.is_contiguous()
+    with pytest.raises(ValueError, match=f"made for img_size {side}"):
+        embed(torch.randn(2, 2, side, side + 1))

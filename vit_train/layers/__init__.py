@@ -2,7 +2,7 @@
 
 from .attention import Attention, attend
 from .block import Block
-from .conv_group import ConvGroup
+from .conv_trunk import ConvGroup, ConvTrunk, TrunkEmbed
 from .drop_path import DropPath, drop_path_schedule
 from .init import init_linear, init_projection
 from .mlp import Mlp
@@ -14,10 +14,12 @@ __all__ = [
     "Block",
     "ConvGroup",
     "ConvStem",
+    "ConvTrunk",
     "DropPath",
     "GridEmbed",
     "Mlp",
     "PatchEmbed",
+    "TrunkEmbed",
     "WindowAttention",
     "attend",
     "drop_path_schedule",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 TOKEN_STD = 0.02  # of class tokens and relative position bias, truncated at +-2: DeiT, Swin, timm
 _WAVELENGTHS = 10_000.0
+NEIGHBOURS = 0.9  # correlation of neighbouring pixels, and of colours; of CIFAR's 0.91, and 0.80 to 0.92
 
 
 def init_linear(module: nn.Module, *, matrices: int = 1) -> None:
@@ -55,3 +56,21 @@ def sincos_positions(h: int, w: int, dim: int) -> Tensor:
     angles = torch.cat([axis.reshape(-1, 1) * frequency for axis in (column, row)], dim=1)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     return nn.functional.pad(waves, (0, dim - waves.shape[1]))
+
+
+def init_whitening(conv: nn.Conv2d) -> None:
+    """Filters (8 C, C, 2, 2) whose outputs on natural images are nearly uncorrelated and of like size.
+
+    The principal components of patches in which neighbouring pixels and colours correlate by `NEIGHBOURS`,
+    over their deviation: sums and differences along each axis (Haar's wavelets) of the mean colour and of
+    cosines over the colours. Each has both signs, of which GELU passes one.
+    """
+    colours, r = torch.arange(conv.in_channels), NEIGHBOURS
+    axis = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / torch.tensor([[2 * (1 + r)], [2 * (1 - r)]]).sqrt()
+    waves = torch.cos(math.pi * (colours + 0.5) * colours[:, None] / len(colours))
+    variances = torch.where(colours == 0, 1 + (len(colours) - 1) * r, 1 - r)
+    waves = waves / (waves.norm(dim=1) * variances.sqrt())[:, None]
+    filters = torch.einsum("dc,ei,fj->defcij", waves, axis, axis).flatten(0, 2)
+    with torch.no_grad():
+        conv.weight.copy_(torch.cat([filters, -filters]))
+        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
