@@ -168,3 +168,13 @@ def test_errors_name_both_numbers():
     patch_embed = PatchEmbed(img_size=32, patch_size=2, in_channels=3, embed_dim=8)
     with pytest.raises(ValueError, match=r"embed_dim 16 differs from patch_embed\.embed_dim 8"):
         Swin(patch_embed=patch_embed, embed_dim=16, depths=(1,), num_heads=(1,), window_size=4, num_classes=5)
+
+
+def test_a_zero_start_leaves_the_map_to_the_merging():
+    model = small(zero_start=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    x = model.patch_embed(images)
+    for stage in model.layers:
+        x = stage.downsample(x)
+    assert torch.equal(model.forward_features(images), model.norm(x))
+    assert not torch.equal(small().eval().forward_features(images), model.norm(x))

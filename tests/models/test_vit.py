@@ -61,6 +61,18 @@ def test_evaluation_is_deterministic_and_survives_copies(variant):
     assert torch.equal(logits, other(images))
 
 
+@pytest.mark.parametrize("variant", ["cls", "stem", "deit"])
+def test_a_zero_start_is_the_identity_that_learns(variant):
+    model = VARIANTS[variant](zero_start=True).eval()
+    images = torch.randn(2, 3, 16, 16)
+    tokens = model.patch_embed(images).flatten(1, 2)
+    tokens = torch.cat([*(token.expand(2, -1, -1) for token in model.prefix_tokens()), tokens], dim=1)
+    assert torch.equal(model.forward_features(images), model.norm(tokens + model.pos_embed))
+    model(images).square().sum().backward()
+    assert all(block.attn.proj.weight.grad.abs().sum() > 0 for block in model.blocks)
+    assert all(block.mlp.fc2.weight.grad.abs().sum() > 0 for block in model.blocks)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_meta_device(variant):
     with torch.device("meta"):

@@ -1,7 +1,7 @@
 """The parts vision transformers are made of. Imports torch and nothing else."""
 
 from .attention import Attention, attend
-from .block import Block
+from .block import Block, init_identity
 from .conv_trunk import ConvGroup, ConvTrunk, TrunkEmbed
 from .drop_path import DropPath, drop_path_schedule
 from .init import init_linear, init_projection
@@ -23,6 +23,7 @@ __all__ = [
     "WindowAttention",
     "attend",
     "drop_path_schedule",
+    "init_identity",
     "init_linear",
     "init_projection",
 ]

@@ -51,3 +51,13 @@ class Block(nn.Module):
             return x + self.drop_path(self.mlp(self.norm2(x)))
         x = self.norm1(x + self.drop_path(self.attn(x)))
         return self.norm2(x + self.drop_path(self.mlp(x)))
+
+
+def init_identity(module: nn.Module) -> None:
+    """A `Block` then adds nothing at first: the last layer of both branches is 0. For `nn.Module.apply`.
+
+    Goyal et al. 2017 (arXiv 1706.02677) start the residual branches of a ResNet so.
+    """
+    if isinstance(module, Block):
+        nn.init.zeros_(module.attn.proj.weight)  # type: ignore[arg-type, union-attr]
+        nn.init.zeros_(module.mlp.fc2.weight)

@@ -3,7 +3,8 @@
 google-research/vision_transformer (vit_jax/models_vit.py), value by value:
 
     query, key, value    Xavier uniform, each a matrix of its own; ours stand in one weight
-    attn.proj, MLP       Xavier uniform, bias 0 (1e-6 in their MLP)
+    attn.proj, MLP       Xavier uniform, bias 0 (1e-6 in their MLP); at choice attn.proj and fc2 start
+                         at 0 (`init_identity`)
     patch projection     LeCun normal, JAX's default: tokens start with the variance of the pixels
     head                 differs: 0 there. Here so on pretrained weights, where the first loss is then ln K;
                          from scratch Xavier uniform, which learns faster (docs/RESULTS.md)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_train.construct import Dim, Expansion, Few, Fraction, Positive, Window
-from vit_train.layers import Block, WindowAttention, drop_path_schedule, init_linear
+from vit_train.layers import Block, WindowAttention, drop_path_schedule, init_identity, init_linear
 
 
 class PatchMerging(nn.Module):
@@ -65,6 +65,7 @@ class Swin(nn.Module):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
         mask_padding: hide padding from the other tokens; False as in the published models. See
             `WindowAttention`.
+        zero_start: every block begins as the identity; see `init_identity`.
         num_classes: K.
 
     Raises:
@@ -85,6 +86,7 @@ class Swin(nn.Module):
         attn_drop_rate: Fraction = 0.0,
         drop_path_rate: Fraction = 0.0,
         mask_padding: bool = True,
+        zero_start: bool = False,
         num_classes: Positive,
     ) -> None:
         super().__init__()
@@ -124,6 +126,8 @@ class Swin(nn.Module):
             ]
             stages.append(Stage(PatchMerging(dim // 2) if i else nn.Identity(), blocks))
         self.layers = nn.Sequential(*stages)
+        if zero_start:
+            self.layers.apply(init_identity)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.head = nn.Linear(dim, num_classes)
         init_linear(self.head)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_train.construct import Dim, Expansion, Few, Fraction, Positive
-from vit_train.layers import Attention, Block, drop_path_schedule, init_linear
+from vit_train.layers import Attention, Block, drop_path_schedule, init_identity, init_linear
 from vit_train.layers.checks import require_heads
 from vit_train.layers.init import TOKEN_STD, sincos_positions
 
@@ -33,6 +33,7 @@ class ViT(nn.Module):
         qkv_bias: whether the query, key and value projections have a bias.
         norm_first: pre-norm blocks (ViT), or post-norm ones as in the original Transformer.
         rel_pos: learn a bias of the attention scores for each offset between two patches; see `Attention`.
+        zero_start: every block begins as the identity; see `init_identity`.
         pool: what the head sees: the class token, or the mean over the patches (no class token then).
         head: one linear layer, or two of which the first keeps the width, with GELU between.
         drop_rate: dropout after the positions, in the MLPs and after the attention.
@@ -55,6 +56,7 @@ class ViT(nn.Module):
         qkv_bias: bool = True,
         norm_first: bool = True,
         rel_pos: bool = False,
+        zero_start: bool = False,
         pool: Literal["cls", "mean"] = "cls",
         head: Literal["linear", "mlp"] = "linear",
         drop_rate: Fraction = 0.0,
@@ -92,6 +94,8 @@ class ViT(nn.Module):
             )
             for rate in drop_path_schedule(drop_path_rate, depth)
         )
+        if zero_start:
+            self.blocks.apply(init_identity)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = (
             nn.Linear(embed_dim, num_classes)
