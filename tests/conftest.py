@@ -39,6 +39,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # A run of seconds that still has everything that draws or remembers: dropout, drop path, augmentation, EMA,
 # accumulation, clipping. 5 steps an epoch.
+# a model without batch norm, whose statistics move at any rate and are of micro-batches
+PATCHES = ("model=vit_tiny", "model.patch_embed.patch_size=2")
 TINY = (
     "data.limit=80",
     "data.batch_size=16",

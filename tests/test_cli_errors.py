@@ -173,7 +173,7 @@ def test_a_mistake_in_what_is_only_shown(refused):
 
 
 def test_a_key_that_belongs_somewhere_else(refused):
-    refused("model.patch_size=4", words=["did you mean 'model.patch_embed.patch_size'?"])
+    refused("model=vit_tiny", "model.patch_size=4", words=["did you mean 'model.patch_embed.patch_size'?"])
     refused("optimizer=adamW", words=["did you mean 'adamw'?"])
     line = refused(
         "data.root=photos", words=["data.root: Digits has no such key; type data=imagefolder as well"]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    PATCHES,
     TINY,
     as_older_version,
     environment,
@@ -42,7 +43,9 @@ def digits_run(tmp_path_factory):
     home = tmp_path_factory.mktemp("digits")
     # 80 images to train on, all of the others to evaluate
     images = ("data.limit=null", "data.train_fraction=0.062")
-    done = vit_train_here(*TINY, *images, "trainer.keep_checkpoints=2", "run_dir=run", "seed=2", cwd=home)
+    done = vit_train_here(
+        *TINY, *PATCHES, *images, "trainer.keep_checkpoints=2", "run_dir=run", "seed=2", cwd=home
+    )
     assert done.code == 0, done.err
     assert json.loads((home / "run/result.json").read_text())["best/epoch"] < 3, "choose another seed"
     return home / "run"

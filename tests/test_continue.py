@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 from conftest import (
+    PATCHES,
     TINY,
     as_older_version,
     checkpoint_hashes,
@@ -107,7 +108,7 @@ def test_a_run_that_stopped_early_can_be_grown(in_tmp) -> None:
 
 def test_a_run_that_stopped_early_goes_on_with_more_patience(in_tmp) -> None:
     """And is then the run that had this patience from the start. With a rate this low nothing gets better."""
-    settings = (*TINY, "optimizer.lr=1e-12", "trainer.epochs=7")
+    settings = (*TINY, *PATCHES, "optimizer.lr=1e-12", "trainer.epochs=7")
     done = vit_train_here(*settings, "trainer.early_stop_patience=1", "run_dir=run", cwd=in_tmp)
     assert done.code == 0, done.err
     assert "stopped early: no better validation top-1 in 1 evaluation\n" in done.out
@@ -136,7 +137,7 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(in_tmp) -> None:
 
 
 def test_where_a_run_stopped_early_is_not_where_a_rollback_goes_once_it_has_more_patience(in_tmp) -> None:
-    settings = (*TINY, "optimizer.lr=1e-12", "trainer.epochs=7", "trainer.on_nonfinite=rollback")
+    settings = (*TINY, *PATCHES, "optimizer.lr=1e-12", "trainer.epochs=7", "trainer.on_nonfinite=rollback")
     patient = ("trainer.early_stop_patience=3", "trainer.stop_at_step=12")
     for arguments in (
         (*settings, "trainer.save_every_epochs=5", "trainer.early_stop_patience=1", "run_dir=run"),

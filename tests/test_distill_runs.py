@@ -16,6 +16,7 @@ import torch
 import yaml
 from conftest import (
     EIGHTEEN,
+    PATCHES,
     TINY,
     Forked,
     build,
@@ -48,7 +49,6 @@ STUDENTS = {
     "vit": ("model.embed_dim=32", "model.depth=2", "model.num_heads=2"),
     "deit": (
         "model=deit_cifar",
-        "model.patch_embed.patch_size=2",
         "model.embed_dim=32",
         "model.depth=2",
         "model.num_heads=2",
@@ -195,6 +195,7 @@ def test_two_devices_compute_the_loss_of_one(home, tmp_path) -> None:
     )
     settings = (
         *TINY,
+        *PATCHES,
         *quiet,
         "objective=distill",
         *taught_by(home, "resnet18"),
@@ -210,7 +211,7 @@ def test_two_devices_compute_the_loss_of_one(home, tmp_path) -> None:
     assert len(seen["single"]) == 5
     for one, two in zip(seen["single"], seen["data_parallel"], strict=True):
         for part in ("loss", "loss_labels", "loss_teacher", "agreement"):
-            assert two[part] == pytest.approx(one[part], rel=1e-6), part
+            assert two[part] == pytest.approx(one[part], rel=1e-5), part
 
 
 def test_auto_batch_counts_the_teacher(home, tmp_path) -> None:

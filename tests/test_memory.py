@@ -100,7 +100,8 @@ def test_not_even_one_image_fits(warm, tmp_path) -> None:
 def test_looking_for_it_changes_nothing(in_tmp) -> None:
     settings = (
         "model=hybrid_cifar",
-        "model.patch_embed.layer=layer1",
+        "model.embed_dim=16",
+        "model.num_heads=2",
         "model.depth=1",
         "data.batch_size=16",
         "data.num_workers=0",
@@ -119,9 +120,9 @@ def test_looking_for_it_changes_nothing(in_tmp) -> None:
     assert all(parameter.grad is None for parameter in probed.model.parameters())
     assert (probed.model.training, probed.optimizer.state, probed.state.step) == (True, {}, 0)
     # the control: a pass does change the running statistics
-    before = usual.model.patch_embed.backbone.bn1.running_var.clone()
+    before = usual.model.patch_embed.trunk.groups[0].norm1.running_var.clone()
     usual.model(torch.zeros(4, 1, 8, 8))
-    assert not torch.equal(usual.model.patch_embed.backbone.bn1.running_var, before)
+    assert not torch.equal(usual.model.patch_embed.trunk.groups[0].norm1.running_var, before)
 
 
 # ------------------------------------------------------------------------------------------------ in the middle

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY, build, compose
+from conftest import PATCHES, TINY, build, compose
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -79,7 +79,7 @@ def test_a_parallel_step_learns_what_a_single_one_does(in_tmp) -> None:
     )
     weights = []
     for extra in (["strategy=single"], ["strategy=data_parallel", "strategy.devices=[cpu,cpu,cpu]"]):
-        run = build(*TINY, *quiet, *extra, f"run_dir={len(weights)}", "trainer.max_steps=5")
+        run = build(*TINY, *PATCHES, *quiet, *extra, f"run_dir={len(weights)}", "trainer.max_steps=5")
         run.trainer.fit()
         weights.append(run.trainer.model.state_dict())
     for name, tensor in weights[0].items():

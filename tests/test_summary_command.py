@@ -65,8 +65,10 @@ def test_every_model_has_a_table(name, in_tmp):
     found = described("data=imagefolder", f"model={name}", f"data.img_size={side}", *shallow, *heads)
     assert sum(layer.multiply_adds for layer in found.layers) == found.multiply_adds > 0
     assert 4 * sum(layer.parameters for layer in found.layers) == found.memory.gradients
-    ends = {"stem", "head"} if name == "resnet_cifar" else {"patch_embed", "norm", "head"}
-    assert ends <= {layer.name for layer in found.layers}
+    names = [layer.name for layer in found.layers]
+    assert "head" in names
+    assert name == "resnet_cifar" or "norm" in names
+    assert "stem" in names or any(layer.startswith("patch_embed") for layer in names)
     assert found.memory.activations > 0
 
 
@@ -142,7 +144,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(typed, in_tmp):
     assert_refused(typed("summary=true", "model.num_heads=5"), "5")
     assert_refused(typed("summary=true", "data.batch_size=10", "trainer.grad_accum_steps=3"), "divisible")
     assert_refused(typed("summary=true", "trainer.freeze=[nothing]"), "freeze: ViT has no 'nothing'")
-    assert_refused(typed("summary=true", "data=cifar10", "data.img_size=30"), "30")
+    assert_refused(typed("summary=true", "data=cifar10", "data.img_size=2"), "type data.img_size=3 or more")
     assert_refused(typed("summary=true", "strategy.device=cuda:77"), "cuda:77")
     assert_refused(typed("summary=true", "resume=latest"), "type one of them")
     assert everything_in(in_tmp) == {}

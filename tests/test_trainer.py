@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, build, checkpoint_hashes, load_trained, vit_train_here, with_trained_head
+from conftest import PATCHES, TINY, build, checkpoint_hashes, load_trained, vit_train_here, with_trained_head
 from torch import nn
 
 from vit_train.checkpoint import load, resolve_link
@@ -22,6 +22,7 @@ from vit_train.tracker import NullTracker
 
 # Nothing draws but the data's own augmentation, and the update is linear in the gradient
 PLAIN = (
+    *PATCHES,
     "model.drop_rate=0",
     "model.attn_drop_rate=0",
     "model.drop_path_rate=0",
@@ -173,7 +174,7 @@ class Poisoned(CrossEntropy):
     ("poison", "what"),
     [
         ("loss", "the loss is nan"),
-        ("gradient", "the gradient norm is inf"),
+        ("gradient", "the gradient norm is nan"),
         ("weight", "the loss is nan"),
     ],
 )
@@ -235,7 +236,7 @@ def test_a_nonfinite_run_ends_with_what_it_saved_before(in_tmp) -> None:
 def test_early_stopping_counts_evaluations(in_tmp) -> None:
     """With a learning rate of 0 the first evaluation stays the best."""
     settings = ("optimizer.lr=1e-30", "trainer.epochs=20", "trainer.early_stop_patience=2", "run_dir=run")
-    trainer = ready(*TINY, *settings, "trainer.eval_every_epochs=2")
+    trainer = ready(*TINY, *PATCHES, *settings, "trainer.eval_every_epochs=2")
     trainer.fit()
     assert [epoch["epoch"] for epoch in trainer.tracker.epochs if "val/top1" in epoch] == [2, 4, 6]
     assert (trainer.state.closed_epochs, trainer.state.stopped_early) == (6, True)
@@ -320,7 +321,8 @@ def test_what_is_tested_is_the_best_checkpoint(in_tmp) -> None:
     trainer = ready(*TINY, *PLAIN, *settings, "optimizer.momentum=0", "optimizer.lr=0.5")
     tested = trainer.fit()
     state = last_state(in_tmp / "run")
-    assert (state["best"]["epoch"], state["step"]) == (1, 15)
+    assert state["step"] == 15
+    assert state["best"]["epoch"] < 3, "the last is the best: choose another rate"
     assert state["best"]["val/loss"] < state["last"]["val/loss"]
 
     def test_metrics(checkpoint):
@@ -422,7 +424,7 @@ def test_fewer_images_than_a_batch_are_one_step_an_epoch(in_tmp) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        ("model=deit_cifar", "model.patch_embed.patch_size=2", "model.depth=1", "model.embed_dim=24"),
+        ("model=deit_cifar", "model.depth=1", "model.embed_dim=24"),
         ("model=swin_cifar", "model.depths=[1,1]", "model.num_heads=[2,2]", "model.embed_dim=16"),
         ("model=hybrid_cifar", "model.depth=1", "model.embed_dim=24"),
         ("model=resnet_cifar", "model.widths=[8,16]"),

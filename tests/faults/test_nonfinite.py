@@ -25,7 +25,7 @@ from vit_train.rng import seed_device
 slow = pytest.mark.faults
 BAD = 9  # in the middle of the second epoch; the last due checkpoint is that of step 6
 SMALL = (*EIGHTEEN, "tracker.log_every_steps=3")  # so that step 9 is a line of metrics.jsonl
-HYBRID = (*SMALL, "model=hybrid_cifar", "model.patch_embed.layer=layer1", "model.depth=1")
+HYBRID = (*SMALL, "model=hybrid_cifar", "model.embed_dim=16", "model.num_heads=2", "model.depth=1")
 
 
 # -------------------------------------------------------------------------------------------------- the poison
@@ -352,7 +352,7 @@ def test_running_statistics_do_not_remember_a_bad_step(once, tmp_path, policy, v
     vit_train_forked(*poisoned(policy, "input", value, settings=HYBRID), cwd=tmp_path)
     assert_all_finite(tmp_path / "run")
     after = hashes(last(tmp_path / "run"))
-    assert "model/patch_embed.backbone.bn1.running_var" in after
+    assert "model/patch_embed.trunk.groups.0.norm1.running_var" in after
     assert after == once.by_hand(HYBRID, left_out=(BAD,), back_to=6 if policy == "rollback" else None)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vit_train.layers import ConvStem, PatchEmbed
+from vit_train.layers import PatchEmbed
 
 
 def embed(**overrides):
@@ -62,25 +62,3 @@ def test_errors_name_both_numbers():
         embed(patch_size=0)
     with pytest.raises(ValueError, match=r"patch_size 64 .* img_size 32"):
         embed(patch_size=64, any_size=True)
-
-
-@pytest.mark.parametrize(("patch_size", "widths"), [(2, [32]), (4, [16, 32]), (16, [4, 8, 16, 32])])
-def test_conv_stem_doubles_channels(patch_size, widths):
-    stem = ConvStem(img_size=32, patch_size=patch_size, in_channels=1, embed_dim=32)
-    assert [m.out_channels for m in stem.stem if isinstance(m, torch.nn.Conv2d)] == widths
-    x = stem(torch.randn(2, 1, 32, 32))
-    assert x.shape == (2, *stem.grid_size, 32) == (2, 32 // patch_size, 32 // patch_size, 32)
-    assert x.is_contiguous()
-    assert not list(stem.buffers())
-    # The initial weights neither kill nor blow up the signal.
-    assert 0.2 < x.std().item() < 3
-
-
-def test_conv_stem_errors():
-    sizes = {"img_size": 32, "in_channels": 3}
-    with pytest.raises(ValueError, match=r"patch_size 6 .*power of two"):
-        ConvStem(patch_size=6, embed_dim=32, **sizes)
-    with pytest.raises(ValueError, match=r"embed_dim 30 is not a multiple of 8.*patch_size 16"):
-        ConvStem(patch_size=16, embed_dim=30, **sizes)
-    with pytest.raises(ValueError, match=r"16x16.*img_size 32"):
-        ConvStem(patch_size=4, embed_dim=32, **sizes)(torch.zeros(1, 3, 16, 16))

@@ -6,8 +6,13 @@ import torch
 from conftest import with_trained_head
 from torchvision.models import VisionTransformer
 
-from vit_train.layers import ConvStem, PatchEmbed
+from vit_train.layers import PatchEmbed, TrunkEmbed
 from vit_train.models import DeiT, ViT
+
+
+def trunk(*, img_size, in_channels, embed_dim, patch_size):
+    assert patch_size == 4
+    return TrunkEmbed(img_size=img_size, in_channels=in_channels, widths=(8, embed_dim))
 
 
 def small(cls=ViT, *, img_size=16, patch_size=4, embed_dim=24, stem=PatchEmbed, **overrides):
@@ -22,7 +27,7 @@ VARIANTS = {
     "mean": functools.partial(small, pool="mean"),
     "mlp_head": functools.partial(small, head="mlp"),
     "post_norm": functools.partial(small, norm_first=False),
-    "stem": functools.partial(small, stem=ConvStem, pool="mean"),
+    "trunk": functools.partial(small, stem=trunk, pool="mean"),
     "no_bias": functools.partial(small, qkv_bias=False),
     "regularised": functools.partial(small, drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.1),
     "rel_pos": functools.partial(small, rel_pos=True, pool="mean"),
@@ -61,7 +66,7 @@ def test_evaluation_is_deterministic_and_survives_copies(variant):
     assert torch.equal(logits, other(images))
 
 
-@pytest.mark.parametrize("variant", ["cls", "stem", "deit"])
+@pytest.mark.parametrize("variant", ["cls", "trunk", "deit"])
 def test_a_zero_start_is_the_identity_that_learns(variant):
     model = VARIANTS[variant](zero_start=True).eval()
     images = torch.randn(2, 3, 16, 16)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model
 
-from vit_train.layers import ConvStem, PatchEmbed
+from vit_train.layers import PatchEmbed, TrunkEmbed
 from vit_train.models import DeiT, HybridEmbed, Swin, ViT
 from vit_train.models.cost import multiply_adds
 from vit_train.report import layers
@@ -60,12 +60,16 @@ def block(width, *, hidden, tokens, scores, qkv_bias, table=0):
     )
 
 
-def transformer(embed, side, *, width, depth, hidden, qkv_bias, prefix, heads, classes, mlp_head=False):
+def transformer(
+    embed, side, *, width, depth, hidden, qkv_bias, prefix, heads, classes, mlp_head=False, table=0
+):
     """Rows of a ViT or DeiT on a grid of `side` x `side`."""
     tokens = side**2 + prefix
     rows = {"": ((tokens + prefix) * width, 0), "patch_embed": embed}
     for i in range(depth):
-        rows[f"blocks.{i}"] = block(width, hidden=hidden, tokens=tokens, scores=tokens**2, qkv_bias=qkv_bias)
+        rows[f"blocks.{i}"] = block(
+            width, hidden=hidden, tokens=tokens, scores=tokens**2, qkv_bias=qkv_bias, table=table
+        )
     head = linear(width, classes, 1)
     rows["norm"] = norm(width)
     rows["head"] = together(linear(width, width, 1), head) if mlp_head else head
@@ -179,23 +183,28 @@ def test_vit_and_deit(data):
     check_real(build, rows, channels=channels, size=size)
 
 
-@given(st.integers(1, 3), st.integers(1, 7), ODD_HEADS, CHANNELS)
+@given(st.lists(st.integers(1, 9), max_size=2), st.integers(7, 20), ODD_HEADS, CHANNELS, st.booleans())
 @settings(max_examples=10)
-def test_a_stem_of_convolutions(halvings, side, heads, channels):
-    patch, width = 2**halvings, heads * 2 ** (halvings - 1)
-    size, inputs, costs = patch * side, channels, []
-    for i in range(halvings):
-        outputs = width // 2 ** (halvings - 1 - i)
-        costs.append(convolution(inputs, outputs, 3, size // 2 ** (i + 1)))
-        inputs = outputs
-    costs.append(convolution(inputs, width, 1, side))
-    rows = transformer(
-        together(*costs), side, width=width, depth=1, hidden=3 * width, qkv_bias=True, prefix=1, heads=1, classes=7
+def test_a_trunk_of_convolutions_and_relative_positions(widths, size, heads, channels, rel_pos):
+    width = 3 * heads
+    rows, inputs, side = {}, 8 * channels, size + 1
+    stem = (inputs * (channels * 4 + 1), side**2 * inputs * channels * 4)
+    for i, outputs in enumerate([*widths, width]):
+        first, second = ((outputs * n * 9, outputs * n * 9) for n in (inputs, outputs))
+        rows[f"patch_embed.trunk.groups.{i}"] = together(
+            (first[0], first[1] * side**2), norm(outputs), (second[0], second[1] * (side // 2) ** 2), norm(outputs)
+        )  # fmt: skip
+        inputs, side = outputs, side // 2
+    table = rel_pos * heads * (2 * side - 1) ** 2
+    rest = transformer(
+        stem, side, width=width, depth=1, hidden=3 * width, qkv_bias=True, prefix=1, heads=1, classes=7, table=table
     )  # fmt: skip
+    rows |= {"patch_embed.trunk.stem": rest.pop("patch_embed")} | rest
 
     def build():
-        stem = ConvStem(img_size=size, patch_size=patch, in_channels=channels, embed_dim=width)
-        return ViT(patch_embed=stem, embed_dim=width, depth=1, num_heads=heads, mlp_ratio=3.0, num_classes=7)
+        embed = TrunkEmbed(img_size=size, in_channels=channels, widths=(*widths, width))
+        sizes = {"embed_dim": width, "depth": 1, "num_heads": heads, "mlp_ratio": 3.0, "num_classes": 7}
+        return ViT(patch_embed=embed, rel_pos=rel_pos, **sizes)
 
     check(build, rows, channels=channels, size=size)
 

@@ -23,7 +23,8 @@ MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 # et al. 2021, section 3.3: stages of C, 2C, 4C, 8C, of which the third has 6 of 12 blocks (tiny) or 18 of 24.
 TABLE = [
     (64, "vit_digits"),
-    (192, "vit_tiny deit_tiny deit_tiny_distilled vit_cifar deit_cifar hybrid_cifar"),
+    (192, "vit_tiny deit_tiny deit_tiny_distilled vit_cifar deit_cifar"),
+    (256, "hybrid_cifar"),  # of this project, as the two before
     (2 * 192, "swin_cifar swin_cifar_w4"),  # of this project: 6 of 10 blocks are in the second stage
     (384, "vit_small deit_small deit_small_distilled"),
     (4 * 96, "swin_tiny swin_small"),

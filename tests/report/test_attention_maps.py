@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vit_train.data.sample_transforms import plain, seen_box
-from vit_train.layers import ConvStem, PatchEmbed
+from vit_train.layers import PatchEmbed, TrunkEmbed
 from vit_train.models import DeiT, HybridEmbed, ResNet, Swin, ViT
 from vit_train.report.attention import each_attention, explain, methods, rollout, sheet_of_attention
 from vit_train.report.fonts import fonts_for
@@ -65,7 +65,9 @@ FAMILIES = {
     "vit_cls": vit,
     "vit_mean": lambda: vit(pool="mean"),
     "vit_post_norm": lambda: vit(norm_first=False),
-    "vit_stem": lambda: vit(patch_embed=ConvStem(img_size=SIDE, patch_size=4, in_channels=1, embed_dim=32)),
+    "vit_trunk": lambda: vit(
+        patch_embed=TrunkEmbed(img_size=SIDE, in_channels=1, widths=(8, 32)), rel_pos=True, pool="mean"
+    ),
     "deit": lambda: vit(DeiT),
     "hybrid": hybrid,
     "swin": swin,
@@ -89,8 +91,18 @@ def images():
 
 
 # ------------------------------------------------------------------------------------------ the arithmetic
+def offset_bias(attn, head, i, j, N):
+    if attn.relative_position_bias_table is None:
+        return 0.0
+    side = math.isqrt(N)  # a square grid without other tokens
+    down, right = i // side - j // side, i % side - j % side
+    return float(
+        attn.relative_position_bias_table[(down + side - 1) * (2 * side - 1) + right + side - 1, head]
+    )
+
+
 def by_hand(attn, x):
-    """softmax(q k^T / sqrt(d)) of one image, (N, C) -> (heads, N, N), number by number in float64."""
+    """softmax(q k^T / sqrt(d) + bias) of one image, (N, C) -> (heads, N, N), number by number in float64."""
     N, C = x.shape
     d = C // attn.num_heads
     qkv = x.double() @ attn.qkv.weight.double().T + attn.qkv.bias.double()
@@ -99,7 +111,7 @@ def by_hand(attn, x):
         q = qkv[:, head * d : (head + 1) * d]
         k = qkv[:, C + head * d : C + (head + 1) * d]
         for i in range(N):
-            scores = [float(q[i] @ k[j]) / math.sqrt(d) for j in range(N)]
+            scores = [float(q[i] @ k[j]) / math.sqrt(d) + offset_bias(attn, head, i, j, N) for j in range(N)]
             total = sum(math.exp(score) for score in scores)
             for j in range(N):
                 weights[head, i, j] = math.exp(scores[j]) / total

@@ -6,14 +6,13 @@ from .conv_trunk import ConvGroup, ConvTrunk, TrunkEmbed
 from .drop_path import DropPath, drop_path_schedule
 from .init import init_linear, init_projection
 from .mlp import Mlp
-from .patch_embed import ConvStem, GridEmbed, PatchEmbed
+from .patch_embed import GridEmbed, PatchEmbed
 from .window import WindowAttention
 
 __all__ = [
     "Attention",
     "Block",
     "ConvGroup",
-    "ConvStem",
     "ConvTrunk",
     "DropPath",
     "GridEmbed",

@@ -1,8 +1,7 @@
 """From pixels to a grid of tokens.
 
-`PatchEmbed` is ViT's linear map of each patch (Dosovitskiy et al. 2020, google-research/vision_transformer);
-`ConvStem` the stack of small convolutions of "Early Convolutions Help Transformers See Better" (Xiao et al.
-2021). Anything with the interface of `GridEmbed` can take their place, such as a CNN.
+`PatchEmbed` is ViT's linear map of each patch (Dosovitskiy et al. 2020, google-research/vision_transformer).
+Anything with the interface of `GridEmbed` can take its place: the convolutions of `TrunkEmbed`, a whole CNN.
 
 Shapes: (B, C, H, W) pixels -> (B, h, w, D) tokens, h = H / patch_size.
 """
@@ -116,56 +115,3 @@ class PatchEmbed(GridEmbed):
             patches = images.reshape(B, C, h, P, w, P).permute(0, 2, 4, 1, 3, 5).reshape(B, h, w, C * P * P)
             x = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
         return self.norm(x)
-
-
-class ConvStem(GridEmbed):
-    """3x3 convolutions of stride 2 with GELU, doubling the channels up to `embed_dim`, then a 1x1 projection.
-
-    Without the paper's batch normalisation: no buffers, and the same function whether a batch comes whole, in
-    micro-batches or spread over devices.
-
-    Args:
-        img_size: height and width of the images in pixels.
-        patch_size: pixels per token along one axis; a power of two, log2(patch_size) convolutions.
-        in_channels: image channels C.
-        embed_dim: width D of the tokens.
-        any_size: accept images of any size from one patch on; otherwise only `img_size`.
-
-    Raises:
-        ValueError: `patch_size` is no power of two or does not divide `img_size`, or `embed_dim` cannot be
-            halved often enough; in forward, images of another size.
-    """
-
-    def __init__(
-        self, *, img_size: Side, patch_size: Side, in_channels: Dim, embed_dim: Dim, any_size: bool = False
-    ) -> None:
-        if patch_size < 2 or patch_size & (patch_size - 1):
-            raise ValueError(f"patch_size {patch_size} of a ConvStem is not a power of two from 2 on")
-        super().__init__(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, any_size=any_size)
-        num_convs = patch_size.bit_length() - 1
-        halvings = 2 ** (num_convs - 1)
-        if embed_dim % halvings:
-            raise ValueError(
-                f"embed_dim {embed_dim} is not a multiple of {halvings}, needed to double the channels "
-                f"{num_convs - 1} times for patch_size {patch_size}"
-            )
-        layers: list[nn.Module] = []
-        channels = in_channels
-        for i in range(num_convs):
-            width = embed_dim >> (num_convs - 1 - i)
-            layers += [nn.Conv2d(channels, width, kernel_size=3, stride=2, padding=1), nn.GELU()]
-            # Kaiming for the rectified convolutions: LeCun's would halve the variance at each GELU.
-            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")  # type: ignore[arg-type]
-            nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]
-            channels = width
-        self.stem = nn.Sequential(*layers)
-        self.proj = nn.Conv2d(channels, embed_dim, kernel_size=1)
-        init_projection(self.proj)
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.check_size(images)
-        H, W = images.shape[-2:]
-        P = self.patch_size
-        if H % P or W % P:
-            images = F.pad(images, (0, -W % P, 0, -H % P))
-        return self.proj(self.stem(images)).permute(0, 2, 3, 1).contiguous()

@@ -24,8 +24,8 @@ class ViT(nn.Module):
     """Patches, learned positions, transformer blocks, a norm, and a head on the class token or the mean.
 
     Args:
-        patch_embed: (B, C, H, W) -> (B, h, w, D), with `grid_size` and `embed_dim`: `PatchEmbed`, `ConvStem`
-            or `HybridEmbed`.
+        patch_embed: (B, C, H, W) -> (B, h, w, D), with `grid_size` and `embed_dim`: `PatchEmbed`,
+            `TrunkEmbed` or `HybridEmbed`.
         embed_dim: width D.
         depth: number of blocks.
         num_heads: attention heads; must divide `embed_dim`.
