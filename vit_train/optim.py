@@ -236,6 +236,7 @@ def muon(
     momentum: Fraction = 0.95,
     betas: tuple[Fraction, Fraction] = (0.9, 0.999),
     eps: PositiveFloat = 1e-8,
+    layer_decay: Share = 1.0,
 ) -> Optimizer:
     """Muon for the matrices between the pixels and the head, AdamW for all else, with decay groups.
 
@@ -249,6 +250,7 @@ def muon(
         weight_decay: decoupled, of matrices only.
         momentum: Nesterov's, of Muon.
         betas, eps: of AdamW.
+        layer_decay: factor of the rate from one layer to the one below it; for fine-tuning.
     """
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
     hidden = {
@@ -258,7 +260,7 @@ def muon(
     }
     by_muon: list[dict[str, Any]] = []
     by_adamw: list[dict[str, Any]] = []
-    for group in decay_groups(model, weight_decay, lr=lr):
+    for group in decay_groups(model, weight_decay, lr=lr, layer_decay=layer_decay):
         for groups, inside in ((by_muon, True), (by_adamw, False)):
             if chosen := [p for p in group["params"] if (id(p) in hidden) is inside]:
                 groups.append(group | {"params": chosen})

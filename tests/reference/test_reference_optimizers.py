@@ -132,7 +132,8 @@ def test_rates_fall_from_layer_to_layer_as_in_timm(family, depth, decay) -> None
     """But for the last norm: with the head, as in BEiT's own code; timm has it with the last block."""
     ours, theirs = (make(depth) for make in FAMILIES[family])
     expected = by_name(theirs, timm_groups(theirs, decay), "lr_scale")
-    groups = adamw(ours, lr=0.1, weight_decay=0.05, layer_decay=decay).param_groups
+    factory = adamw if depth == 1 else muon
+    groups = factory(ours, lr=0.1, weight_decay=0.05, layer_decay=decay).param_groups
     rates = by_name(ours, groups, "lr")
     for name in ("norm.weight", "norm.bias"):
         assert (rates.pop(name), expected.pop(name)) == (0.1, decay)
