@@ -39,8 +39,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # A run of seconds that still has everything that draws or remembers: dropout, drop path, augmentation, EMA,
 # accumulation, clipping. 5 steps an epoch.
-# a model without batch norm, whose statistics move at any rate and are of micro-batches
-PATCHES = ("model=vit_tiny", "model.patch_embed.patch_size=2")
 TINY = (
     "data.limit=80",
     "data.batch_size=16",
@@ -57,6 +55,8 @@ TINY = (
     "trainer.save_every_epochs=1",
     "tracker.tensorboard=false",
 )
+# With TINY: a model without batch norms, whose statistics move at any rate and are those of micro-batches
+PATCHES = ("model=vit_tiny", "model.patch_embed.patch_size=2")
 
 # The same for tests/faults: 3 epochs of 6 steps, each image read by itself. `pytest.param(..., marks=pytest.mark.faults)` there is a case
 # that only `make test-faults` runs.

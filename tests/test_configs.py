@@ -130,10 +130,13 @@ def test_every_experiment_composes_checks_and_names_its_command(name):
 def test_every_key_an_experiment_sets_arrives(name):
     """A defaults list in the wrong order let train.yaml put init_from back to null, without a word."""
     written = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text())
-    del written["defaults"]
+    inherited = [base for base in written.pop("defaults") if base in EXPERIMENTS]
+    bases = [yaml.safe_load((CONFIGS / "experiment" / f"{base}.yaml").read_text()) for base in inherited]
     composed = OmegaConf.create(checked(f"experiment={name}"))
-    set_keys = flat(written)
-    assert len(set_keys) > 3
+    set_keys = {
+        key: value for each in (*bases, written) for key, value in flat(each).items() if key != "defaults"
+    }
+    assert len(set_keys) > 5
     for key, value in set_keys.items():
         assert OmegaConf.select(composed, key) == value, key
     typed = checked(f"experiment={name}", "init_from=mine.pth", "seed=7", "trainer.epochs=3")

@@ -49,7 +49,13 @@ def pretrained(tmp_path_factory):
 # ----------------------------------------------------------------------------------------------- the command
 def test_a_run_starts_from_another_ones_averaged_weights(pretrained, in_tmp):
     done = vit_train_here(
-        *TINY, f"init_from={pretrained}", "optimizer.lr=1e-30", "run_dir=new", "seed=5", cwd=in_tmp
+        *TINY,
+        f"init_from={pretrained}",
+        "optimizer.lr=1e-30",
+        "trainer.freeze=[patch_embed]",
+        "run_dir=new",
+        "seed=5",
+        cwd=in_tmp,
     )
     assert done.code == 0, done.err
     assert f" weights from {pretrained} (checkpoint step_000000" in said(done)
@@ -58,8 +64,6 @@ def test_a_run_starts_from_another_ones_averaged_weights(pretrained, in_tmp):
     before, after = load(resolve_link(pretrained / "checkpoints/best")).tensors, tensors(in_tmp / "new")
     names = [name.removeprefix("ema/") for name in before if name.startswith("ema/")]
     assert len(names) > 20
-    # but for the statistics of batch norms, which move at any rate
-    names = [name for name in names if "running" not in name and "num_batches" not in name]
     assert all(torch.equal(before[f"ema/{name}"], after[f"model/{name}"]) for name in names)
 
 
@@ -233,7 +237,13 @@ def test_frozen_parts_keep_their_weights_and_the_rest_learns(pretrained, in_tmp)
 
 
 def test_a_frozen_batch_norm_keeps_its_statistics():
-    settings = (*TINY, "model=hybrid_cifar", "data.img_size=32", "trainer.epochs=1", "data.limit=32")
+    settings = (
+        *TINY,
+        "model=hybrid_cifar",
+        "model.patch_embed.widths=[8,16,32]",
+        "data.img_size=32",
+        "data.limit=32",
+    )
     for freeze, same in (("[patch_embed.trunk]", True), ("[blocks.0]", False)):
         trainer = build(*settings, f"trainer.freeze={freeze}").trainer
         before = {n: b.clone() for n, b in trainer.model.named_buffers() if n.endswith("running_mean")}
@@ -241,7 +251,7 @@ def test_a_frozen_batch_norm_keeps_its_statistics():
         trainer.guard = Guard(trainer.strategy, trainer.parts.signals, None, None)
         trainer.train_step(next(epoch), 0)
         after = dict(trainer.model.named_buffers())
-        assert len(before) == 4
+        assert len(before) > 5
         assert all(torch.equal(before[n], after[n]) == same for n in before)
 
 

@@ -65,10 +65,10 @@ def test_every_model_has_a_table(name, in_tmp):
     found = described("data=imagefolder", f"model={name}", f"data.img_size={side}", *shallow, *heads)
     assert sum(layer.multiply_adds for layer in found.layers) == found.multiply_adds > 0
     assert 4 * sum(layer.parameters for layer in found.layers) == found.memory.gradients
-    names = [layer.name for layer in found.layers]
-    assert "head" in names
-    assert name == "resnet_cifar" or "norm" in names
-    assert "stem" in names or any(layer.startswith("patch_embed") for layer in names)
+    trunks = ("vit_cifar", "deit_cifar", "hybrid_cifar", "vit_digits")
+    embed = "patch_embed.trunk.stem" if name in trunks else "patch_embed"
+    ends = {"stem", "head"} if name == "resnet_cifar" else {embed, "norm", "head"}
+    assert ends <= {layer.name for layer in found.layers}
     assert found.memory.activations > 0
 
 

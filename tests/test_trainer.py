@@ -164,9 +164,9 @@ class Poisoned(CrossEntropy):
         loss, logits = super().forward(model, images, targets)
         if self.poison == "loss":
             return loss * math.nan, logits
-        if self.poison == "gradient":  # of 1e38 in every logit, while the loss stays what it is
+        if self.poison == "gradient":  # of 1e30 in every logit, while the loss stays what it is
             outputs = model(images)
-            return loss + 1e38 * (outputs - outputs.detach()).sum(), logits
+            return loss + 1e30 * (outputs - outputs.detach()).sum(), logits
         return loss, logits
 
 
@@ -174,7 +174,7 @@ class Poisoned(CrossEntropy):
     ("poison", "what"),
     [
         ("loss", "the loss is nan"),
-        ("gradient", "the gradient norm is nan"),
+        ("gradient", "the gradient norm is inf"),
         ("weight", "the loss is nan"),
     ],
 )
@@ -318,11 +318,10 @@ class Turncoat(CrossEntropy):
 
 def test_what_is_tested_is_the_best_checkpoint(in_tmp) -> None:
     settings = ("objective._target_=test_trainer.Turncoat", "trainer.grad_accum_steps=1", "run_dir=run")
-    trainer = ready(*TINY, *PLAIN, *settings, "optimizer.momentum=0", "optimizer.lr=0.5")
+    trainer = ready(*TINY, *PLAIN, *settings, "optimizer.momentum=0", "optimizer.lr=1.0")
     tested = trainer.fit()
     state = last_state(in_tmp / "run")
-    assert state["step"] == 15
-    assert state["best"]["epoch"] < 3, "the last is the best: choose another rate"
+    assert (state["best"]["epoch"], state["step"]) == (1, 15)
     assert state["best"]["val/loss"] < state["last"]["val/loss"]
 
     def test_metrics(checkpoint):

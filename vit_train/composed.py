@@ -204,9 +204,10 @@ def _copies(cfg: DictConfig, prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for key, written in OmegaConf.to_container(cfg, resolve=False).items():  # type: ignore[union-attr]
         full = f"{prefix}.{key!s}" if prefix else str(key)
-        if OmegaConf.is_interpolation(cfg, key):  # type: ignore[arg-type]
-            # ${data.img_size} ${oc.select:seed,0}
-            found[full] = re.sub(r".*[{:]([\w.]+)[},].*", r"\1", written)
+        # ${data.img_size} ${oc.select:seed,0}; or one of several values, [32, ${model.embed_dim}]
+        values = written if isinstance(written, list) else [written]
+        if copied := [value for value in values if isinstance(value, str) and value.startswith("${")]:
+            found[full] = re.sub(r".*[{:]([\w.]+)[},].*", r"\1", copied[0])
         elif isinstance(cfg[key], DictConfig):
             found |= _copies(cfg[key], full)
     return found

@@ -83,7 +83,7 @@ def test_any_size_and_colours(channels, size):
 
 
 def test_images_that_are_too_small_are_refused(in_tmp):
-    words = "images of 6 pixels are too small for 3 groups; type data.img_size=7 or more"
+    words = "images of 6x9 are too small for 3 groups; type data.img_size=7 or more"
     with pytest.raises(ValueError, match=words):
         resnet()(torch.randn(1, 3, 6, 9))
     done = vit_train_here("model=resnet_cifar", "data.img_size=6", cwd=in_tmp)

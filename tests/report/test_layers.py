@@ -195,7 +195,13 @@ def test_optimizer_memory_is_that_of_the_real_one_after_a_step(name):
     memory = memory_of(model, rows_of(model, 16), make_optimizer=OPTIMIZERS[name], has_ema=True)
     assert memory.optimizer == expected
     trained = sum(p.nbytes for p in real.parameters() if p.requires_grad)
-    least, most = {"adamw": (2, 2), "adam": (2, 2), "muon": (1, 2), "sgd": (1, 1)}.get(name, (0, 0))
+    least, most = {
+        "adamw": (2, 2),
+        "adam": (2, 2),
+        "muon": (1, 2),
+        "sgd": (1, 1),
+        "sgd_without_momentum": (0, 0),
+    }[name]
     counts_of_steps = 4 * len(list(real.parameters()))
     assert least * trained <= memory.optimizer <= most * trained + counts_of_steps
     assert memory.gradients == sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)

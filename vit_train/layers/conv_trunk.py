@@ -66,7 +66,7 @@ class ConvTrunk(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The map of the last group, (B, C, H, W) -> (B, D, h, w)."""
-        require_side(min(images.shape[-2:]), len(self.groups))
+        require_side(images.shape[-2], images.shape[-1], len(self.groups))
         # The order in memory in which convolutions of the CPU are faster, by half
         return self.groups(F.gelu(self.stem(images.contiguous(memory_format=torch.channels_last))))
 
@@ -74,11 +74,11 @@ class ConvTrunk(nn.Module):
         return self.forward_features(images)
 
 
-def require_side(side: int, num_groups: int) -> None:
+def require_side(h: int, w: int, num_groups: int) -> None:
     """Raises ValueError where nothing would be left of images this small."""
     smallest = 2**num_groups - 1
-    if side < smallest:
-        small = f"images of {side} pixels are too small for {num_groups} groups"
+    if min(h, w) < smallest:
+        small = f"images of {h}x{w} are too small for {num_groups} groups"
         raise ValueError(f"{small}; type data.img_size={smallest} or more")
 
 
@@ -95,7 +95,7 @@ class TrunkEmbed(GridEmbed):
     """
 
     def __init__(self, *, img_size: Side, in_channels: Dim, widths: tuple[Dim, ...]) -> None:
-        require_side(img_size, len(widths))
+        require_side(img_size, img_size, len(widths))
         side = (img_size + 1) >> len(widths)
         super().__init__(
             img_size=img_size, patch_size=2 ** len(widths), embed_dim=widths[-1], grid_size=(side, side)
