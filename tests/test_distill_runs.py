@@ -196,7 +196,8 @@ def test_two_devices_compute_the_loss_of_one(home, tmp_path) -> None:
     settings = (
         *TINY,
         *PATCHES,
-        "model.pool=mean", "model.mlp_ratio=2",
+        "model.pool=mean",
+        "model.mlp_ratio=2",
         *quiet,
         "objective=distill",
         *taught_by(home, "resnet18"),
