@@ -93,6 +93,7 @@ LOWER_ROOMS = (
     "data",
     "weights",
     "optim",
+    "muon",
     "ema",
     "objective",
     "strategy",

@@ -6,8 +6,7 @@ resuming needs no replay.
 
 Sources: decoupled weight decay, Loshchilov and Hutter 2019 (arXiv 1711.05101); no decay on norms, biases and
 position tables as in DeiT and Swin; warmup + cosine, Goyal et al. 2017 and Loshchilov and Hutter 2017; a
-learning rate that falls from layer to layer, Clark et al. 2020 (ELECTRA), for vision Bao et al. 2022 (BEiT);
-Muon as in torch.
+learning rate that falls from layer to layer, Clark et al. 2020 (ELECTRA), for vision Bao et al. 2022 (BEiT).
 """
 
 from __future__ import annotations
@@ -21,11 +20,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from vit_train.construct import Fraction, NotNegative, NotNegativeFloat, PositiveFloat, Probability, Share
 from vit_train.errors import suggest
 from vit_train.layers import Block
+from vit_train.muon import Muon
 
 
 def decay_groups(
@@ -240,9 +240,7 @@ def muon(
 ) -> Optimizer:
     """Muon for the matrices between the pixels and the head, AdamW for all else, with decay groups.
 
-    Muon (Jordan 2024, kellerjordan.github.io/posts/muon) moves a matrix by its averaged gradient with all
-    singular values brought near 1. Steps are scaled to the size of AdamW's (Liu et al. 2025, "Muon is
-    Scalable for LLM Training", arXiv 2502.16982), so that both take the same rate and weight decay.
+    Both take the same rate and weight decay.
 
     Args:
         model: whose parameters are optimised.
@@ -266,7 +264,7 @@ def muon(
                 groups.append(group | {"params": chosen})
     parts: list[Optimizer] = [AdamW(by_adamw, lr=lr, betas=betas, eps=eps, fused=_fused(model))]
     if by_muon:
-        parts.append(Muon(by_muon, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
+        parts.append(Muon(by_muon, lr=lr, momentum=momentum))
     return Together(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +23,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
         raise ValueError("precision fp16 needs a GPU; on a CPU type trainer.precision=bf16 or fp32")
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu":
-        return "bf16" if _cpu_computes_bf16() else "fp32"
-    return "fp32"  # mps: autocast covers too few operators to gain
+    return "bf16" if computes_bf16(device) else "fp32"
 
 
 def inference_precision(trained_in: object, device: torch.device) -> Precision:
@@ -41,11 +38,17 @@ def inference_precision(trained_in: object, device: torch.device) -> Precision:
     return resolve_precision("auto", device)
 
 
-def _cpu_computes_bf16() -> bool:
-    """AVX-512 BF16 or AMX on x86, the bf16 extension on Arm Linux.
+@cache
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bf16; where it is emulated it is many times slower than fp32.
 
-    Emulated bf16 (every other CPU) is several times slower than fp32.
+    A CPU does with AVX-512 BF16 or AMX on x86, with the bf16 extension on Arm Linux. On mps autocast covers
+    too few operators to gain.
     """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
     if platform.machine().lower() in ("x86_64", "amd64"):
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     cpuinfo = Path("/proc/cpuinfo")
