@@ -133,6 +133,17 @@ def test_the_stored_configuration_is_plain(full):
     assert config["trainer"]["precision"] == "fp32"
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_bf16_is_called_emulated_where_the_processor_does_not_name_it(in_tmp, precision):
+    done = vit_train_here(
+        *TINY, f"trainer.precision={precision}", "strategy=single", "strategy.device=cpu", cwd=in_tmp
+    )
+    assert done.code == 0, done.err
+    said = "this cpu only emulates bf16, many times slower than fp32; type trainer.precision=fp32"
+    named = {"avx512_bf16", "amx_tile", "bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    assert (said in " ".join(done.out.split())) is (precision == "bf16" and not named)
+
+
 def test_run_json_holds_what_repeats_the_run(full):
     facts = json.loads((full[0] / "run.json").read_text())
     assert set(facts["versions"]) >= {"vit-train", "torch", "torchvision", "numpy", "python"}

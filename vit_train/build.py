@@ -267,7 +267,7 @@ def _build(
     from vit_train.guard import Signals
     from vit_train.memory import fit_micro_batch
     from vit_train.optim import Schedule
-    from vit_train.precision import resolve_precision
+    from vit_train.precision import computes_bf16, resolve_precision
     from vit_train.report.console import Console
     from vit_train.report.record import read_facts
     from vit_train.rng import seed_device
@@ -294,6 +294,9 @@ def _build(
         )
     with as_config_error("trainer.precision"):
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
+    if cfg.trainer.precision == "bf16" and not computes_bf16(strategy.device):
+        instead = "" if stored else "; type trainer.precision=fp32"
+        notes.append(f"this {strategy.device.type} only emulates bf16, many times slower than fp32{instead}")
     config = plain(cfg)
 
     console, has_ema = Console(), config["trainer"]["ema_decay"] is not None
