@@ -1,1 +1,5 @@
 """One small module per command: parse, build, call, print."""
+
+from vit_train import streams
+
+streams.stand()  # before anything else is opened

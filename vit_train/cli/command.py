@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vit_train import streams
 from vit_train.errors import ConfigError, OutOfMemoryError, VitTrainError
 from vit_train.places import expanded
 
@@ -21,17 +21,21 @@ if TYPE_CHECKING:
     from vit_train.trained import Trained
 
 
-def run(command: str, work: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:
+def run(
+    command: str,
+    work: Callable[[argparse.Namespace], int | None],
+    parse: Callable[[], argparse.Namespace],
+) -> int:
     """Does the work of a command and returns its exit code; an error of the user's becomes one line.
 
-    Whatever the encoding of the terminal, a name it cannot show comes out as an escape. `work` returns an
-    exit code of its own, or None for 0.
+    `work` returns an exit code of its own, or None for 0.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    streams.mend()
     try:
-        return work(arguments) or 0
+        try:
+            return work(parse()) or 0
+        finally:
+            sys.stdout.flush()  # --help too
     except VitTrainError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -42,9 +46,6 @@ def run(command: str, work: Callable[[argparse.Namespace], int | None], argument
         return OutOfMemoryError.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at exit
-        return 0
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,8 @@ _STDOUT = "-"
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `vit-data` on these arguments (None: the process's own) and returns its exit code."""
-    return command.run("vit-data", lambda arguments: arguments.work(arguments), _parser().parse_args(argv))
+    parse = partial(_parser().parse_args, argv)
+    return command.run("vit-data", lambda arguments: arguments.work(arguments), parse)
 
 
 def check(arguments: argparse.Namespace) -> int:

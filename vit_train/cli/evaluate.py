@@ -9,6 +9,7 @@ import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,8 @@ class Place:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `vit-eval` on these arguments (None: the process's own) and returns its exit code."""
-    arguments = _parser().parse_intermixed_args(argv)  # key=value may stand anywhere
-    return command.run("vit-eval", report, arguments)
+    # key=value may stand anywhere
+    return command.run("vit-eval", report, partial(_parser().parse_intermixed_args, argv))
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ _LONGEST_NAME = 50  # characters, of up to four bytes each: file systems take 25
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `vit-explain` on these arguments (None: the process's own) and returns its exit code."""
-    return command.run("vit-explain", explain, _parser().parse_intermixed_args(argv))
+    return command.run("vit-explain", explain, partial(_parser().parse_intermixed_args, argv))
 
 
 def explain(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ _LONGEST_NAME = 100  # characters of a file name
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `vit-export` on these arguments (None: the process's own) and returns its exit code."""
-    return command.run("vit-export", export, _parser().parse_args(argv))
+    return command.run("vit-export", export, partial(_parser().parse_args, argv))
 
 
 def export(arguments: argparse.Namespace) -> None:

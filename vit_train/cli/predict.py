@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -22,7 +23,7 @@ _FEW = 32  # images that are read before worker processes would have started
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `vit-predict` on these arguments (None: the process's own) and returns its exit code."""
-    return command.run("vit-predict", predict, _parser().parse_intermixed_args(argv))
+    return command.run("vit-predict", predict, partial(_parser().parse_intermixed_args, argv))
 
 
 def predict(arguments: argparse.Namespace) -> None:
