@@ -5,6 +5,7 @@ Training goes on and saves, with train.log alone; the other commands end with on
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -84,6 +85,34 @@ def home(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
+    "broken",
+    [
+        {"stdout": "full", "stderr": "broken"},
+        {"stdout": "closed", "stderr": "closed"},
+        *(pytest.param({name: state}, marks=pytest.mark.faults) for name in STREAMS for state in STATES),
+        pytest.param({"stdout": "broken", "stderr": "full"}, marks=pytest.mark.faults),
+        pytest.param({"stdout": "full", "stderr": "closed"}, marks=pytest.mark.faults),
+    ],
+    ids=str,
+)
+def test_training_finishes_and_says_once_in_the_log_which_stream_failed(tmp_path, broken):
+    done = typed("vit-train", (*EIGHTEEN, "tracker.progress=true"), broken, tmp_path)
+    assert done.returncode == 0
+    run = tmp_path / "run"
+    assert json.loads((run / "result.json").read_text())["steps"] == 18
+    assert (run / "checkpoints/last/model.safetensors").is_file()
+    log = (run / "train.log").read_text()
+    assert "epoch 3/3" in log
+    assert "train longer" in log
+    for name in STREAMS:
+        reason = REASONS.get(broken.get(name))
+        said = f"{name} cannot be written ({reason}): what it should say is here alone"
+        assert log.count(f"{name} cannot be written") == log.count(said) == (reason is not None), log
+    for said in (done.stdout, done.stderr):
+        assert "Traceback" not in (said or "")
+
+
+@pytest.mark.parametrize(
     ("command", "stream", "state"),
     [
         pytest.param(*case, marks=[] if case in IN_MAKE_TEST else pytest.mark.faults)
@@ -100,6 +129,16 @@ def test_another_command_ends_with_one_line(home, command, stream, state):
         assert "Traceback" not in (said or "")
         assert "Exception ignored" not in (said or "")
     assert not [path for path in home.rglob(".*") if path.is_file()], "a file half written was left"
+
+
+@pytest.mark.parametrize("asked", ["--help", "--cfg"])
+def test_help_that_cannot_be_written_is_an_error(tmp_path, asked):
+    arguments = ["--cfg", "job"] if asked == "--cfg" else ["--help"]
+    for state, code in (("full", 5), ("broken", 0), ("closed", 0)):
+        done = typed("vit-train", arguments, {"stdout": state}, tmp_path)
+        assert done.returncode == code, state
+        expected = f"vit-train: error: stdout cannot be written: {REASONS[state]}\n" if code else ""
+        assert done.stderr == expected, state
 
 
 @pytest.mark.faults

@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vit_train import durable, places
+from vit_train import durable, places, streams
 from vit_train.build import Run, build_run
 from vit_train.cli.typed import for_hydra, is_group
 from vit_train.composed import Launch, config_dir, plain
@@ -61,12 +61,19 @@ def main() -> None:
             failures.append(error.exit_code)
             return None
 
+    streams.mend()
     arguments = sys.argv[1:]
     try:
         sys.argv[1:] = for_hydra(arguments)
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)()
+        try:
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except SaveError as error:  # --help > /dev/full
+        print(f"vit-train: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except (HydraException, ConfigError, TypeError, ValueError) as error:  # the latter: model=3
         if composed and not isinstance(error, HydraException):
             raise
@@ -89,6 +96,7 @@ def train(cfg: DictConfig) -> float | None:
     if cfg.get("summary"):
         _describe(cfg)
         return None
+    streams.only_say()
     from vit_train.guard import Signals
 
     with Signals() as signals:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ import rich.console
 from rich.console import RenderableType
 from tqdm import tqdm
 
+from vit_train import streams
 from vit_train.errors import ConfigError, printable
 
 _PLAIN_WIDTH = 110  # columns where the output is no terminal, so that logs do not wrap at 80
@@ -34,19 +34,19 @@ def _claim(file: IO[str]) -> bool:
     return True
 
 
-class _Terminal(rich.console.Console):
-    def on_broken_pipe(self) -> None:
-        """Whoever read along has gone (`| head`): the run goes on, and train.log has it all."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 class Console:
-    """Says things on stdout and, once `log_to` was called, in train.log as well."""
+    """Says things on stdout and, once `log_to` was called, in train.log as well.
+
+    Where stdout or stderr fails, train.log goes on alone, and says so once.
+    """
 
     def __init__(self) -> None:
         terminal = sys.stdout.isatty()
-        self._out = _Terminal(width=None if terminal else _PLAIN_WIDTH, highlight=False, emoji=False)
+        self._out = rich.console.Console(
+            width=None if terminal else _PLAIN_WIDTH, highlight=False, emoji=False
+        )
         self._log: rich.console.Console | None = None
+        self._failed: set[str] = set()  # streams
 
     def log_to(self, path: Path) -> None:
         """Appends everything said from now on to a file, which is this process's own as long as it is open.
@@ -70,14 +70,20 @@ class Console:
         what = printable(what) if isinstance(what, str) else what
         with tqdm.external_write_mode(file=sys.stdout):
             self._out.print(what, markup=False, soft_wrap=is_text)
-        if self._log is not None:
-            with suppress(OSError):  # a full disk: no reason to end a run
-                self._log.print(what, markup=False, soft_wrap=is_text)
+        self._write_log(what, soft_wrap=is_text)
+        for stream, why in streams.failures().items():
+            if stream not in self._failed:
+                self._failed.add(stream)
+                self.log(f"{stream} cannot be written ({why}): what it should say is here alone")
 
     def log(self, text: str) -> None:
         """A line for train.log alone: what stderr gets anyway."""
+        self._write_log(printable(text), soft_wrap=True)
+
+    def _write_log(self, what: RenderableType, *, soft_wrap: bool) -> None:
         if self._log is not None:
-            self._log.print(printable(text), markup=False, soft_wrap=True)
+            with suppress(OSError):  # a full disk: no reason to end a run
+                self._log.print(what, markup=False, soft_wrap=soft_wrap)
 
     def close(self) -> None:
         """Closes train.log."""
