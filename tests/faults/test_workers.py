@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Forked, stale_files, vit_train_forked, whole_state
+from conftest import TINY, Forked, command, environment, stale_files, vit_train_forked, whole_state
 from PIL import Image
 from test_signals import Descendants, children_of, paused, until
 
@@ -334,3 +335,40 @@ def test_every_worker_hangs(home, unbroken) -> None:
     assert line.count(".png") == 3
     (home / "fault").unlink()
     continues(*settings, home=home, to=unbroken)
+
+
+SHARED, FILES = "no space left in shared memory (/dev/shm)", "too many open files (ulimit -n)"
+SCARCE = {
+    # a shell's line before the command -> what ran out: in the main process, at the start of workers, in one
+    "mount -t tmpfs -o size=4k tmpfs /dev/shm": SHARED,
+    "mount -t tmpfs -o size=32k tmpfs /dev/shm": SHARED,
+    "mount -t tmpfs -o size=72k tmpfs /dev/shm": SHARED,
+    "ulimit -n 16": FILES,
+    "ulimit -n 24": FILES,
+    "ulimit -n 32": FILES,
+}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [pytest.param(x, marks=[] if "72k" in x or "32" in x[-2:] else pytest.mark.faults) for x in SCARCE],
+)
+def test_what_the_processes_run_out_of_is_named(home, unbroken, line):
+    """Not the run directory, whose disk is fine; and nobody waits for a batch that cannot come."""
+    shell = ["unshare", "--map-root-user", "--mount", "sh", "-c"] if "mount" in line else ["sh", "-c"]
+    if subprocess.run([*shell, line], capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let a test mount a file system")
+    done = subprocess.run(
+        [*shell, f'{line} && exec "$@"', "sh", *command("vit_train", *PHOTOS, "data.num_workers=2")],
+        cwd=home,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 8, done.stderr
+    said = f"vit-train: error: data workers: {SCARCE[line]}; type data.num_workers=0 or a smaller number\n"
+    assert done.stderr == said
+    vit_train_forked(*PHOTOS, "data.num_workers=2", cwd=home)
+    assert whole_state(home / "run") == unbroken

@@ -8,8 +8,10 @@ arithmetic in the main process: no skipped image is read.
 from __future__ import annotations
 
 import abc
+import errno
 import hashlib
 import multiprocessing
+import multiprocessing.queues
 import os
 import re
 import signal
@@ -50,6 +52,10 @@ _POLL_SECONDS = 1  # how soon a signal is noticed while all workers are stuck
 _ORPHAN_SECONDS = 5  # how soon a worker notices that its parent is gone
 _MAX_WORKERS = 1024
 _DIED = "DataLoader worker (pid"  # how torch's line about it begins
+_SHORT = {
+    errno.ENOSPC: "no space left in shared memory (/dev/shm)",
+    errno.EMFILE: "too many open files (ulimit -n)",
+}
 
 
 class Source(Protocol):
@@ -101,7 +107,7 @@ class Samples(Dataset[Sample | Failure]):
         self.mode = "L" if in_channels == 1 else "RGB"
         self.shape = (in_channels, img_size, img_size)
         # What each worker is reading just now, or -1: names the file where one dies or hangs
-        self.reading = torch.full((_MAX_WORKERS,), -1).share_memory_()
+        self.reading = torch.full((_MAX_WORKERS,), -1)
 
     def __len__(self) -> int:
         return len(self.source.targets)
@@ -333,6 +339,11 @@ class SampleLoader(Loader):
             # The DataLoader draws a seed for its workers. Nothing uses it; keep it off the global stream.
             generator=torch.Generator(),
         )
+        if num_workers > 0:
+            try:
+                samples.reading.share_memory_()
+            except RuntimeError as error:
+                raise worker_lost(error) or error from error
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -345,7 +356,7 @@ class SampleLoader(Loader):
 
         Raises:
             DataError: a sample cannot be read; the line names it.
-            WorkerLostError: a worker process died.
+            WorkerLostError: a worker process died, or could not be started.
         """
         try:
             self._iterator = iter(self._loader)
@@ -354,7 +365,7 @@ class SampleLoader(Loader):
                     self.close()
                     raise DataError(self._explain(batch.line))
                 yield batch
-        except (RuntimeError, EOFError, ConnectionError) as error:
+        except (RuntimeError, EOFError, OSError) as error:
             lost = worker_lost(error, self.read_by(error))
             self.close()
             if lost is None:
@@ -435,6 +446,8 @@ def worker_lost(error: BaseException, reading: str = "") -> WorkerLostError | No
         reading: what the worker was doing, where that is known.
     """
     text = str(_death(error))
+    if (short := _short_of(error, text)) is not None:
+        return WorkerLostError(f"data workers: {_SHORT[short]}; type data.num_workers=0 or a smaller number")
     if isinstance(error, RuntimeError) and text.startswith(_DIED):
         reason = text.splitlines()[0].rstrip(". ")
     elif _is_broken(error):
@@ -444,6 +457,16 @@ def worker_lost(error: BaseException, reading: str = "") -> WorkerLostError | No
     return WorkerLostError(
         f"{reason}{reading}: memory may have run out, type data.num_workers=0 or a smaller number"
     )
+
+
+def _short_of(error: BaseException, text: str) -> int | None:
+    """The number in `_SHORT` of what the processes ran out of, which torch says in several ways."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in _SHORT else None
+    ended = re.search(r"exit(?:ed unexpectedly with exit)? code:? (\d+)", text)
+    if text.startswith(_DIED) and ended:
+        return int(ended[1]) if int(ended[1]) in _SHORT else None
+    return next((number for number in _SHORT if os.strerror(number) in text), None)
 
 
 def _death(error: BaseException) -> BaseException:
@@ -476,6 +499,8 @@ def _detach_worker(worker_id: int) -> None:  # noqa: ARG001 - the DataLoader pas
         if os.getppid() != parent:
             os._exit(0)
     sys.excepthook = _report
+    # A batch that cannot be handed over is gone, and the main process would wait for it
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -484,8 +509,19 @@ def _detach_worker(worker_id: int) -> None:  # noqa: ARG001 - the DataLoader pas
         Thread(target=_obey, args=(parent,), name="obey", daemon=True).start()
 
 
+def _end(error: Exception, _: object) -> None:
+    """Ends this process with a code that tells the main one why; not where that one breaks it off."""
+    if not isinstance(error, EOFError | ConnectionError):
+        os._exit(_short_of(error, str(error)) or 1)
+
+
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As usual; but the thread that hands batches over says nothing where the main process breaks it off."""
+    """As usual; but a thread that hands batches over ends the process where something ran out, like `_end`,
+    and says nothing where the main process breaks it off.
+    """
+    short = _short_of(error, str(error))
+    if short is not None:
+        os._exit(short)
     if not isinstance(error, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, trace)
 
