@@ -60,11 +60,19 @@ class Checkpointer:
     """Writes and keeps the checkpoints of one run.
 
     Args:
-        run_dir: the run directory; `checkpoints/` is made inside it at the first save.
+        run_dir: the run directory; `checkpoints/` is made inside it once, so that a run whose directory was
+            moved away does not begin a second one.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.root = run_dir / "checkpoints"
+        self._made = False
+
+    def make(self) -> None:
+        """Makes `checkpoints/`, the first time it is called."""
+        if not self._made:
+            durable.make_directory(self.root)
+            self._made = True
 
     def save(
         self,
@@ -92,7 +100,7 @@ class Checkpointer:
         target = self.root / directory_name(step)
         aside = self.root / f"{_PARTIAL}{target.name}_{os.getpid()}"
         try:
-            durable.make_directory(self.root)
+            self.make()
             faults.point("save.begin")
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
@@ -111,10 +119,10 @@ class Checkpointer:
             faults.point("save.end")
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
-            reason = error.strerror or str(error)
-            raise SaveError(
-                f"checkpoint {target} could not be written: {reason}; earlier checkpoints are untouched"
-            ) from error
+            reason = f"{error.strerror or error}; earlier checkpoints are untouched"
+            if self._made and not self.root.is_dir():
+                reason = f"{self.root} was moved or deleted"
+            raise SaveError(f"checkpoint {target} could not be written: {reason}") from error
         return target
 
     def finish_interrupted(self, *, step: int, keep: int, kept: Collection[int]) -> None:

@@ -19,12 +19,17 @@ def write(path: Path, data: bytes) -> None:
 
     Raises:
         FileExistsError: there is one.
+        OSError: the operating system refused; it names the file.
     """
-    with path.open("xb") as file:
-        faults.point("write", file, data)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("xb") as file:
+            faults.point("write", file, data)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not
+        raise
 
 
 def replace(path: Path, content: str | bytes) -> None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import EIGHTEEN, environment, everything_in, stale_files, vit_train_forked, whole_state
 
 from vit_train.checkpoint import MANIFEST, checkpoint_directories, directory_name, load, newest_valid
+from vit_train.objective import CrossEntropy
 
 SETTINGS = (*EIGHTEEN, "trainer.save_every_steps=4")
 SAVED = (4, 6, 8, 12, 16, 18)
@@ -183,6 +185,55 @@ def test_a_stop_that_could_not_be_saved_does_not_say_it_was(eighteen, begun, tmp
     assert f"step_{stop:08d} could not be written: No space left on device" in done.err
     vit_train_forked("resume=run", "trainer.save_every_steps=4", cwd=tmp_path)
     assert whole_state(tmp_path / "run") == eighteen
+
+
+# -------------------------------------------------------------------------------------------- somebody else
+class Moves(CrossEntropy):
+    """Moves the run directory away once there is a checkpoint, as long as there is a file `fault`."""
+
+    def forward(self, model, images, targets):
+        if Path("fault").exists() and Path("run/checkpoints/last").exists():
+            Path("run").rename("elsewhere")
+        return super().forward(model, images, targets)
+
+
+class Deletes(CrossEntropy):
+    def forward(self, model, images, targets):
+        if Path("run/checkpoints/last").exists():
+            shutil.rmtree("run")
+        return super().forward(model, images, targets)
+
+
+class NeedsAFile(CrossEntropy):
+    def forward(self, model, images, targets):
+        Path("elsewhere/scale.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["Moves", pytest.param("Deletes", marks=pytest.mark.faults)])
+def test_a_run_directory_that_goes_away_ends_the_run_and_is_not_made_anew(eighteen, tmp_path, kind) -> None:
+    settings = (*SETTINGS, "trainer.async_save=false", f"objective._target_=test_save_errors.{kind}")
+    (tmp_path / "fault").touch()
+    done = vit_train_forked(*settings, cwd=tmp_path, check=False)
+    assert done.code == 5, done
+    said = "could not be written: run/checkpoints was moved or deleted"
+    assert done.err.count("\n") == 1, done
+    assert done.err.startswith(
+        "vit-train: error: 3 saves in a row failed: checkpoint run/checkpoints/step_"
+    ), done
+    assert done.err.endswith(f"{said}\n"), done
+    assert done.out.count(said) == 3, done
+    assert not (tmp_path / "run").exists()
+    if kind == "Moves":
+        (tmp_path / "fault").unlink()
+        (tmp_path / "elsewhere").rename(tmp_path / "run")
+        vit_train_forked(*settings, cwd=tmp_path)
+        assert whole_state(tmp_path / "run") == eighteen
+
+
+def test_an_error_elsewhere_is_not_blamed_on_the_run_directory(tmp_path) -> None:
+    settings = (*EIGHTEEN, "objective._target_=test_save_errors.NeedsAFile")
+    done = vit_train_forked(*settings, cwd=tmp_path, check=False)
+    assert (done.code, done.err) == (1, "vit-train: error: elsewhere/scale.json: No such file or directory\n")
 
 
 # ---------------------------------------------------------------------------------------- real file systems

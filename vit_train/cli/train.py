@@ -189,6 +189,7 @@ def execute(run: Run) -> dict[str, Any] | None:
             step=trainer.state.step, keep=trainer.keep_checkpoints, kept=trainer.state.kept_steps()
         )
         trainer.saver.check_space(trainer.model, trainer.ema)
+        trainer.parts.checkpointer.make()
         open_run_dir(run_dir, run.config)
         write_facts(
             run_dir,
@@ -217,7 +218,7 @@ def execute(run: Run) -> dict[str, Any] | None:
             ) from error
         raise
     except OSError as error:
-        raise SaveError(f"{run_dir} cannot be written: {error.strerror or error}") from error
+        raise _refused(error, run_dir) from error
     finally:
         log_error = partial(_log_error, run, sys.exc_info()[1])
         # data first: until its workers have ended, the death of another one can interrupt anything
@@ -230,6 +231,16 @@ def execute(run: Run) -> dict[str, Any] | None:
         ):
             with suppress(OSError):  # a full disk ends in its own error, not in that of the cleaning up
                 cleanup()
+
+
+def _refused(error: OSError, run_dir: Path) -> VitTrainError:
+    """What the operating system refused, where; only what lies in the run directory is a save that failed."""
+    reason = error.strerror or str(error)
+    if not isinstance(error.filename, str | os.PathLike):
+        return VitTrainError(f"the operating system refused something: {reason}")
+    if Path(error.filename).absolute().is_relative_to(run_dir.absolute()):
+        return SaveError(f"{run_dir} cannot be written: {reason}")
+    return VitTrainError(f"{error.filename}: {reason}")
 
 
 def _log_error(run: Run, error: BaseException | None) -> None:
