@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import shlex
+import shutil
 import subprocess
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import vit_train_here
+from conftest import TINY, command, environment, vit_train_here
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
@@ -165,3 +166,24 @@ def test_a_folder_of_this_name_goes_through_all_commands(name, in_tmp):
         assert done.code == 0, done.err
         assert "tensors loaded" in " ".join(done.out.split())
         subprocess.run(["rm", "-r", f"new {name}"], check=True)
+
+
+def test_a_user_whom_nobody_knows_has_no_home_and_needs_none(in_tmp):
+    """A container with `--user 12345`: no HOME, and no entry in passwd."""
+    nobody = ["unshare", "--user", "--map-user=12345"]
+    if not shutil.which("unshare") or subprocess.run([*nobody, "true"], check=False).returncode:
+        pytest.skip("this machine does not let a test be another user")
+    homeless = {name: value for name, value in environment().items() if name != "HOME"}
+
+    def typed(*arguments):
+        program = [*nobody, *command("vit_train", *arguments)]
+        return subprocess.run(program, env=homeless, capture_output=True, text=True, timeout=300, check=False)
+
+    done = typed(*TINY, "run_dir=~/run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (in_tmp / "~/run/result.json").is_file(), "not a place of that name"
+    done = typed("data=imagefolder", "data.root=~nobody_knows/photos")
+    assert (done.returncode, done.stderr) == (
+        3,
+        "vit-train: error: data.root=~nobody_knows/photos does not exist\n",
+    )

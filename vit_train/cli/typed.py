@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 
 from vit_train.composed import config_dir
 from vit_train.errors import ConfigError
-from vit_train.places import is_text, quoted
+from vit_train.places import expanded, is_text, quoted
 
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
 
@@ -55,7 +54,7 @@ def _override(argument: str, *, raw: bool, checked: bool) -> str:
         return argument
     sign, key, value = match.groups()
     # the shell leaves the ~ of key=~/path to us
-    value = re.sub(r"^~(?=/|$)", str(Path.home()), value)
+    value = re.sub(r"^~(?=/|$)", lambda tilde: str(expanded(tilde[0])), value)
     if raw and is_text(key, value):
         value = quoted(value)
     if checked and not sign and not is_group(key) and not key.startswith("hydra."):
