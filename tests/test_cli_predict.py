@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -343,6 +344,21 @@ def test_a_device_that_is_not_there_and_a_run_that_is_not_there(typed, runs, ima
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("vit-predict: error: device 'tpu'")
     assert typed("nowhere", images[0]).err.startswith("vit-predict: error: nowhere does not exist")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes that have names")
+def test_nobody_waits_for_a_pipe_or_a_socket_among_the_images(typed, runs, images):
+    os.mkfifo("photos/pipe.png")
+    Path("photos/zero.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("photos/socket.png")
+        done = typed(runs[3], "photos")
+    assert done.code == 3
+    answers = {answer["file"]: answer for answer in objects(done)}
+    assert [name for name, answer in answers.items() if "error" not in answer] == images
+    for name in ("pipe", "zero"):
+        assert "it is not a plain file" in answers[f"photos/{name}.png"]["error"]
+    assert "cannot be read" in answers["photos/socket.png"]["error"]
 
 
 def test_a_reader_that_goes_away(runs, images):

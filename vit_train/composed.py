@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vit_train.construct import Few, Seed, check, is_node
 from vit_train.errors import ConfigError, suggest
-from vit_train.places import WEIGHT_FILES, expanded
+from vit_train.places import WEIGHT_FILES, expanded, open_plain
 
 if TYPE_CHECKING:
     from vit_train.weights import Pretrained
@@ -255,7 +255,7 @@ def read_class_weights(cfg: DictConfig) -> None:
     if not isinstance(path, str) or not path.endswith(WEIGHT_FILES):
         return
     try:
-        with expanded(path).open(encoding="utf-8") as file:
+        with open_plain(expanded(path)) as file:
             # BaseLoader makes nothing but text
             written = json.load(file) if path.endswith(".json") else yaml.load(file, yaml.BaseLoader)
         if not isinstance(written, dict) or any(isinstance(w, dict | list) for w in written.values()):

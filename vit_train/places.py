@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
+import stat
+from io import BufferedReader
 from pathlib import Path
 
 _KEYS = ("data.root", "run_dir", "resume", "init_from", "objective.teacher")
@@ -14,6 +17,20 @@ WEIGHT_FILES = (".yaml", ".yml", ".json")  # of classes; their key takes other v
 def expanded(path: object) -> Path:
     """A leading `~` or `~user` is that user's home; of no user, it is the beginning of a name."""
     return Path(os.path.expanduser(str(path)))  # noqa: PTH111 - Path.expanduser ends at an unknown user
+
+
+def open_plain(path: str | Path) -> BufferedReader:
+    """A file for reading. Links are followed; nobody waits for a pipe, a socket or a device.
+
+    Raises:
+        OSError: it cannot be opened, or is no plain file.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = os.fdopen(os.open(path, flags), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+    return file
 
 
 def is_text(key: str, value: str) -> bool:

@@ -32,6 +32,7 @@ from vit_train.data.listing import LEFT_BY, images_below, is_folder, is_image, i
 from vit_train.data.pool import Crash, each_file
 from vit_train.data.stats import unusual
 from vit_train.errors import DataError, count, printable, suggest
+from vit_train.places import open_plain
 
 _DIGEST_BYTES = 16
 _DARK = 3  # levels
@@ -54,7 +55,7 @@ def _look(path: str, *, value_range: ValueRange | None) -> _Seen | str:
     """What is in a file, or why it cannot be read."""
     try:
         shown = read(path, value_range)
-        with open(path, "rb") as file:  # noqa: PTH123 - a Path costs as much as the hash
+        with open_plain(path) as file:
             digest = hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=_DIGEST_BYTES))
             num_bytes = file.tell()
             file.seek(0)

@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import functools
 import io
-import os
-import stat
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -38,6 +36,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from vit_train.construct import Level
 from vit_train.errors import DataError
+from vit_train.places import open_plain
 
 RGB: TypeAlias = tuple[Level, Level, Level]
 ValueRange: TypeAlias = tuple[float, float]  # black, white
@@ -109,7 +108,10 @@ def decode(
     """
     name = name or (str(file) if not isinstance(file, bytes) else "the image")
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
+        with (
+            io.BytesIO(file) if isinstance(file, bytes) else open_plain(file) as opened,
+            Image.open(opened, formats=_FORMATS) as image,
+        ):
             _check_size(image)
             if "transparency" in image.info and image.format == "PNG":
                 _scale_colour_key(image)
@@ -146,8 +148,8 @@ def decode(
 def _is_heic(file: str | Path | bytes) -> bool:
     """Whether a file that cannot be read is HEIC, whatever it is named."""
     head = file if isinstance(file, bytes) else b""
-    if not isinstance(file, bytes) and Path(file).is_file():  # a pipe would be waited for
-        with suppress(OSError), Path(file).open("rb") as opened:
+    if not isinstance(file, bytes):
+        with suppress(OSError, ValueError), open_plain(file) as opened:
             head = opened.read(64)
     brands = head[8 : int.from_bytes(head[:4])]
     return head[4:8] == b"ftyp" and b"avif" not in brands and any(brand in brands for brand in _HEIC_BRANDS)
@@ -223,9 +225,7 @@ def find_range(files: Sequence[str]) -> tuple[ValueRange | None, str]:
     ends: list[float] = []
     bits, whites = 0, _INTEGER_WHITES
     for file in files:
-        if not stat.S_ISREG(os.stat(file).st_mode):  # noqa: PTH116 - a pipe would be waited for
-            continue
-        with suppress(Exception), Image.open(file, formats=_FORMATS) as image:
+        with suppress(Exception), open_plain(file) as opened, Image.open(opened, formats=_FORMATS) as image:
             if _is_deep(image):
                 _check_size(image)
                 pixels = _deep_pixels(image, file)

@@ -30,6 +30,7 @@ from vit_train.data.loaders import Source
 from vit_train.data.names import Names
 from vit_train.data.sample_transforms import SampleTransform, plain
 from vit_train.errors import DataError, count
+from vit_train.places import open_plain
 
 # The size to train at is read from the headers of a few files: enough to see whether they are all alike.
 _NUM_HEADERS = 64
@@ -344,7 +345,8 @@ def _headers(source: FileSource) -> list[tuple[int, int, str]]:
     """Width, height and format of a few files that can be opened, the same ones at every call."""
     headers = []
     for path in sample_of(_Paths(source)):
-        with suppress(Exception), Image.open(path) as image:  # as in decode; the loader will name the file
+        # as in decode; the loader will name the file
+        with suppress(Exception), open_plain(path) as file, Image.open(file) as image:
             headers.append((*image.size, str(image.format)))
     return headers
 
