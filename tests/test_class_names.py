@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import shutil
 import unicodedata
@@ -14,7 +16,7 @@ from conftest import TINY, change_states, load_trained, typed_here, vit_train_he
 from PIL import Image
 
 from vit_train.cli import data as data_command
-from vit_train.cli import evaluate, explain
+from vit_train.cli import evaluate, explain, predict
 from vit_train.data import ImageFolder
 from vit_train.data.check import check_folder
 from vit_train.errors import DataError
@@ -170,3 +172,25 @@ def test_a_run_of_an_older_version_continues_on_changed_data(mac, older):
     done = vit_train_here("resume=force", "run_dir=older", "trainer.epochs=2", cwd=mac)
     assert done.code == 0, done.err
     assert "the data has changed since the run was started" in " ".join(done.out.split())
+
+
+def test_no_name_is_a_formula_in_a_spreadsheet(tmp_path):
+    """In all three files of CSV; the names of classes and images come from whoever made the folder."""
+    names = ["=2+5", "+A1", "@SUM(1)", "-x", "\tend", "-5", "plain"]
+    fill(tmp_path / "photos", *names)
+    settings = (*SETTINGS, "data.root=photos", "data.val_fraction=0.34", "run_dir=run")
+    done = vit_train_here(*settings, cwd=tmp_path)
+    assert done.code == 0, done.err
+    evaluated = typed_here(evaluate.main, "run", "--split", "val", "--out", "report", cwd=tmp_path)
+    assert evaluated.code == 0, evaluated.err
+    shutil.copy(tmp_path / "photos/plain/0.png", tmp_path / "=A2.png")
+    predicted = typed_here(predict.main, "run", "=A2.png", "--format", "csv", "--top-k", "7", cwd=tmp_path)
+    assert predicted.code == 0, predicted.err
+    texts = [predicted.out, *(path.read_text() for path in sorted((tmp_path / "report").glob("*.csv")))]
+    assert len(texts) == 3
+    cells = [cell for text in texts for row in csv.reader(io.StringIO(text)) for cell in row]
+    assert "'=A2.png" in cells
+    for name in names[:4]:
+        assert {cell for cell in cells if cell in (name, f"'{name}")} == {f"'{name}"}
+    assert "-5" in cells, "numbers stay numbers"
+    assert not [cell for cell in cells if cell[:1] in ("=", "+", "@", "\t")]

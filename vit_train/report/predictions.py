@@ -10,6 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import IO, Protocol
 
 import rich.console
@@ -80,10 +81,21 @@ class Csv:
 
 
 def csv_text(rows: Iterable[Iterable[object]]) -> str:
-    """Rows as lines of CSV."""
+    """Rows as lines of CSV, in which no name is a formula."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows(map(_plain, row) for row in rows)
     return text.getvalue()
+
+
+def _plain(cell: object) -> str:
+    """A quote before what a spreadsheet would compute or skip: file and class names can be anybody's."""
+    text = str(cell)
+    if text and (text[0] in "=+-@" or not text[0].isprintable()):
+        with suppress(ValueError):
+            float(text)
+            return text
+        return f"'{text}"
+    return text
 
 
 class PredictionTable:
