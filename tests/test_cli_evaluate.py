@@ -512,6 +512,9 @@ def test_a_damaged_checkpoint_names_the_file(typed, digits_run, in_tmp):
 def test_unknown_keys(typed, digits_run, in_tmp):
     run = str(digits_run)
     before = everything_in(digits_run)
+    for value in ("!!bool maybe", "!!int ''", "!!timestamp abc", "[1"):
+        done = typed(run, f"data.batch_size={value}")
+        assert_refused(done, 2, f"data.batch_size={value}: the value is not valid YAML")
     assert_refused(typed(run, "data.rot=x"), 2, "data.rot: no such key", "choices: ", "batch_size")
     assert_refused(typed(run, "data.batchsize=4"), 2, "did you mean 'batch_size'?")
     assert_refused(typed(run, "optimizer.lr=1"), 2, "optimizer.lr: evaluation uses only")

@@ -365,6 +365,11 @@ DAMAGED = {
     "binary": "\x00\x01",
     "too large": "x: " + "y" * 2**20,
     "a reference": "name: ${oc.env:HOME}",
+    "no truth": "seed: !!bool maybe",
+    "no number": "seed: !!int ''",
+    "no fraction": "seed: !!float abc",
+    "no time": "seed: !!timestamp abc",
+    "a number of 5,000 digits": f"seed: {'9' * 5000}",
 }
 
 

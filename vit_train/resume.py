@@ -19,7 +19,7 @@ import yaml
 
 from vit_train import checkpoint, durable, places
 from vit_train.construct import foreign_code
-from vit_train.errors import CheckpointError, ConfigError, DataError
+from vit_train.errors import UNFIT, CheckpointError, ConfigError, DataError
 from vit_train.run_dir import CONFIG, check_entries
 
 _MAX_CONFIG_BYTES = 2**20
@@ -85,8 +85,9 @@ def _parse_config(path: Path) -> dict[str, Any]:
         stored = yaml.safe_load(durable.read(path, _MAX_CONFIG_BYTES))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # a date may not exist
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, *UNFIT) as error:  # a tag may not fit what follows it, a date may not exist
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} cannot be read: {reason}") from error
     check_stored(stored, path)
     return stored
 

@@ -72,7 +72,14 @@ def test_before_the_first_epoch_nothing_is_drawn(tmp_path, events) -> None:
     assert not (tmp_path / "history.png").exists()
 
 
-@pytest.mark.parametrize("rest", ['{"event": "epoch", "step": 15, "epo', "{", "\0\0\0\0", '{"event": "step"'])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        *('{"event": "epoch", "step": 15, "epo', "{", "\0\0\0\0", '{"event": "step"'),
+        f'{{"event": "step", "step": 16, "lr": {"9" * 400}}}',
+        f'{{"event": "epoch", "step": {"9" * 400}, "epoch": 4}}',
+    ],
+)
 def test_a_cut_off_last_line_is_left_out(tmp_path, rest) -> None:
     write(tmp_path, [*STEPS, *EPOCHS])
     whole = picture(draw_history(tmp_path, "run")).tobytes()

@@ -401,7 +401,7 @@ def with_overrides(
             raise ConfigError(f"{key}: no such key{suggest(name, known)} (choices: {', '.join(known)})")
         try:
             node[name] = text if is_text(key, text) else yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, *UNFIT):
             raise ConfigError(f"{override}: the value is not valid YAML") from None
     return config
 

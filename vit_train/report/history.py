@@ -8,6 +8,7 @@ from typing import Any
 
 from vit_train import durable
 
+_LARGEST = 2**63
 _MAX_BYTES = 2**30  # ten million steps that log every tenth make 150 MB
 
 
@@ -33,9 +34,14 @@ def _is_event(event: Any) -> bool:
     """Its kind, its step, and figures (None where one was not finite)."""
     if not isinstance(event, dict) or not isinstance(kind := event.get("event"), str):
         return False
-    figures = all(isinstance(value, int | float | None) for name, value in event.items() if name != "event")
+    figures = all(_is_figure(value) for name, value in event.items() if name != "event")
     numbered = ("step", "epoch") if kind == "epoch" else ("step",)
     return figures and all(event.get(name) is not None for name in numbered)
+
+
+def _is_figure(value: Any) -> bool:
+    """No whole number that nothing can draw or log: somebody else wrote it."""
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGEST)
 
 
 def draw_history(run_dir: Path, title: str) -> Path | None:
