@@ -7,9 +7,11 @@ Every name goes through all commands with the fault tests; one of each script do
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import shutil
 import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -168,22 +170,60 @@ def test_a_folder_of_this_name_goes_through_all_commands(name, in_tmp):
         subprocess.run(["rm", "-r", f"new {name}"], check=True)
 
 
-def test_a_user_whom_nobody_knows_has_no_home_and_needs_none(in_tmp):
-    """A container with `--user 12345`: no HOME, and no entry in passwd."""
-    nobody = ["unshare", "--user", "--map-user=12345"]
-    if not shutil.which("unshare") or subprocess.run([*nobody, "true"], check=False).returncode:
+@pytest.fixture
+def stranger(in_tmp):
+    """Types `vit-train` and the like as a user who owns nothing, has no home and no entry in passwd."""
+    other = ["unshare", "--user", "--map-user=12345"]
+    if not shutil.which("unshare") or subprocess.run([*other, "true"], check=False).returncode:
         pytest.skip("this machine does not let a test be another user")
     homeless = {name: value for name, value in environment().items() if name != "HOME"}
 
-    def typed(*arguments):
-        program = [*nobody, *command("vit_train", *arguments)]
-        return subprocess.run(program, env=homeless, capture_output=True, text=True, timeout=300, check=False)
+    def typed(*arguments, module="vit_train", cwd=in_tmp):
+        program = [*other, *command(module, *arguments)]
+        done = subprocess.run(
+            program, env=homeless, cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+        )
+        return done.returncode, done.stderr
 
-    done = typed(*TINY, "run_dir=~/run")
-    assert (done.returncode, done.stderr) == (0, "")
+    return typed
+
+
+def test_a_user_whom_nobody_knows_has_no_home_and_needs_none(stranger, in_tmp):
+    """A container with `--user 12345`."""
+    assert stranger(*TINY, "run_dir=~/run") == (0, "")
     assert (in_tmp / "~/run/result.json").is_file(), "not a place of that name"
-    done = typed("data=imagefolder", "data.root=~nobody_knows/photos")
-    assert (done.returncode, done.stderr) == (
-        3,
-        "vit-train: error: data.root=~nobody_knows/photos does not exist\n",
+    line = "vit-train: error: data.root=~nobody_knows/photos does not exist\n"
+    assert stranger("data=imagefolder", "data.root=~nobody_knows/photos") == (3, line)
+
+
+def test_folders_that_may_not_be_read_or_written_are_named(stranger, in_tmp):
+    assert stranger(*TINY, "run_dir=run")[0] == 0
+    (in_tmp / "locked").mkdir(mode=0o555)
+    for closed, file in (("run/checkpoints", "run/checkpoints/best"), ("run", "run/manifest.json")):
+        (in_tmp / closed).chmod(0)
+        line = f"vit-eval: error: {file} cannot be read: Permission denied\n"
+        assert stranger("run", module="vit_train.cli.evaluate") == (4, line)
+    line = "vit-train: error: run/config.yaml cannot be read: Permission denied\n"
+    assert stranger("resume=run") == (4, line)
+    assert stranger(*TINY, "run_dir=run") == (4, line)
+    reason = "sweeps cannot be made (Permission denied); cd to a folder you may write in"
+    assert stranger("-m", *TINY, "seed=0,1", cwd=in_tmp / "locked") == (2, f"vit-train: error: {reason}\n")
+    (in_tmp / "run").chmod(0o700)
+
+
+@pytest.mark.parametrize("module", ["vit_train", "vit_train.cli.evaluate", "vit_train.cli.data"])
+def test_a_working_directory_that_was_deleted_is_said(in_tmp, module):
+    arguments = {"vit_train": ["--cfg", "job"], "vit_train.cli.data": ["check", "x"]}.get(module, ["run"])
+    program = ["sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh"]
+    done = subprocess.run(
+        [*program, *command(module, *arguments)],
+        env=environment() | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
+    said = "error: the working directory is gone (No such file or directory); cd to one that exists\n"
+    assert done.returncode == 2
+    assert done.stderr.endswith(said)
+    assert done.stderr.count("\n") == 1

@@ -19,7 +19,8 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -307,6 +308,20 @@ def newest_valid(run_dir: Path, fits: Fits | None = None) -> tuple[Checkpoint | 
     return None, problems
 
 
+@contextmanager
+def must_be_readable() -> Iterator[None]:
+    """Around what looks for a run or its checkpoints, also as a decorator.
+
+    Raises:
+        CheckpointError: the operating system refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+@must_be_readable()
 def load_run(run: Path, fits: Fits | None = None) -> tuple[Checkpoint, list[str]]:
     """The checkpoint a RUN argument means: itself, or of a run directory its best one, else its last.
 

@@ -10,6 +10,8 @@ import stat
 from io import BufferedReader
 from pathlib import Path
 
+from vit_train.errors import ConfigError
+
 _KEYS = ("data.root", "run_dir", "resume", "init_from", "objective.teacher")
 WEIGHT_FILES = (".yaml", ".yml", ".json")  # of classes; their key takes other values as well
 
@@ -17,6 +19,20 @@ WEIGHT_FILES = (".yaml", ".yml", ".json")  # of classes; their key takes other v
 def expanded(path: object) -> Path:
     """A leading `~` or `~user` is that user's home; of no user, it is the beginning of a name."""
     return Path(os.path.expanduser(str(path)))  # noqa: PTH111 - Path.expanduser ends at an unknown user
+
+
+def require_here() -> None:
+    """The working directory exists: torch and Hydra end without one, each in its own way.
+
+    Raises:
+        ConfigError: it was deleted.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working directory is gone ({error.strerror}); cd to one that exists"
+        ) from error
 
 
 def open_plain(path: str | Path) -> BufferedReader:

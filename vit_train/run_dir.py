@@ -6,7 +6,7 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from vit_train.checkpoint import checkpoint_directories
+from vit_train.checkpoint import checkpoint_directories, must_be_readable
 from vit_train.errors import CheckpointError, ConfigError
 
 CONFIG = "config.yaml"
@@ -30,11 +30,13 @@ def choose_run_dir(run_dir: str | None, name: str, job_dir: Path | None) -> Path
     return home / datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
 
 
+@must_be_readable()
 def holds_run(folder: Path) -> bool:
     """Whether a directory is that of a run: it has a configuration, or checkpoints, which hold one."""
     return (folder / CONFIG).is_file() or bool(checkpoint_directories(folder / "checkpoints"))
 
 
+@must_be_readable()
 def find_run(resume: str, run_dir: str | None) -> tuple[Path, Path | None]:
     """What `resume=` means.
 
@@ -91,6 +93,7 @@ def check_free(run_dir: Path) -> None:
         raise ConfigError(f"run_dir={run_dir} holds files that are not a run; name a new or empty directory")
 
 
+@must_be_readable()
 def check_entries(run_dir: Path) -> None:
     """A run directory holds files and folders. A run writes into them: a link would lead it elsewhere.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vit_train import streams
 from vit_train.errors import ConfigError, OutOfMemoryError, VitTrainError
-from vit_train.places import expanded
+from vit_train.places import expanded, require_here
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,9 @@ def run(
     streams.mend()
     try:
         try:
-            return work(parse()) or 0
+            arguments = parse()
+            require_here()
+            return work(arguments) or 0
         finally:
             sys.stdout.flush()  # --help too
     except VitTrainError as error:

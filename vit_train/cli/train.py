@@ -64,6 +64,7 @@ def main() -> None:
     streams.mend()
     arguments = sys.argv[1:]
     try:
+        places.require_here()
         sys.argv[1:] = for_hydra(arguments)
         try:
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)()
@@ -71,10 +72,19 @@ def main() -> None:
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except SaveError as error:  # --help > /dev/full
+    except VitTrainError as error:  # what is typed, or --help > /dev/full
+        if wants_traceback:
+            traceback.print_exc()
         print(f"vit-train: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except (HydraException, ConfigError, TypeError, ValueError) as error:  # the latter: model=3
+    except OSError as error:
+        if composed:
+            raise
+        # -m makes the folder of a sweep before its first job
+        why = f"{error.filename} cannot be made ({error.strerror}); cd to a folder you may write in"
+        print(f"vit-train: error: {why}", file=sys.stderr)
+        sys.exit(2)
+    except (HydraException, TypeError, ValueError) as error:  # the latter: model=3
         if composed and not isinstance(error, HydraException):
             raise
         if wants_traceback:
