@@ -13,6 +13,7 @@ pickle anywhere: tensors are safetensors, the rest is JSON. Optimizer tensors ar
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vit_train import durable, faults
-from vit_train.errors import CheckpointError, SaveError
+from vit_train.errors import CheckpointError, SaveError, count
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 _KINDS = ("model", "ema", "optimizer")
 MANIFEST, _STATE = "manifest.json", "state.json"
+_ROOM = 2**15  # bytes of a checkpoint beside its tensors
 _PARTIAL = ".partial_"
 # Far above what is ever written (20,000 class names are half a megabyte), far below what would hurt
 _MAX_JSON_BYTES = 16 * 2**20
@@ -96,10 +98,12 @@ class Checkpointer:
             kept: steps of further checkpoints that stay.
 
         Raises:
-            SaveError: the operating system refused; earlier checkpoints are untouched.
+            SaveError: the operating system refused; earlier checkpoints are untouched, but for those that
+                gave way because the disk is full: all that `keep` alone holds, without the newest.
         """
         target = self.root / directory_name(step)
         aside = self.root / f"{_PARTIAL}{target.name}_{os.getpid()}"
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
         try:
             self.make()
             faults.point("save.begin")
@@ -120,6 +124,10 @@ class Checkpointer:
             faults.point("save.end")
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
+            if error.errno == errno.ENOSPC and self._give_way(
+                nbytes, {target.name, *map(directory_name, kept)}
+            ):
+                return self.save(tensors, state, step=step, best=best, keep=keep, kept=kept)
             reason = f"{error.strerror or error}; earlier checkpoints are untouched"
             if self._made and not self.root.is_dir():
                 reason = f"{self.root} was moved or deleted"
@@ -164,26 +172,26 @@ class Checkpointer:
             else:
                 leftover.unlink(missing_ok=True)
 
-    def check_space(self, nbytes: int) -> None:
-        """Refuses to begin where two checkpoints would not fit: the one kept and the one being written.
+    def check_space(self, nbytes: int, *, keep: int) -> None:
+        """Refuses to begin where what is kept, the best and the one being written would not fit.
 
-        Of a run that has one already, one more has to fit.
+        Those that a run has already do not count.
 
         Args:
             nbytes: size of one.
+            keep: as in `save`.
 
         Raises:
             SaveError: the file system has less free space.
         """
         free = shutil.disk_usage(next(p for p in self.root.absolute().parents if p.exists())).free
-        begun = bool(checkpoint_directories(self.root))
-        count, what = (
-            (1, "one more checkpoint of this run takes") if begun else (2, "two checkpoints of this run take")
-        )
-        if free < count * nbytes:
+        more = max(1, keep + 2 - len(checkpoint_directories(self.root)))
+        if free < more * nbytes:
+            fewer = ", type trainer.keep_checkpoints=2" if keep > 2 < more else ""
             raise SaveError(
-                f"{self.root.parent} has {free / 1e6:,.1f} MB free, but {what} "
-                f"{count * nbytes / 1e6:,.1f} MB; free some space or type run_dir=... on another disk"
+                f"{self.root.parent} has {free / 1e6:,.1f} MB free, but {count(more, 'more checkpoint')} of "
+                f"this run take {more * nbytes / 1e6:,.1f} MB; free some space{fewer} or type run_dir=... on "
+                "another disk"
             )
 
     def best_path(self) -> Path | None:
@@ -219,6 +227,30 @@ class Checkpointer:
         aside.replace(self.root / link)
         durable.sync_directory(self.root)
 
+    def _give_way(self, nbytes: int, needed: Collection[str]) -> bool:
+        """Removes the oldest checkpoint that need not stay, if that makes room for this many bytes.
+
+        Returns:
+            Whether there is now more room.
+        """
+        best, free = self.best_path(), shutil.disk_usage(self.root).free
+        names = {best.name if best is not None else "", *needed}
+        oldest = next((p for p in checkpoint_directories(self.root)[:0:-1] if p.name not in names), None)
+        if oldest is None:
+            return False
+        held = sum(file.stat().st_size for file in oldest.iterdir())
+        helps = free < nbytes + _ROOM <= free + held
+        if helps:
+            self._remove(oldest)
+        return helps
+
+    def _remove(self, path: Path) -> None:
+        """A removal that is interrupted leaves no half of a checkpoint."""
+        removed = self.root / f"{_PARTIAL}removed_{path.name}_{os.getpid()}"
+        path.rename(removed)
+        faults.point("save.removing")
+        shutil.rmtree(removed, ignore_errors=True)
+
     def _retain(self, keep: int, *, newest: str, kept: Collection[int]) -> None:
         """Later steps than the one just saved do not count: the run went back, because they are damaged."""
         best = self.best_path()
@@ -226,10 +258,7 @@ class Checkpointer:
         saved = [path for path in checkpoint_directories(self.root) if path.name <= newest]
         for path in saved[keep:]:
             if path.name not in names:  # names, because the link is resolved and the run directory may not be
-                removed = self.root / f"{_PARTIAL}removed_{path.name}_{os.getpid()}"
-                path.rename(removed)  # a removal that is interrupted leaves no half of a checkpoint
-                faults.point("save.removing")
-                shutil.rmtree(removed, ignore_errors=True)
+                self._remove(path)
 
 
 def directory_name(step: int) -> str:

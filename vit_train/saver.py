@@ -48,8 +48,8 @@ class Saver:
         self._bug: BaseException | None = None
         self._unsaved_best: Snapshot | None = None
 
-    def check_space(self, model: nn.Module, ema: Ema | None) -> None:
-        """Refuses to begin where two checkpoints would not fit; see `Checkpointer.check_space`.
+    def check_space(self, model: nn.Module, ema: Ema | None, *, keep: int) -> None:
+        """Refuses to begin where the checkpoints of a run would not fit; see `Checkpointer.check_space`.
 
         An optimizer is taken to keep two numbers per trained parameter, as AdamW does.
 
@@ -60,7 +60,7 @@ class Saver:
         held = sum(
             t.nbytes for m in (model, ema.module if ema else None) if m for t in m.state_dict().values()
         )
-        self.checkpointer.check_space(held + 2 * trained)
+        self.checkpointer.check_space(held + 2 * trained, keep=keep)
 
     def save(self, snapshot: Snapshot) -> None:
         """Begins to write a checkpoint, once the one before is written.

@@ -198,7 +198,7 @@ def execute(run: Run) -> dict[str, Any] | None:
         trainer.parts.checkpointer.finish_interrupted(
             step=trainer.state.step, keep=trainer.keep_checkpoints, kept=trainer.state.kept_steps()
         )
-        trainer.saver.check_space(trainer.model, trainer.ema)
+        trainer.saver.check_space(trainer.model, trainer.ema, keep=trainer.keep_checkpoints)
         trainer.parts.checkpointer.make()
         open_run_dir(run_dir, run.config)
         write_facts(

@@ -100,5 +100,8 @@ def draw_history(run_dir: Path, title: str) -> Path | None:
     shown = with_glyphs(title)
     figure.suptitle(shown, fontsize=10, family=fonts_for([shown]), parse_math=False)
     aside = run_dir / ".history.png"
-    figure.savefig(aside, format="png")
-    return aside.replace(run_dir / "history.png")
+    try:
+        figure.savefig(aside, format="png")
+        return aside.replace(run_dir / "history.png")
+    finally:
+        aside.unlink(missing_ok=True)  # a full disk
