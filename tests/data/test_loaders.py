@@ -459,3 +459,24 @@ def test_an_error_of_the_users_own_code_is_not_taken_for_a_lost_worker():
     assert loaders.worker_lost(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
     assert loaders.worker_lost(EOFError("Caught EOFError in DataLoader worker process 0.")) is None
     assert isinstance(loaders.worker_lost(EOFError()), WorkerLostError)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+@pytest.mark.parametrize("moment", ["read_by", "close"])
+def test_a_death_that_is_told_while_the_first_error_is_handled_is_no_error_of_its_own(made, moment):
+    """torch raises it from a signal handler, wherever the main thread is."""
+    loader = made(num_workers=2).loader("train")
+    batches = iter(loader)
+    next(batches)
+    handle = getattr(loader, moment)
+
+    def interrupted(*arguments):
+        for worker in getattr(loader._iterator, "_workers", []):
+            os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(1)  # until the handler raises
+        return handle(*arguments)
+
+    setattr(loader, moment, interrupted)
+    lost = loader._lost(RuntimeError("DataLoader worker (pid 1) exited unexpectedly"))
+    assert isinstance(lost, WorkerLostError)
+    assert re.match(r"DataLoader worker \(pid \d+\) is killed by signal: Killed", str(lost))

@@ -366,14 +366,27 @@ class SampleLoader(Loader):
                     raise DataError(self._explain(batch.line))
                 yield batch
         except (RuntimeError, EOFError, OSError) as error:
-            lost = worker_lost(error, self.read_by(error))
-            self.close()
+            lost = self._lost(error)
             if lost is None:
                 raise
             raise lost from error
         finally:
             if not self._persistent:
                 self.close()
+
+    def _lost(self, error: BaseException) -> WorkerLostError | None:
+        """The line for a worker that died, and the end of the others.
+
+        torch tells of a death from a signal handler, once, and that may be only now.
+        """
+        try:
+            lost = worker_lost(error, self.read_by(error))
+            self.close()
+        except RuntimeError as death:
+            if not str(death).startswith(_DIED):
+                raise
+            return self._lost(death)
+        return lost
 
     def _next(self) -> Batch | Failure | None:
         """The next batch; None at the end, or where the wait was given up because the run is to stop."""
