@@ -367,11 +367,15 @@ def test_a_damaged_best_is_named_and_the_last_is_used(tmp_path) -> None:
 
 def test_a_kill_between_the_renames_of_a_step_saved_twice_loses_nothing(tmp_path) -> None:
     path = save(tmp_path, 7)
+    before = save(tmp_path, 6)
     path.rename(path.with_name(f".partial_replaced_{path.name}_123"))
+    held = everything_in(tmp_path)
     checkpoint, problems = newest_valid(tmp_path)
     assert (checkpoint.path, problems) == (path, [])
+    assert everything_in(tmp_path) == held, "moved while another process may be between the renames"
     Checkpointer(tmp_path).remove_partial()
     assert newest_valid(tmp_path)[0].path == path
+    assert {folder.name for folder in (tmp_path / "checkpoints").glob("[s.]*")} == {before.name, path.name}
 
 
 def test_find_takes_a_run_its_best_or_last_or_a_checkpoint(tmp_path) -> None:

@@ -22,7 +22,7 @@ import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -165,7 +165,8 @@ class Checkpointer:
 
     def remove_partial(self) -> None:
         """Deletes what an interrupted save left behind."""
-        restore_replaced(self.root)
+        for place, aside in moved_aside(self.root).items():
+            aside.rename(place)
         for leftover in self.root.glob(f"{_PARTIAL}*"):
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -313,12 +314,17 @@ def resolve_link(link: Path) -> Path | None:
     return resolved if resolved.parent == link.parent.resolve() else None
 
 
-def restore_replaced(root: Path) -> None:
-    """Puts a checkpoint back that was moved aside for a new one of its step which never came."""
-    for aside in root.glob(f"{_PARTIAL}replaced_step_*"):
-        target = root / aside.name.removeprefix(f"{_PARTIAL}replaced_").rpartition("_")[0]
-        if not target.exists():
-            aside.rename(target)
+def moved_aside(root: Path) -> dict[Path, Path]:
+    """Checkpoints that made way for a new one of their step which never came.
+
+    Returns:
+        Where one belongs -> where it is.
+    """
+    places = {
+        root / aside.name.removeprefix(f"{_PARTIAL}replaced_").rpartition("_")[0]: aside
+        for aside in root.glob(f"{_PARTIAL}replaced_step_*")
+    }
+    return {place: aside for place, aside in places.items() if not place.exists()}
 
 
 def newest_valid(run_dir: Path, fits: Fits | None = None) -> tuple[Checkpoint | None, list[str]]:
@@ -328,10 +334,10 @@ def newest_valid(run_dir: Path, fits: Fits | None = None) -> tuple[Checkpoint | 
     problems = [
         f"{path} is a link, which is not followed" for path in root.glob("step_*") if path.is_symlink()
     ]
-    restore_replaced(root)
-    for path in checkpoint_directories(root):
+    moved = moved_aside(root)  # not moved back: another process may be training this run
+    for path in sorted([*checkpoint_directories(root), *moved], key=lambda p: p.name, reverse=True):
         try:
-            return load(path, fits), problems
+            return replace(load(moved.get(path, path), fits), path=path), problems
         except CheckpointError as error:
             problems.append(str(error))
     return None, problems
