@@ -10,6 +10,8 @@ import io
 import os
 import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vit_train.errors import SaveError
@@ -41,9 +43,28 @@ def mend() -> None:
             io.BufferedWriter(raw),
             encoding="utf-8" if stream is None else stream.encoding,
             errors="backslashreplace",
-            line_buffering=name == "stderr" or raw.isatty(),
+            line_buffering=name == "stderr" or raw.isatty() or getattr(stream, "write_through", False),
         )
         setattr(sys, name, mended)
+
+
+@contextmanager
+def output() -> Iterator[None]:
+    """Around a command: its output is written to the end, or that is the error, unless it has one of its own.
+
+    Raises:
+        SaveError, SystemExit: see `_Patient.write`.
+    """
+    mend()
+    try:
+        yield
+    except SystemExit:  # --help
+        sys.stdout.flush()
+        raise
+    except BaseException:
+        only_say()
+        raise
+    sys.stdout.flush()
 
 
 def only_say() -> None:
@@ -84,11 +105,11 @@ class _Patient(io.RawIOBase):
         return self.raw.fileno()
 
     def write(self, data: Any) -> int:
-        """All of it, or none where it failed before.
+        """As any raw stream; nothing where it failed before.
 
         Raises:
             SaveError: it failed, and that ends the command.
-            SystemExit: likewise, but because nobody reads on (`| head`), which is no error.
+            SystemExit: likewise, but because nobody reads on (`| head`), which is not an error.
         """
         while not self.failure:
             try:

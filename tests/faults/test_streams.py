@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,11 @@ import numpy as np
 import pytest
 from conftest import EIGHTEEN, environment, vit_train_forked
 from PIL import Image
+
+pytestmark = pytest.mark.skipif(
+    not os.path.exists("/dev/full") or shutil.which("bash") is None,  # noqa: PTH110
+    reason="needs /dev/full and bash",
+)
 
 MODULES = {
     "vit-train": "vit_train",

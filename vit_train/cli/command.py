@@ -30,14 +30,11 @@ def run(
 
     `work` returns an exit code of its own, or None for 0.
     """
-    streams.mend()
     try:
-        try:
+        with streams.output():
             arguments = parse()
             require_here()
             return work(arguments) or 0
-        finally:
-            sys.stdout.flush()  # --help too
     except VitTrainError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         return error.exit_code

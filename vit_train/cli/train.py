@@ -55,21 +55,19 @@ def main() -> None:
         except Interrupted as stopped:  # said so already; ends a sweep too
             sys.exit(stopped.exit_code)
         except VitTrainError as error:
+            streams.only_say()
             if wants_traceback:
                 traceback.print_exc()
             print(f"vit-train: error: {error}", file=sys.stderr)
             failures.append(error.exit_code)
             return None
 
-    streams.mend()
     arguments = sys.argv[1:]
     try:
-        places.require_here()
-        sys.argv[1:] = for_hydra(arguments)
-        try:
+        with streams.output():
+            places.require_here()
+            sys.argv[1:] = for_hydra(arguments)
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)()
-        finally:
-            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except VitTrainError as error:  # what is typed, or --help > /dev/full
@@ -77,19 +75,18 @@ def main() -> None:
             traceback.print_exc()
         print(f"vit-train: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except OSError as error:
-        if composed:
-            raise
-        # -m makes the folder of a sweep before its first job
-        why = f"{error.filename} cannot be made ({error.strerror}); cd to a folder you may write in"
-        print(f"vit-train: error: {why}", file=sys.stderr)
-        sys.exit(2)
     except (HydraException, TypeError, ValueError) as error:  # the latter: model=3
         if composed and not isinstance(error, HydraException):
             raise
         if wants_traceback:
             traceback.print_exc()
         print(f"vit-train: error: {explain(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # after Hydra's, some of which are such
+        if composed or wants_traceback:
+            raise
+        # such as the folder of a sweep, which is made before its first job
+        print(f"vit-train: error: {error.filename} cannot be used: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     if failures:
         sys.exit(failures[0])
