@@ -21,7 +21,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 _KINDS = ("model", "ema", "optimizer")
 MANIFEST, _STATE = "manifest.json", "state.json"
-_ROOM = 2**15  # bytes of a checkpoint beside its tensors
 _PARTIAL = ".partial_"
 # Far above what is ever written (20,000 class names are half a megabyte), far below what would hurt
 _MAX_JSON_BYTES = 16 * 2**20
@@ -103,7 +102,6 @@ class Checkpointer:
         """
         target = self.root / directory_name(step)
         aside = self.root / f"{_PARTIAL}{target.name}_{os.getpid()}"
-        nbytes = sum(tensor.nbytes for tensor in tensors.values())
         try:
             self.make()
             faults.point("save.begin")
@@ -124,11 +122,9 @@ class Checkpointer:
             faults.point("save.end")
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
-            if error.errno == errno.ENOSPC and self._give_way(
-                nbytes, {target.name, *map(directory_name, kept)}
-            ):
+            if error.errno == errno.ENOSPC and self._give_way(target.name, kept):
                 return self.save(tensors, state, step=step, best=best, keep=keep, kept=kept)
-            reason = f"{error.strerror or error}; earlier checkpoints are untouched"
+            reason = f"{error.strerror or error}; the newest before it is untouched"
             if self._made and not self.root.is_dir():
                 reason = f"{self.root} was moved or deleted"
             raise SaveError(f"checkpoint {target} could not be written: {reason}") from error
@@ -228,22 +224,23 @@ class Checkpointer:
         aside.replace(self.root / link)
         durable.sync_directory(self.root)
 
-    def _give_way(self, nbytes: int, needed: Collection[str]) -> bool:
-        """Removes the oldest checkpoint that need not stay, if that makes room for this many bytes.
+    def _give_way(self, target: str, kept: Collection[int]) -> bool:
+        """Removes the oldest checkpoint that need not stay, where its room is what `target` lacks.
+
+        Neither the newest before `target` nor later ones, which are damaged: see `_retain`.
 
         Returns:
             Whether there is now more room.
         """
-        best, free = self.best_path(), shutil.disk_usage(self.root).free
-        names = {best.name if best is not None else "", *needed}
-        oldest = next((p for p in checkpoint_directories(self.root)[:0:-1] if p.name not in names), None)
-        if oldest is None:
-            return False
-        held = sum(file.stat().st_size for file in oldest.iterdir())
-        helps = free < nbytes + _ROOM <= free + held
-        if helps:
-            self._remove(oldest)
-        return helps
+        best = self.best_path()
+        names = {best.name if best is not None else "", *map(directory_name, kept)}
+        older = [path for path in checkpoint_directories(self.root) if path.name < target][1:]
+        oldest = next((path for path in reversed(older) if path.name not in names), None)
+        with suppress(OSError):
+            if oldest and shutil.disk_usage(self.root).free < sum(f.stat().st_size for f in oldest.iterdir()):
+                self._remove(oldest)
+                return True
+        return False
 
     def _remove(self, path: Path) -> None:
         """A removal that is interrupted leaves no half of a checkpoint."""
@@ -334,10 +331,11 @@ def newest_valid(run_dir: Path, fits: Fits | None = None) -> tuple[Checkpoint | 
     problems = [
         f"{path} is a link, which is not followed" for path in root.glob("step_*") if path.is_symlink()
     ]
-    moved = moved_aside(root)  # not moved back: another process may be training this run
-    for path in sorted([*checkpoint_directories(root), *moved], key=lambda p: p.name, reverse=True):
+    # not moved back: another process may be training this run
+    places = moved_aside(root) | {path: path for path in checkpoint_directories(root)}
+    for path in sorted(places, key=lambda p: p.name, reverse=True):
         try:
-            return replace(load(moved.get(path, path), fits), path=path), problems
+            return replace(load(places[path], fits), path=path), problems
         except CheckpointError as error:
             problems.append(str(error))
     return None, problems
@@ -353,7 +351,7 @@ def must_be_readable() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror or error}") from error
 
 
 @must_be_readable()

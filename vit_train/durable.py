@@ -82,6 +82,7 @@ def sync_directory(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
+        error.filename = str(path)
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a directory
             raise
     finally:

@@ -2,8 +2,9 @@
 
 The count: 8 persistent errors (no space at 5 offsets, EACCES, EROFS, EIO) and 4 more that come once the new
 checkpoint is in place; 8 transient errors, one of them at the end and two where the save of the best
-checkpoint fails; 2 runs that are stopped while nothing can be saved; 3 real file systems that are full or
-read-only. 25 in all with `-m ""`, of which a plain `pytest` runs 4.
+checkpoint fails; 2 runs that are stopped while nothing can be saved; 16 real file systems that are full, small
+or read-only; 2 run directories that go away; an error elsewhere. 41 in all with `-m ""`, of which a plain
+`pytest` runs 6.
 """
 
 from __future__ import annotations
@@ -381,7 +382,8 @@ def test_what_can_start_on_a_small_disk_can_finish(eighteen, sealed, tmp_path, k
     """)
     if "code 5" in done.stdout:
         assert "epoch 1/3" not in done.stdout, done
-        assert len(error_lines(done.stderr)) == 1, done
+        assert kilobytes < 2200, "four would have fitted"
+        assert "more checkpoints of this run take" in error_lines(done.stderr)[0], done
         return
     assert "code 0" in done.stdout, done
     assert FAILED not in done.stdout, done
