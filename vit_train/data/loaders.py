@@ -343,7 +343,10 @@ class SampleLoader(Loader):
             try:
                 samples.reading.share_memory_()
             except RuntimeError as error:
-                raise worker_lost(error) or error from error
+                lost = worker_lost(error)
+                if lost is None:
+                    raise
+                raise lost from error
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -476,9 +479,11 @@ def _short_of(error: BaseException, text: str) -> int | None:
     """The number in `_SHORT` of what the processes ran out of, which torch says in several ways."""
     if isinstance(error, OSError):
         return error.errno if error.errno in _SHORT else None
-    ended = re.search(r"exit(?:ed unexpectedly with exit)? code:? (\d+)", text)
+    ended = re.search(r"exit code (\d+)", text)
     if text.startswith(_DIED) and ended:
         return int(ended[1]) if int(ended[1]) in _SHORT else None
+    if "shared memory" not in text and "Communication with the workers" not in text:
+        return None  # somebody else's
     return next((number for number in _SHORT if os.strerror(number) in text), None)
 
 
@@ -524,8 +529,12 @@ def _detach_worker(worker_id: int) -> None:  # noqa: ARG001 - the DataLoader pas
 
 def _end(error: Exception, _: object) -> None:
     """Ends this process with a code that tells the main one why; not where that one breaks it off."""
-    if not isinstance(error, EOFError | ConnectionError):
-        os._exit(_short_of(error, str(error)) or 1)
+    if isinstance(error, EOFError | ConnectionError):
+        return
+    short = _short_of(error, str(error))
+    if short is None:
+        sys.__excepthook__(type(error), error, error.__traceback__)
+    os._exit(short or 1)
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
