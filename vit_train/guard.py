@@ -44,8 +44,7 @@ class Signals:
     """Context manager that owns the signal handlers: from before a run is built until it has said goodbye.
 
     The first signal sets a flag, which the loop answers at the end of a step; a second one ends the process
-    at once, as it would without handlers. What is ignored stays so (Ctrl-C under `nohup` and behind `&`), but
-    for SIGTERM: a scheduler's request is never lost.
+    at once, as it would without handlers. Where Ctrl-C is ignored, as behind a script's `&`, it stays so.
     """
 
     def __init__(self) -> None:
@@ -56,7 +55,7 @@ class Signals:
         for name in _SIGNALS:
             if hasattr(signal, name):
                 number = getattr(signal, name)
-                if name != "SIGTERM" and signal.getsignal(number) is signal.SIG_IGN:
+                if name == "SIGINT" and signal.getsignal(number) is signal.SIG_IGN:
                     continue
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
