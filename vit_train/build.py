@@ -294,9 +294,13 @@ def _build(
         )
     with as_config_error("trainer.precision"):
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
-    if cfg.trainer.precision == "bf16" and not computes_bf16(strategy.device):
+    if (
+        cfg.trainer.precision == "bf16"
+        and strategy.device.type == "cpu"
+        and not computes_bf16(strategy.device)
+    ):
         instead = "" if stored else "; type trainer.precision=fp32"
-        notes.append(f"this {strategy.device.type} only emulates bf16, many times slower than fp32{instead}")
+        notes.append(f"this processor is not known to compute in bf16: fp32 may be far faster{instead}")
     config = plain(cfg)
 
     console, has_ema = Console(), config["trainer"]["ema_decay"] is not None
