@@ -1,7 +1,7 @@
 """Muon (Jordan 2024, kellerjordan.github.io/posts/muon), written anew from the post and from torch's.
 
-torch's own always computes in bf16, which most processors only emulate: a step of `vit_cifar` then takes
-seconds.
+torch's own always computes in bf16, which most processors only emulate: a step of `vit_cifar` on one of them
+takes twice as long (docs/RECIPES.md).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def expanded(path: object) -> Path:
 
 
 def require_here() -> None:
-    """The working directory exists: torch and Hydra end without one, each in its own way.
+    """The working directory exists: torch and Hydra fail without one, each in its own way.
 
     Raises:
         ConfigError: it was deleted.
@@ -39,14 +39,14 @@ def open_plain(path: str | Path) -> BufferedReader:
     """A file for reading. Links are followed; nobody waits for a pipe, a socket or a device.
 
     Raises:
-        OSError: it cannot be opened, or is no plain file.
+        OSError: it cannot be opened, or is not a plain file.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    file = os.fdopen(os.open(path, flags), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a plain file", str(path))
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def is_text(key: str, value: str) -> bool:

@@ -345,8 +345,7 @@ def _headers(source: FileSource) -> list[tuple[int, int, str]]:
     """Width, height and format of a few files that can be opened, the same ones at every call."""
     headers = []
     for path in sample_of(_Paths(source)):
-        # as in decode; the loader will name the file
-        with suppress(Exception), open_plain(path) as file, Image.open(file) as image:
+        with suppress(Exception), open_plain(path) as file, Image.open(file) as image:  # loaders name it
             headers.append((*image.size, str(image.format)))
     return headers
 

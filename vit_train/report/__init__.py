@@ -2,5 +2,5 @@
 
 import logging
 
-# What it says at its import, of a home that is not there or cannot be written, helps nobody
+# It warns of a home that is not there or cannot be written, about which nothing needs to be done
 logging.getLogger("matplotlib").setLevel(logging.ERROR)

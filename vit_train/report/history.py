@@ -40,7 +40,7 @@ def _is_event(event: Any) -> bool:
 
 
 def _is_figure(value: Any) -> bool:
-    """No whole number that nothing can draw or log: somebody else wrote it."""
+    """Whether it can be drawn and logged: a hostile file may hold whole numbers of any size."""
     return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGEST)
 
 
