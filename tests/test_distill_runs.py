@@ -213,7 +213,7 @@ def test_two_devices_compute_the_loss_of_one(home, tmp_path) -> None:
     assert len(seen["single"]) == 5
     for one, two in zip(seen["single"], seen["data_parallel"], strict=True):
         for part in ("loss", "loss_labels", "loss_teacher", "agreement"):
-            assert two[part] == pytest.approx(one[part], rel=1e-6), part
+            assert two[part] == pytest.approx(one[part], rel=1e-5), part  # 1.3e-6 without AVX-512
 
 
 def test_auto_batch_counts_the_teacher(home, tmp_path) -> None:
