@@ -202,6 +202,7 @@ def test_two_devices_compute_the_loss_of_one(home, tmp_path) -> None:
         "objective=distill",
         *taught_by(home, "resnet18"),
         "optimizer=sgd",
+        "optimizer.lr=5e-3",  # at ten times that, five steps make more of the rounding than 1e-6
         "trainer.epochs=1",
     )
     seen = {}
@@ -213,7 +214,7 @@ def test_two_devices_compute_the_loss_of_one(home, tmp_path) -> None:
     assert len(seen["single"]) == 5
     for one, two in zip(seen["single"], seen["data_parallel"], strict=True):
         for part in ("loss", "loss_labels", "loss_teacher", "agreement"):
-            assert two[part] == pytest.approx(one[part], rel=1e-5), part  # 1.3e-6 without AVX-512
+            assert two[part] == pytest.approx(one[part], rel=1e-6), part
 
 
 def test_auto_batch_counts_the_teacher(home, tmp_path) -> None:
