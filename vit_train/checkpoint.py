@@ -184,7 +184,7 @@ class Checkpointer:
         free = shutil.disk_usage(next(p for p in self.root.absolute().parents if p.exists())).free
         more = max(1, keep + 2 - len(checkpoint_directories(self.root)))
         if free < more * nbytes:
-            fewer = ", type trainer.keep_checkpoints=2" if keep > 2 < more else ""
+            fewer = ", type trainer.keep_checkpoints=2" if keep > 2 and more > 2 else ""
             raise SaveError(
                 f"{self.root.parent} has {free / 1e6:,.1f} MB free, but {count(more, 'more checkpoint')} of "
                 f"this run take {more * nbytes / 1e6:,.1f} MB; free some space{fewer} or type run_dir=... on "

@@ -529,12 +529,9 @@ def _detach_worker(worker_id: int) -> None:  # noqa: ARG001 - the DataLoader pas
 
 def _end(error: Exception, _: object) -> None:
     """Ends this process with a code that tells the main one why; not where that one breaks it off."""
-    if isinstance(error, EOFError | ConnectionError):
-        return
-    short = _short_of(error, str(error))
-    if short is None:
-        sys.__excepthook__(type(error), error, error.__traceback__)
-    os._exit(short or 1)
+    _report(type(error), error, error.__traceback__)
+    if not isinstance(error, EOFError | ConnectionError):
+        os._exit(1)
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
