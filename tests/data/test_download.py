@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from vit_train.data import download
-from vit_train.errors import DataError
+from vit_train.data.inputs import find_images
+from vit_train.errors import ConfigError, DataError
 
 MB = 1_000_000
 IMAGE = b"the bytes of an image"
@@ -71,6 +72,9 @@ class Handler(BaseHTTPRequestHandler):
     def to_file(self):
         self.start(301, Location="file:///etc/passwd")
 
+    def to_secret(self):
+        self.start(302, Location="http://name:sesame@127.0.0.1:9/")
+
     def to_ftp(self):
         self.start(307, Location="ftp://127.0.0.1/image.png")
 
@@ -130,6 +134,20 @@ def test_an_image(server, path):
 )
 def test_what_is_refused(server, path, words):
     assert words in line_of(f"{server}/{path}")
+
+
+def test_an_at_sign_later_on_is_no_password():
+    for url in ("https://host/x//photo@2x.jpg", "https://host/?back=//user@host", "http://[::1]:80/a"):
+        assert download.shown(url) == url
+
+
+def test_a_password_is_neither_sent_nor_shown(server):
+    for url in (server.replace("//", "//name:sesame@"), f"{server}/to_secret"):
+        with pytest.raises(DataError, match=r"cannot be fetched \(it holds a name or password") as raised:
+            download.download(url)
+        assert "sesame" not in str(raised.value)
+    with pytest.raises(ConfigError, match="the list holds the URL http://here/x: type --allow-url"):
+        find_images(["-"], stdin=["http://name:sesame@here/x"], allow_url=False)
 
 
 @pytest.mark.parametrize("path", ["silent", "drips"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import urllib.request
 from threading import Thread
 from urllib.error import HTTPError, URLError
@@ -20,12 +21,17 @@ def is_url(name: str) -> bool:
     return name.lower().startswith(("http://", "https://"))
 
 
+def shown(url: str) -> str:
+    """A URL for messages: without the name and password it may hold."""
+    return re.sub(r"\A(\w+://)[^/?#]*@", r"\1", url)
+
+
 def download(url: str) -> bytes:
     """What an http or https URL answers, where it says that it is an image.
 
     Raises:
         DataError: there is no answer within 10 seconds, it is an error, no image, longer than 20 MB, or leads
-            elsewhere than to http and https.
+            elsewhere than to http and https; or the URL holds a name and password.
     """
     answers: list[bytes | Exception] = []
     # A thread, because a socket's own timeout begins anew with every byte. It ends with its process at last.
@@ -37,7 +43,7 @@ def download(url: str) -> bytes:
         return answer
     cause = answer.reason if isinstance(answer, URLError) and not isinstance(answer, HTTPError) else answer
     reason = " ".join(str(cause).split()) or type(cause).__name__
-    raise DataError(f"{url} cannot be fetched ({reason})") from answer
+    raise DataError(f"{shown(url)} cannot be fetched ({reason})") from answer
 
 
 def _fetch(url: str, answers: list[bytes | Exception]) -> None:
@@ -51,8 +57,10 @@ def _follow(url: str) -> bytes:
     # urllib's own way of following redirects also knows ftp, and reads whatever a redirect has as a body
     opener = _opener()
     for _ in range(_MOST_REDIRECTS + 1):
+        if shown(url) != url:
+            raise ValueError("it holds a name or password, which is never sent")
         if not is_url(url):
-            raise ValueError(f"it redirects to {url}: neither http nor https")
+            raise ValueError(f"it redirects to {shown(url)}: neither http nor https")
         request = urllib.request.Request(url, headers={"User-Agent": "vit-predict", "Accept": "image/*"})
         try:
             with opener.open(request, timeout=TIMEOUT_SECONDS) as response:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vit_train.data.decode import NOT_READ
-from vit_train.data.download import is_url
+from vit_train.data.download import is_url, shown
 from vit_train.data.listing import SUFFIXES, images_below
 from vit_train.errors import ConfigError, DataError
 
@@ -36,7 +36,9 @@ def find_images(arguments: Sequence[str], *, stdin: Iterable[str], allow_url: bo
             if argument == STDIN:
                 for line in filter(None, (line.rstrip("\r\n") for line in stdin)):
                     if is_url(line) and not allow_url:
-                        raise ConfigError(f"the list holds the URL {line}: type --allow-url to fetch it")
+                        raise ConfigError(
+                            f"the list holds the URL {shown(line)}: type --allow-url to fetch it"
+                        )
                     found += _below(line)
             elif not is_url(argument) and glob.has_magic(argument) and not Path(argument).exists():
                 # nothing that matches: it stays, and is reported as a file that is missing
