@@ -288,6 +288,13 @@ def test_a_requeued_job_finds_its_run(typed, in_tmp):
     assert {path.name for path in home.iterdir()} == {"job_77", "job_78_3"}
 
 
+def test_the_name_of_a_job_leads_nowhere_else(typed, in_tmp):
+    done = typed(*TINY, "trainer.stop_at_step=0", SLURM_JOB_ID="../../elsewhere")
+    assert done.code == 0, done.err
+    assert [path.name for path in in_tmp.iterdir()] == ["runs"]
+    assert [path.name for path in (in_tmp / "runs/vit_digits-digits").iterdir()] == ["job_.._.._elsewhere"]
+
+
 # -------------------------------------------------------------------------------------------------- signals
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 def test_signals_save_and_the_run_goes_on(typed, in_tmp):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def choose_run_dir(run_dir: str | None, name: str, job_dir: Path | None) -> Path
     job = "_".join(part for part in array if part) if all(array) else os.environ.get("SLURM_JOB_ID")
     job = job or os.environ.get("TORCHELASTIC_RUN_ID")
     if job and job != "none":
-        return home / f"job_{job}"
+        return home / f"job_{re.sub(r'[^A-Za-z0-9._-]', '_', job)}"
     return home / datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
 
 
