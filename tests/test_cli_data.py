@@ -80,6 +80,22 @@ def test_hostile_names_do_nothing_to_the_terminal(root, tmp_path):
     }
 
 
+def test_only_the_command_speaks_of_a_damaged_file(root, tmp_path, capfd):
+    """libtiff, which Pillow reads such files with, writes to stderr by itself."""
+    bad = root / "train/a/bad.tif"
+    noise = np.random.RandomState(0).randint(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(bad, compression="tiff_lzw")
+    data = bytearray(bad.read_bytes())
+    data[8:-300:37] = b"\xff" * len(data[8:-300:37])
+    bad.write_bytes(data)
+    with pytest.raises(OSError, match="decoder error"):
+        Image.open(bad).load()
+    assert "not yet in table" in capfd.readouterr().err
+    done = typed_here(main, "check", "photos", "--num-workers", "2", cwd=tmp_path)
+    assert (done.code, done.err, capfd.readouterr().err) == (3, "", "")
+    assert "train/a/bad.tif" in done.out
+
+
 def test_long_lists_are_cut_on_the_screen_and_whole_in_json(root, tmp_path):
     for i in range(152):
         (root / "train/a" / f"bad_{i:03}.jpg").write_text("text")

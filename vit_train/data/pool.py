@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -155,6 +156,8 @@ def _serve(
     """What a worker does until the main process closes its end of the connection, or is gone."""
     other_end.close()  # a copy: as long as it is open here, nobody is gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal
+    sys.stderr = os.fdopen(os.dup(2), "w", errors="backslashreplace")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff prints a line for every mistake it meets
     with suppress(EOFError, OSError):
         while True:
             results = []
