@@ -109,7 +109,8 @@ class Tracker(NullTracker):
         run_dir: where the files go.
         console: says the lines.
         tensorboard: whether event files are written.
-        log_every_steps: how often the running figures are read from the device and logged.
+        log_every_steps: how often the running figures are read from the device and logged. The first value
+            after a start or a continuation covers one step, the second fewer than this.
         progress: bars; null shows them where stderr is a terminal.
         attention_every_epochs: how often TensorBoard gets a picture of where the model looks, besides the one
             at the end of the run.
