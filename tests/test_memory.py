@@ -5,17 +5,24 @@ A hook of torch's own makes the model refuse more than so many images at a time,
 
 from __future__ import annotations
 
+import argparse
+import errno
 import functools
 import re
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY, build, vit_train_forked, whole_state
+from conftest import TINY, build, vit_train_forked, vit_train_here, whole_state
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from vit_train import memory
 from vit_train.checkpoint import load, resolve_link
+from vit_train.cli import command
+from vit_train.errors import ran_out_of_memory
 from vit_train.memory import advice
 from vit_train.models import ViT
 
@@ -23,13 +30,14 @@ PROBE = (*TINY, "trainer.grad_accum_steps=1", "trainer.epochs=1")  # 5 steps of 
 AUTO = (*PROBE, "trainer.auto_batch=true", "run_dir=run")
 
 
-def small_memory(limit, after=0, diary=None):
+def small_memory(limit, after=0, diary=None, of_machine=False):
     """From now on a training pass of more than `limit` images finds the memory full.
 
     Args:
         limit: images.
         after: so many passes go through whatever their size.
         diary: a file that gets the size of each pass.
+        of_machine: it is that of the machine, which says so in other words.
     """
     passes = 0
 
@@ -42,6 +50,8 @@ def small_memory(limit, after=0, diary=None):
             with Path(diary).open("a") as file:
                 file.write(f"{len(arguments[0])} ")
         if len(arguments[0]) > limit and passes > after:
+            if of_machine:
+                torch.empty(2**55)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd much more.")
 
     return register_module_forward_pre_hook(hook)
@@ -57,9 +67,11 @@ def on_small_device(*arguments, cwd, check=True, **settings):
 
 
 # --------------------------------------------------------------------------------------- before the first step
-def test_the_micro_batch_that_fits_is_found_and_kept(warm, tmp_path) -> None:
+@pytest.mark.parametrize("of_machine", [False, True])
+def test_the_micro_batch_that_fits_is_found_and_kept(warm, tmp_path, of_machine) -> None:
     """As if the number had been typed; and looked for once."""
-    _, passes = on_small_device(*AUTO, "trainer.stop_at_step=2", cwd=tmp_path, limit=5)
+    small = {"limit": 5, "of_machine": of_machine}
+    _, passes = on_small_device(*AUTO, "trainer.stop_at_step=2", cwd=tmp_path, **small)
     assert passes == [16, 8, 4, 4] + 2 * [4, 4, 4, 4]
     stored = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert stored["trainer"]["grad_accum_steps"] == 4
@@ -68,7 +80,7 @@ def test_the_micro_batch_that_fits_is_found_and_kept(warm, tmp_path) -> None:
     assert state["train"]["step"] == 2
 
     # by either command, also where there is more memory now
-    _, passes = on_small_device("resume=run", "trainer.stop_at_step=3", cwd=tmp_path, limit=5)
+    _, passes = on_small_device("resume=run", "trainer.stop_at_step=3", cwd=tmp_path, **small)
     assert passes == [4, 4, 4, 4]
     _, passes = on_small_device(*AUTO, cwd=tmp_path, limit=100)
     assert passes == 2 * [4, 4, 4, 4]
@@ -150,3 +162,60 @@ def test_where_nothing_is_left_to_cut_the_advice_is_another() -> None:
     assert "grad_accum_steps" not in line
     assert "one image" in line
     assert "smaller model" in line
+
+
+# --------------------------------------------------------------------------------------- memory of the machine
+# 256 images of 1,024 patches: 256 x 1,024 x 256 x 4 bytes between the layers of an MLP
+WIDE = (
+    *TINY,
+    "data.limit=null",
+    "trainer.grad_accum_steps=1",
+    "model.mlp_ratio=8",
+    "data.img_size=32",
+    "data.batch_size=256",
+    "trainer.max_steps=1",
+)
+
+
+def take_no_more(mebibytes):
+    """From now on the allocator of this process refuses more than it has and so much more."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + mebibytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (WIDE, r"ViT with data\.batch_size=256 in 1 micro-batches of 256"),
+        ((*TINY, "model.embed_dim=8192", "model.mlp_ratio=100"), "before the first step"),
+    ],
+)
+def test_memory_of_the_machine_runs_out(warm, tmp_path, arguments, words) -> None:
+    limited = functools.partial(take_no_more, 650)
+    done = vit_train_forked(*arguments, "run_dir=run", cwd=tmp_path, check=False, prepare=limited)
+    assert (done.code, done.err.count("\n")) == (7, 1), done
+    assert re.search(f"out of memory:? {words} .*can't allocate memory", done.err)
+
+
+@pytest.mark.parametrize("allocate", [bytearray, np.empty, torch.empty])
+def test_every_allocator_is_understood(capsys, allocate) -> None:
+    code = command.run("vit-eval", lambda _: allocate(2**55) and None, argparse.Namespace)
+    assert (code, capsys.readouterr().err) == (
+        7,
+        "vit-eval: error: out of memory; type a smaller batch size\n",
+    )
+
+
+def test_other_errors_are_not_about_memory() -> None:
+    assert ran_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert not ran_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
+    assert not ran_out_of_memory(RuntimeError("shapes do not match"))
+
+
+@pytest.mark.parametrize(("free", "said"), [(2**20, True), (2**40, False)])
+def test_a_step_that_needs_more_than_is_free_is_announced(tmp_path, monkeypatch, free, said) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda _: free)
+    done = vit_train_here(*TINY, "trainer.precision=fp32", "summary=true", cwd=tmp_path)
+    assert done.code == 0, done
+    assert ("a training step needs about 0.0 GiB, 0.0 are free" in done.out) == said

@@ -31,7 +31,7 @@ from vit_train.composed import (
     read_class_weights,
 )
 from vit_train.construct import as_config_error, foreign_code, make, with_defaults
-from vit_train.errors import UNFIT, CheckpointError, ConfigError, DataError
+from vit_train.errors import UNFIT, CheckpointError, ConfigError, DataError, ran_out_of_memory
 from vit_train.places import as_typed, expanded
 from vit_train.report.origins import origins
 from vit_train.resume import (
@@ -182,7 +182,7 @@ def _blaming(resume: str) -> Iterator[None]:
     try:
         yield
     except UNFIT as e:
-        if type(e).__name__ == "OutOfMemoryError":
+        if ran_out_of_memory(e):
             raise
         reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
         raise CheckpointError(f"resume={resume}: what is stored does not make a run ({reason})") from e

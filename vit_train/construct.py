@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, ConfigDict, PydanticUserError, Strict, TypeAdapter, ValidationError
 
-from vit_train.errors import CheckpointError, ConfigError, suggest
+from vit_train.errors import CheckpointError, ConfigError, ran_out_of_memory, suggest
 
 TARGET, PARTIAL = "_target_", "_partial_"
 # Numbers with their bounds, for constructors whose arguments users type; none is infinite or NaN. What makes
@@ -179,7 +179,7 @@ def as_config_error(key: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, a RuntimeError
+        if ran_out_of_memory(error):
             raise
         raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 

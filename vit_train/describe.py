@@ -54,6 +54,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
 
     import torch
 
+    from vit_train.memory import shortage
     from vit_train.optim import freeze_parts
     from vit_train.precision import resolve_precision
     from vit_train.report.layers import layers_of, memory_of
@@ -89,6 +90,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
             has_ema=cfg.trainer.ema_decay is not None,
             teacher=taught.model if taught else None,
         )
+    notes += shortage(memory.total, strategy.device)
     return Described(config, layers, memory, multiply_adds, micro_batch, str(strategy.device), notes)
 
 

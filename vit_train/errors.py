@@ -8,6 +8,7 @@ anything else that escapes is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 # Raised by building and running where a stored value, or one typed beside it, makes no sense
@@ -75,7 +76,7 @@ class NonFiniteError(VitTrainError):
 
 
 class OutOfMemoryError(VitTrainError):
-    """The accelerator ran out of memory."""
+    """The accelerator or the machine ran out of memory."""
 
     exit_code = 7
 
@@ -92,6 +93,20 @@ class Interrupted(VitTrainError):  # noqa: N818 - not an error: the run was save
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory is full, that of an accelerator or of the machine.
+
+    torch has no class for the latter, and importing it for the former takes seconds: both are known by name.
+    """
+    words = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+    )
 
 
 def suggest(word: str, choices: Iterable[str], *, inside: str = "") -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_train import streams
-from vit_train.errors import ConfigError, OutOfMemoryError, VitTrainError
+from vit_train.errors import ConfigError, OutOfMemoryError, VitTrainError, ran_out_of_memory
 from vit_train.places import expanded, require_here
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def run(
     except VitTrainError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         return error.exit_code
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it takes seconds
+    except Exception as error:
+        if not ran_out_of_memory(error):
             raise
         print(f"{command}: error: out of memory; type a smaller batch size", file=sys.stderr)
         return OutOfMemoryError.exit_code

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_train.cli import command
-from vit_train.errors import UNFIT, ConfigError, DataError, suggest
+from vit_train.errors import UNFIT, ConfigError, DataError, ran_out_of_memory, suggest
 from vit_train.places import expanded, is_text
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def report(arguments: argparse.Namespace) -> None:
         evaluated, mistakes = _evaluate(trained, precision, strategy, data, splits, about)
     except UNFIT as error:
         lost = data.worker_lost(error)
-        if lost is not None or type(error).__name__ == "OutOfMemoryError":
+        if lost is not None or ran_out_of_memory(error):
             raise lost or error from error
         raise ConfigError(f"{stored.path} cannot be evaluated on this data: {_reason(error)}") from error
     finally:
@@ -346,6 +346,8 @@ def build_data(config: dict[str, Any], trust: tuple[str, ...] = ()) -> tuple[Any
         strategy.start()
         data.setup(device=strategy.device, rank=0, world_size=1, training=False, should_stop=lambda: False)
     except UNFIT as error:
+        if ran_out_of_memory(error):
+            raise
         raise ConfigError(f"data: {_reason(error)}") from error
     return strategy, data
 

@@ -27,7 +27,15 @@ from vit_train.build import Run, build_run
 from vit_train.cli.typed import for_hydra, is_group
 from vit_train.composed import Launch, config_dir, plain
 from vit_train.describe import describe
-from vit_train.errors import ConfigError, Interrupted, OutOfMemoryError, SaveError, VitTrainError, suggest
+from vit_train.errors import (
+    ConfigError,
+    Interrupted,
+    OutOfMemoryError,
+    SaveError,
+    VitTrainError,
+    ran_out_of_memory,
+    suggest,
+)
 from vit_train.resume import packages_of, trust_options, trusted
 
 if TYPE_CHECKING:
@@ -39,7 +47,7 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 def main() -> None:
     """Entry point of `vit-train` and `python -m vit_train`. Exits with the codes of errors.py."""
-    wants_traceback = os.environ.get(_FULL_ERROR) == "1"
+    fail = partial(_fail, os.environ.get(_FULL_ERROR) == "1")
     threading.excepthook = _thread_failed
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises instead of printing and exiting
     failures: list[int] = []  # codes: an error would keep the job it ended, and its memory, alive
@@ -54,12 +62,12 @@ def main() -> None:
             return train(cfg)
         except Interrupted as stopped:  # said so already; ends a sweep too
             sys.exit(stopped.exit_code)
-        except VitTrainError as error:
+        except Exception as error:
+            told = _told(error)
+            if told is None:
+                raise
             streams.only_say()
-            if wants_traceback:
-                traceback.print_exc()
-            print(f"vit-train: error: {error}", file=sys.stderr)
-            failures.append(error.exit_code)
+            failures.append(fail(str(told), told.exit_code))
             return None
 
     arguments = sys.argv[1:]
@@ -71,25 +79,38 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except VitTrainError as error:  # what is typed, or --help > /dev/full
-        if wants_traceback:
-            traceback.print_exc()
-        print(f"vit-train: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(fail(str(error), error.exit_code))
     except (HydraException, TypeError, ValueError) as error:  # the latter: model=3
         if composed and not isinstance(error, HydraException):
             raise
-        if wants_traceback:
-            traceback.print_exc()
-        print(f"vit-train: error: {explain(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(fail(explain(error), 2))
     except OSError as error:  # after Hydra's, some of which are such
-        if composed or wants_traceback:
+        if composed:
             raise
         # such as the folder of a sweep, which is made before its first job
-        print(f"vit-train: error: {error.filename} cannot be used: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(fail(f"{error.filename} cannot be used: {error.strerror}", 2))
     if failures:
         sys.exit(failures[0])
+
+
+def _fail(shows_where: bool, message: str, exit_code: int) -> int:
+    """Says what went wrong in one line, after a traceback where somebody wants that as well."""
+    if shows_where:
+        traceback.print_exc()
+    print(f"vit-train: error: {message}", file=sys.stderr)
+    return exit_code
+
+
+def _told(error: Exception) -> VitTrainError | None:
+    """The error of a job that ends it with one line; None is a bug, which keeps its traceback."""
+    if isinstance(error, VitTrainError):
+        return error
+    if not ran_out_of_memory(error):
+        return None
+    return OutOfMemoryError(
+        f"out of memory before the first step ({' '.join(str(error).split())}): type a smaller model, or "
+        "strategy.device=cuda:1 or cpu where something else uses the device"
+    )
 
 
 def _thread_failed(what: threading.ExceptHookArgs) -> None:
@@ -140,14 +161,6 @@ def _build(cfg: DictConfig, signals: Signals) -> Run | Path:
         message = f"stopped by {signal.Signals(signals.signum).name} before the first step: nothing to save"
         print(message, file=sys.stderr)
         raise Interrupted(message, signals.signum) from error
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it takes seconds
-            raise
-        said = " ".join(str(error).split("\n")[0].split())
-        raise OutOfMemoryError(
-            f"out of memory before the first step ({said}); something else may be using the device: type "
-            "strategy.device=cuda:1 or cpu, or a smaller model"
-        ) from error
 
 
 def _launch() -> Launch:
@@ -175,11 +188,9 @@ def execute(run: Run) -> dict[str, Any] | None:
         Interrupted: a signal stopped it; everything is saved.
         VitTrainError: it failed.
     """
-    import torch
     import yaml
 
     from vit_train.guard import Stop
-    from vit_train.memory import advice
     from vit_train.report.record import driver_version, open_run_dir, write_facts
     from vit_train.report.summary import summary
 
@@ -212,20 +223,11 @@ def execute(run: Run) -> dict[str, Any] | None:
         trainer.tracker.text("config", yaml.safe_dump(run.config, sort_keys=False))
         outcome = trainer.fit()
         return _stopped(run, outcome) if isinstance(outcome, Stop) else _finish(run, outcome)
-    except torch.OutOfMemoryError as error:
-        model = type(trainer.model).__name__
-        raise OutOfMemoryError(advice(run.config, model, strategy.device, error)) from error
-    except (RuntimeError, EOFError, ConnectionError) as error:
-        lost = data.worker_lost(error)  # torch raises it wherever the main thread happens to be
-        if lost is not None:
-            raise lost from error
-        if "does not have a deterministic implementation" in str(error):
-            raise ConfigError(
-                f"trainer.deterministic=true: {str(error).split(', but you set')[0]}"
-            ) from error
-        raise
-    except OSError as error:
-        raise _refused(error, run_dir) from error
+    except Exception as error:
+        failure = _failure(run, error)
+        if failure is error:
+            raise
+        raise failure from error
     finally:
         log_error = partial(_log_error, run, sys.exc_info()[1])
         # data first: until its workers have ended, the death of another one can interrupt anything
@@ -238,6 +240,23 @@ def execute(run: Run) -> dict[str, Any] | None:
         ):
             with suppress(OSError):  # a full disk ends in its own error, not in that of the cleaning up
                 cleanup()
+
+
+def _failure(run: Run, error: Exception) -> Exception:
+    """The error a user can do something about, or the same one where it is a bug."""
+    if isinstance(error, VitTrainError):
+        return error
+    lost = run.trainer.parts.data.worker_lost(error)  # torch raises it wherever the main thread happens to be
+    if lost is not None:
+        return lost
+    if ran_out_of_memory(error):
+        from vit_train.memory import advice
+
+        model = type(run.trainer.model).__name__
+        return OutOfMemoryError(advice(run.config, model, run.trainer.strategy.device, error))
+    if "does not have a deterministic implementation" in str(error):
+        return ConfigError(f"trainer.deterministic=true: {str(error).split(', but you set')[0]}")
+    return _refused(error, run.run_dir) if isinstance(error, OSError) else error
 
 
 def _refused(error: OSError, run_dir: Path) -> VitTrainError:

@@ -13,12 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -33,6 +29,7 @@ from vit_train.data.batch import Batch, Failure, Sample
 from vit_train.data.decode import EXTENT
 from vit_train.data.loaders import Batches, EvalBatches, Loader, SampleLoader, Samples, Source
 from vit_train.errors import DataError
+from vit_train.memory import available_memory
 
 Cache: TypeAlias = Literal["auto", "none", "ram", "device"]
 
@@ -41,7 +38,6 @@ Cache: TypeAlias = Literal["auto", "none", "ram", "device"]
 _FILL_BATCH = 64
 _FILL_BYTES = 32 * 2**20
 _SHARE = 0.25  # of the memory that is free: the model, its gradients and other programs want some
-_UNKNOWN_MEMORY = 2 * 2**30  # where the system does not say
 
 
 class CachedLoader(Loader):
@@ -234,22 +230,3 @@ def choose_place(
         f"data.cache=none: {needed} are more than {_SHARE:.0%} of the memory that is free "
         "(data.cache=ram insists)"
     )
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; for the CPU those of the container, if it is in one."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = []
-    with suppress(OSError, ValueError, IndexError):
-        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
-        free.append(int(line.split()[1]) * 1024)
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        group = Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text())
-        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        given_back = int(cached[1]) if cached else 0  # files in the page cache make room when it is wanted
-        free.append(int((group / "memory.max").read_text()) - used + given_back)
-    if not free and hasattr(os, "sysconf"):  # macOS says only what there is
-        free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return max(min(free, default=_UNKNOWN_MEMORY), 0)
