@@ -1,8 +1,9 @@
 """SIGKILL at any moment of a run costs at most one save interval, and nothing is left over.
 
 The count: 12 named points of a save x 3 saves (36) and 100 random times are the 136. Beside them stand 2 points
-that only some saves reach x 3 (6), 5 of a step that is saved twice, 2 of a worker that is just starting, and 1
-after the result: 150 cases in this file with `-m ""`, of which a plain `pytest` runs a sample of 5.
+that only some saves reach x 3 (6), 5 of a step that is saved twice, 2 of a worker that is just starting, 1
+after the result, and 10 random times of a run with everything on: 160 cases in this file with `-m ""`, of which
+a plain `pytest` runs a sample of 6.
 """
 
 from __future__ import annotations
@@ -33,12 +34,29 @@ ONCE_IT_COUNTS = ("renamed", "durable", "linked_last", "last", "best", "end")
 SAMPLE = ("files-4", "last-6")
 
 
+# Whatever draws, remembers or happens beside the steps, on at once
+EVERYTHING = (
+    *SETTINGS,
+    "augment.batch.mixup_alpha=0.8",
+    "augment.batch.cutmix_alpha=1.0",
+    "augment.batch.erase_prob=0.5",
+    "data.sampler=balanced",
+    "objective.class_weights=auto",
+    "trainer.ema_decay=0.9",
+    "trainer.async_save=true",
+    "data.num_workers=2",
+)
+
+
 @pytest.fixture(scope="module")
 def unbroken(warm, tmp_path_factory):
     """The same run when nothing interrupts it, and how long it takes."""
-    folder = tmp_path_factory.mktemp("unbroken")
+    return undisturbed(tmp_path_factory.mktemp("unbroken"), SETTINGS)
+
+
+def undisturbed(folder, settings):
     before = time.monotonic()
-    vit_train_forked(*SETTINGS, cwd=folder)
+    vit_train_forked(*settings, cwd=folder)
     seconds = time.monotonic() - before
     run = folder / "run"
     return (
@@ -226,6 +244,25 @@ def requested(run):
     """The saves that were asked for: each begins by flushing the log, which is what is read here."""
     events = read_events(run / "metrics.jsonl")
     return [step for step in SAVED if events and step <= events[-1]["step"]]
+
+
+@pytest.fixture(scope="module")
+def rich(warm, tmp_path_factory):
+    """State and lines of the run with everything, when nothing interrupts it."""
+    folder = tmp_path_factory.mktemp("rich")
+    return undisturbed(folder, EVERYTHING), whole_state(folder / "run")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(i, marks=() if i == 4 else pytest.mark.faults) for i in range(10)]
+)
+def test_killed_at_a_random_time_with_everything_on(rich, tmp_path, case) -> None:
+    (seconds, *_), state = rich
+    moment = seconds * (case + random.Random(case).random()) / 10
+    children = kill_at(moment, *EVERYTHING, cwd=tmp_path)
+    vit_train_forked(*(continuation(tmp_path / "run") or EVERYTHING), cwd=tmp_path)
+    check_whole(tmp_path / "run", state, rich[0])
+    assert left_after_a_while(children) == set()
 
 
 @pytest.mark.parametrize(
