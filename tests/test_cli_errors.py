@@ -166,6 +166,12 @@ def test_full_error_shows_a_traceback_and_still_the_line(typed, argument, code):
     assert_one_line(done.err.splitlines(keepends=True)[-1], [])
 
 
+@pytest.mark.parametrize("key", ["resume", "run_dir", "name", "summary", "data.root"])
+def test_an_interpolation_that_leads_nowhere(refused, key):
+    """Some keys are read before the configuration is checked."""
+    refused(f"{key}=${{oc.env:NOTHING_OF_THAT_NAME}}", words=["NOTHING_OF_THAT_NAME"])
+
+
 def test_a_mistake_in_what_is_only_shown(refused):
     line = refused("--cfg", "job", "trainer.epoch=3", words=["did you mean 'trainer.epochs'?"])
     assert "--cfg" not in line

@@ -105,6 +105,8 @@ def _told(error: Exception) -> VitTrainError | None:
     """The error of a job that ends it with one line; None is a bug, which keeps its traceback."""
     if isinstance(error, VitTrainError):
         return error
+    if isinstance(error, OmegaConfBaseException):  # resume=${nothing} refers to nothing, and is read first
+        return ConfigError(" ".join(str(error).split()))
     if not ran_out_of_memory(error):
         return None
     return OutOfMemoryError(
