@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from pathlib import Path
 
 from vit_train import faults
+from vit_train.places import open_plain
 
 
 def write(path: Path, data: bytes) -> None:
@@ -56,13 +56,10 @@ def read(path: Path, limit: int) -> bytes:
     Raises:
         OSError: it is missing, no plain file, or longer than `limit` bytes.
     """
-    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise OSError(errno.EINVAL, "it is not a plain file")
-        if about.st_size > limit:
-            raise OSError(errno.EFBIG, f"{about.st_size} bytes are more than it can have")
+    with open_plain(path, follow=False) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"{size} bytes are more than it can have", str(path))
         return file.read()
 
 

@@ -35,14 +35,14 @@ def require_here() -> None:
         ) from error
 
 
-def open_plain(path: str | Path) -> BufferedReader:
-    """A file for reading. Links are followed; nobody waits for a pipe, a socket or a device.
+def open_plain(path: str | Path, *, follow: bool = True) -> BufferedReader:
+    """A file for reading. Nobody waits for a pipe, a socket or a device.
 
     Raises:
-        OSError: it cannot be opened, or is not a plain file.
+        OSError: it cannot be opened, or is not a plain file, or a link where links are not to be followed.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)
+    flags = ["O_NONBLOCK", "O_BINARY", *([] if follow else ["O_NOFOLLOW"])]
+    descriptor = os.open(path, sum((getattr(os, flag, 0) for flag in flags), os.O_RDONLY))
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
