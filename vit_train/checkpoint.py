@@ -386,6 +386,7 @@ def load_run(run: Path, fits: Fits | None = None) -> tuple[Checkpoint, list[str]
 
 
 # ------------------------------------------------------------------------------------------------ reading
+@must_be_readable()
 def load(path: Path, fits: Fits | None = None) -> Checkpoint:
     """Reads and verifies one checkpoint directory.
 
@@ -398,38 +399,10 @@ def load(path: Path, fits: Fits | None = None) -> Checkpoint:
         CheckpointError: the directory is missing, incomplete, damaged or does not fit; the message says
             which file and how.
     """
-    try:
-        return _load(path, fits)
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or path} cannot be read: {error.strerror or error}"
-        ) from error
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """The verified state.json of a checkpoint directory, without its tensors.
-
-    Raises:
-        CheckpointError: see `load`.
-    """
-    try:
-        return _load_state(path, _listed_files(path))
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or path} cannot be read: {error.strerror or error}"
-        ) from error
-
-
-def _load_state(path: Path, files: Mapping[str, Any]) -> dict[str, Any]:
-    return _parse_json(_verified(path / _STATE, files[_STATE]), path / _STATE)
-
-
-def _load(path: Path, fits: Fits | None) -> Checkpoint:
     import safetensors.torch
 
-    files = _listed_files(path)
+    state, files = load_state(path)
     kinds = {name: name.removesuffix(".safetensors") for name in sorted(files) if name != _STATE}
-    state = _load_state(path, files)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, kind in kinds.items():
         _check_size(path / name, files[name])
@@ -445,6 +418,17 @@ def _load(path: Path, fits: Fits | None) -> Checkpoint:
             raise _no_tensors(path / name, error) from error
         tensors |= {f"{kind}/{key}": tensor for key, tensor in part.items()}
     return Checkpoint(path, tensors, state)
+
+
+@must_be_readable()
+def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The verified state.json of a checkpoint directory, and the entries of its manifest, without tensors.
+
+    Raises:
+        CheckpointError: see `load`.
+    """
+    files = _listed_files(path)
+    return _parse_json(_verified(path / _STATE, files[_STATE]), path / _STATE), files
 
 
 def fits_model(model: nn.Module, ema: Ema | None) -> Fits:

@@ -72,7 +72,7 @@ def read_config(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
     except CheckpointError as error:
         for folder in checkpoint.checkpoint_directories(run_dir / "checkpoints"):
             try:
-                stored = checkpoint.load_state(folder).get("config")
+                stored = checkpoint.load_state(folder)[0].get("config")
                 check_stored(stored, folder)
             except CheckpointError:
                 continue
