@@ -339,14 +339,6 @@ class SampleLoader(Loader):
             # The DataLoader draws a seed for its workers. Nothing uses it; keep it off the global stream.
             generator=torch.Generator(),
         )
-        if num_workers > 0:
-            try:
-                samples.reading.share_memory_()
-            except RuntimeError as error:
-                lost = worker_lost(error)
-                if lost is None:
-                    raise
-                raise lost from error
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -362,6 +354,8 @@ class SampleLoader(Loader):
             WorkerLostError: a worker process died, or could not be started.
         """
         try:
+            if self._loader.num_workers > 0:
+                self._samples.reading.share_memory_()
             self._iterator = iter(self._loader)
             while (batch := self._next()) is not None:
                 if isinstance(batch, Failure):
