@@ -43,11 +43,13 @@ def digits_run(tmp_path_factory):
     home = tmp_path_factory.mktemp("digits")
     # 80 images to train on, all of the others to evaluate
     images = ("data.limit=null", "data.train_fraction=0.062")
-    done = vit_train_here(
-        *TINY, *PATCHES, *images, "trainer.keep_checkpoints=2", "run_dir=run", "seed=2", cwd=home
-    )
-    assert done.code == 0, done.err
-    assert json.loads((home / "run/result.json").read_text())["best/epoch"] < 3, "choose another seed"
+    settings = (*TINY, *PATCHES, *images, "trainer.keep_checkpoints=2", "run_dir=run")
+    for seed in range(2, 12):  # of most, with any version of torch
+        done = vit_train_here(*settings, f"seed={seed}", cwd=home)
+        assert done.code == 0, done.err
+        if json.loads((home / "run/result.json").read_text())["best/epoch"] < 3:
+            break
+        shutil.rmtree(home / "run")
     return home / "run"
 
 
