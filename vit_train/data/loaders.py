@@ -476,6 +476,8 @@ def _short_of(error: BaseException, text: str) -> int | None:
     ended = re.search(r"exit code (\d+)", text)
     if text.startswith(_DIED) and ended:
         return int(ended[1]) if int(ended[1]) in _SHORT else None
+    if "unable to allocate shared memory" in text:  # torch 2.11 gives no reason
+        return errno.ENOSPC
     if "shared memory" not in text and "Communication with the workers" not in text:
         return None  # somebody else's
     return next((number for number in _SHORT if os.strerror(number) in text), None)
