@@ -55,10 +55,9 @@ def keys_of(config, prefix=""):
 def wrong_line(seed):
     """The groups that are chosen, and `key=value`."""
     draw = random.Random(seed)
-    chosen = CHOICES[seed % len(CHOICES)]
+    chosen = draw.choice(CHOICES)
     keys = list(keys_of(OmegaConf.to_container(compose(*chosen), resolve=False)))
-    kind = list(VALUES)[seed % len(VALUES)]
-    return chosen, f"{draw.choice(keys)}={draw.choice(VALUES[kind])}"
+    return chosen, f"{draw.choice(keys)}={draw.choice(draw.choice(list(VALUES.values())))}"
 
 
 @pytest.fixture(scope="module")
