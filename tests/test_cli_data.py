@@ -134,6 +134,12 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(root, tmp_path):
             assert done.err.count("\n") == 1
 
 
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path):
+    done = typed_here(main, "check", "x" * 300, cwd=tmp_path)
+    assert (done.code, done.out) == (1, "")
+    assert done.err == f"vit-data: error: {'x' * 300}: File name too long\n"
+
+
 def test_a_folder_that_is_not_there(root, tmp_path):
     for work in ("check", "stats"):
         done = typed_here(main, work, "photo", cwd=tmp_path)

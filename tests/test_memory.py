@@ -10,6 +10,7 @@ import errno
 import functools
 import re
 import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -184,27 +185,27 @@ def take_no_more(mebibytes):
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are set and read as Linux has them")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (WIDE, r"ViT with data\.batch_size=256 in 1 micro-batches of 256"),
-        ((*TINY, "model.embed_dim=8192", "model.mlp_ratio=100"), "before the first step"),
+        ((*TINY, "model.embed_dim=8192", "model.mlp_ratio=100"), "you tried to allocate"),
     ],
 )
 def test_memory_of_the_machine_runs_out(warm, tmp_path, arguments, words) -> None:
     limited = functools.partial(take_no_more, 650)
     done = vit_train_forked(*arguments, "run_dir=run", cwd=tmp_path, check=False, prepare=limited)
     assert (done.code, done.err.count("\n")) == (7, 1), done
-    assert re.search(f"out of memory:? {words} .*can't allocate memory", done.err)
+    assert re.search(f"out of memory.* {words}", done.err)
 
 
 @pytest.mark.parametrize("allocate", [bytearray, np.empty, torch.empty])
 def test_every_allocator_is_understood(capsys, allocate) -> None:
     code = command.run("vit-eval", lambda _: allocate(2**55) and None, argparse.Namespace)
-    assert (code, capsys.readouterr().err) == (
-        7,
-        "vit-eval: error: out of memory; type a smaller batch size\n",
-    )
+    said = capsys.readouterr().err
+    assert (code, said.count("\n")) == (7, 1)
+    assert said.startswith("vit-eval: error: out of memory (")
 
 
 def test_other_errors_are_not_about_memory() -> None:
@@ -218,4 +219,4 @@ def test_a_step_that_needs_more_than_is_free_is_announced(tmp_path, monkeypatch,
     monkeypatch.setattr(memory, "available_memory", lambda _: free)
     done = vit_train_here(*TINY, "trainer.precision=fp32", "summary=true", cwd=tmp_path)
     assert done.code == 0, done
-    assert ("a training step needs about 0.0 GiB, 0.0 are free" in done.out) == said
+    assert ("a training step needs about 0.0 GiB, but only 0.0 GiB are free" in done.out) == said

@@ -8,8 +8,7 @@ and builds the rest. Nothing is written to disk before all of it succeeded.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,7 +30,7 @@ from vit_train.composed import (
     read_class_weights,
 )
 from vit_train.construct import as_config_error, foreign_code, make, with_defaults
-from vit_train.errors import UNFIT, CheckpointError, ConfigError, DataError, ran_out_of_memory
+from vit_train.errors import CheckpointError, ConfigError, DataError, blame
 from vit_train.places import as_typed, expanded
 from vit_train.report.origins import origins
 from vit_train.resume import (
@@ -168,24 +167,9 @@ def build_run(cfg: DictConfig, launch: Launch, signals: Signals | None = None) -
     check_launch(launch, cfg)
     if cfg.resume is None:
         return _build_run(cfg, launch, signals)
-    with _blaming(str(cfg.resume)):
+    # whatever goes wrong while a stored configuration is built is a mistake in it, whoever wrote it
+    with blame(CheckpointError, f"resume={cfg.resume}: what is stored does not make a run"):
         return _build_run(cfg, launch, signals)
-
-
-@contextmanager
-def _blaming(resume: str) -> Iterator[None]:
-    """Whatever goes wrong while a stored configuration is built is a mistake in it, whoever wrote it.
-
-    Raises:
-        CheckpointError: something did.
-    """
-    try:
-        yield
-    except UNFIT as e:
-        if ran_out_of_memory(e):
-            raise
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
-        raise CheckpointError(f"resume={resume}: what is stored does not make a run ({reason})") from e
 
 
 def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run | Path:
@@ -491,7 +475,7 @@ def _put_back(
     Raises:
         CheckpointError: it does not fit.
     """
-    try:
+    with blame(CheckpointError, f"{found.path} does not fit this configuration"):
         trainer.resume(found)
         trainer.state.check_position(trainer.steps_per_epoch, trainer.total_steps)
         if trainer.state.stopped_early:
@@ -499,9 +483,6 @@ def _put_back(
                 trainer.state.evaluations_since_best = 0
             trainer.judge_patience()
         return rate_jump(before, trainer)
-    except (AttributeError, ArithmeticError, RuntimeError, ValueError, TypeError, LookupError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{found.path} does not fit this configuration: {reason}") from error
 
 
 def resolve_auto(cfg: DictConfig, overrides: list[str], model: nn.Module) -> list[str]:

@@ -17,14 +17,14 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, ConfigDict, PydanticUserError, Strict, TypeAdapter, ValidationError
 
-from vit_train.errors import CheckpointError, ConfigError, ran_out_of_memory, suggest
+from vit_train.errors import CheckpointError, ConfigError, blame, suggest
 
 TARGET, PARTIAL = "_target_", "_partial_"
 # Numbers with their bounds, for constructors whose arguments users type; none is infinite or NaN. What makes
@@ -173,15 +173,9 @@ def make(node: Any, *, key: str = "", allow: Iterable[str] | None = None) -> Any
         return target(**arguments)
 
 
-@contextmanager
-def as_config_error(key: str) -> Iterator[None]:
+def as_config_error(key: str) -> AbstractContextManager[None]:
     """A value that a constructor or torch refuses is a mistake in the configuration."""
-    try:
-        yield
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
-        if ran_out_of_memory(error):
-            raise
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+    return blame(ConfigError, key, (ValueError, TypeError, ArithmeticError, RuntimeError, OSError))
 
 
 def check(node: Any, *, key: str = "", pending: frozenset[str] = frozenset()) -> list[str]:

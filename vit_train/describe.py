@@ -90,7 +90,8 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
             has_ema=cfg.trainer.ema_decay is not None,
             teacher=taught.model if taught else None,
         )
-    notes += shortage(memory.total, strategy.device)
+    if strategy.device.type == "cpu":  # asking a GPU would take memory of it
+        notes += shortage(memory.total, strategy.device)
     return Described(config, layers, memory, multiply_adds, micro_batch, str(strategy.device), notes)
 
 

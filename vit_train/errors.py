@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 # Raised by building and running where a stored value, or one typed beside it, makes no sense
 UNFIT = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
@@ -100,13 +101,51 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
     torch has no class for the latter, and importing it for the former takes seconds: both are known by name.
     """
-    words = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+    words = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
     )
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether memory or open files ran out: whatever was being read or built may be sound."""
+    too_many = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    return too_many or ran_out_of_memory(error)
+
+
+def told(error: Exception) -> VitTrainError | None:
+    """The error that a command ends with in one line; None for a bug, which keeps its traceback."""
+    if isinstance(error, VitTrainError):
+        return error
+    if ran_out_of_memory(error):
+        said = " ".join(str(error).partition("\n")[0].split())
+        return OutOfMemoryError(
+            f"out of memory ({said}); type a smaller model or batch, or end what else uses this memory"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        what = error.filename or "the operating system refused something"
+        return VitTrainError(f"{what}: {error.strerror}")
+    return None
+
+
+@contextmanager
+def blame(
+    kind: type[VitTrainError], what: str, errors: tuple[type[Exception], ...] = UNFIT
+) -> Iterator[None]:
+    """Whatever goes wrong inside is a mistake in what is stored or typed, unless something ran out.
+
+    Raises:
+        VitTrainError: of that kind, `what: reason` in one line.
+    """
+    try:
+        yield
+    except errors as error:
+        if ran_out(error):
+            raise
+        raise kind(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def suggest(word: str, choices: Iterable[str], *, inside: str = "") -> str:

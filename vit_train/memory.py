@@ -104,8 +104,8 @@ def shortage(needed: int, device: torch.device) -> list[str]:
     if needed <= free:
         return []
     return [
-        f"a training step needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free: type a smaller "
-        "data.batch_size, or a larger trainer.grad_accum_steps for the same batch in less memory"
+        f"a training step needs about {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free: "
+        "type a smaller data.batch_size or model, or a larger trainer.grad_accum_steps for the same batch"
     ]
 
 

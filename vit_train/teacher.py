@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vit_train import checkpoint
 from vit_train.data.layout import some
-from vit_train.errors import CheckpointError, ConfigError, DataError, VitTrainError, suggest
+from vit_train.errors import CheckpointError, ConfigError, DataError, VitTrainError, ran_out, suggest
 from vit_train.models.cost import multiply_adds
 from vit_train.places import expanded
 from vit_train.precision import Precision, autocast, inference_precision
@@ -227,6 +227,8 @@ def _from_file(
             fill(sizes, make_model)
         model, *about = fill(sizes, make_model)
     except RuntimeError as error:
+        if ran_out(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"{_KEY}={source} does not hold {name} with {count} classes, as the data has ({reason})"

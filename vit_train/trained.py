@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +22,10 @@ from vit_train.construct import is_node, make
 from vit_train.data import Normalize
 from vit_train.data.decode import RGB, WHITE, ValueRange
 from vit_train.data.sample_transforms import Steps, plain
-from vit_train.errors import CheckpointError, ConfigError
+from vit_train.errors import UNFIT, CheckpointError, ConfigError, blame
 from vit_train.precision import Precision, inference_precision
 from vit_train.resume import Packages, allowed, check_stored
 
-# What a constructor or a forward pass may raise where a file made up its arguments
-_NO_MODEL = (ConfigError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Weights = Literal["auto", "raw", "ema"]
 
 
@@ -99,16 +98,17 @@ def fits(
     node = config["model"]
     allow = allowed({"model": node}, trust, hydra=hydra)
     check_sizes(node, shapes, path)
-    try:
-        with torch.device("meta"):
-            model = make(without_download(node), key="model", allow=allow["model"])
-            if not isinstance(model, nn.Module):
-                raise TypeError(f"{node['_target_']} makes a {type(model).__name__}")
-            checkpoint.check_shapes(path, shapes, model)
-            _check_inference(state["inference"], model)
-    except _NO_MODEL as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} does not describe a model that can be built: {reason}") from error
+    with _blaming(path), torch.device("meta"):
+        model = make(without_download(node), key="model", allow=allow["model"])
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{node['_target_']} makes a {type(model).__name__}")
+        checkpoint.check_shapes(path, shapes, model)
+        _check_inference(state["inference"], model)
+
+
+def _blaming(path: Path) -> AbstractContextManager[None]:
+    what = f"{path} does not describe a model that can be built"
+    return blame(CheckpointError, what, (ConfigError, *UNFIT))
 
 
 def check_sizes(node: Mapping[str, Any], shapes: checkpoint.Shapes, path: Path) -> None:
@@ -168,7 +168,7 @@ def from_checkpoint(
         raise CheckpointError(f"{path} holds no averaged weights; type --weights raw")
     chosen: Literal["ema", "raw"] = "ema" if weights == "ema" or (weights == "auto" and has_ema) else "raw"
     prefix = "ema/" if chosen == "ema" else "model/"
-    try:
+    with _blaming(path):
         config, inference = stored.state["config"], stored.state["inference"]
         allow = allowed({"model": config["model"]}, trust)
         model = make(without_download(config["model"]), key="model", allow=allow["model"])
@@ -190,9 +190,6 @@ def from_checkpoint(
             weights=chosen,
             step=stored.state["train"]["step"],
         )
-    except _NO_MODEL as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} does not describe a model that can be built: {reason}") from error
 
 
 def _colour(stored: object) -> RGB:

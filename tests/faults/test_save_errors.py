@@ -3,12 +3,14 @@
 The count: 8 persistent errors (no space at 5 offsets, EACCES, EROFS, EIO) and 4 more that come once the new
 checkpoint is in place; 8 transient errors, one of them at the end and two where the save of the best
 checkpoint fails; 2 runs that are stopped while nothing can be saved; 16 real file systems that are full, small
-or read-only; 2 run directories that go away; an error elsewhere. 41 in all with `-m ""`, of which a plain
-`pytest` runs 6.
+or read-only; 2 run directories that go away; a quota; a result that does not fit; an error elsewhere. 43 in all
+with `-m ""`, of which a plain `pytest` runs 8.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import EIGHTEEN, environment, everything_in, stale_files, vit_train_forked, whole_state
 
+from vit_train import durable
 from vit_train.checkpoint import MANIFEST, checkpoint_directories, directory_name, load, newest_valid
 from vit_train.objective import CrossEntropy
 
@@ -240,6 +243,33 @@ def test_a_run_directory_that_goes_away_ends_the_run_and_is_not_made_anew(eighte
         assert whole_state(tmp_path / "run") == eighteen
 
 
+def test_an_older_checkpoint_gives_way_where_a_quota_is_used_up(eighteen, tmp_path) -> None:
+    settings = (*SETTINGS, "trainer.keep_checkpoints=5")
+    done = vit_train_forked(*settings, cwd=tmp_path, fault="write:4:0:EDQUOT:1")
+    assert FAILED not in done.out, done
+    assert whole_state(tmp_path / "run") == eighteen
+    steps = [path.name for path in checkpoint_directories(tmp_path / "run/checkpoints")]
+    assert directory_name(SAVED[0]) not in steps, "nothing gave way"
+
+
+def a_full_disk_for_the_result():
+    replace = durable.replace
+
+    def refused(path, content):
+        if path.name == "result.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        replace(path, content)
+
+    durable.replace = refused
+
+
+def test_a_full_disk_is_not_blamed_on_workers(tmp_path) -> None:
+    """Shared memory that is full is the same error of the operating system."""
+    settings = (*EIGHTEEN, "trainer.epochs=1", "data.num_workers=2")
+    done = vit_train_forked(*settings, cwd=tmp_path, check=False, prepare=a_full_disk_for_the_result)
+    assert (done.code, done.err) == (5, "vit-train: error: run cannot be written: No space left on device\n")
+
+
 def test_an_error_elsewhere_is_not_blamed_on_the_run_directory(tmp_path) -> None:
     settings = (*EIGHTEEN, "objective._target_=test_save_errors.NeedsAFile")
     done = vit_train_forked(*settings, cwd=tmp_path, check=False)
@@ -347,7 +377,7 @@ def test_too_little_space_is_said_before_the_first_step(eighteen, sealed, tmp_pa
     assert "epoch 1/3" not in first, done
     assert [line for line in done.stderr.splitlines() if line] == error_lines(done.stderr)
     assert len(error_lines(done.stderr)) == 1, done
-    assert "but 4 more checkpoints of this run take" in done.stderr
+    assert "but 4 more checkpoints of this run will take" in done.stderr
     assert "; free some space or type run_dir=..." in done.stderr
     assert not (tmp_path / "small/checkpoints").exists()
     assert not (tmp_path / "small/metrics.jsonl").exists()
@@ -383,7 +413,7 @@ def test_what_can_start_on_a_small_disk_can_finish(eighteen, sealed, tmp_path, k
     if "code 5" in done.stdout:
         assert "epoch 1/3" not in done.stdout, done
         assert kilobytes < 2200, "four would have fitted"
-        assert "more checkpoints of this run take" in error_lines(done.stderr)[0], done
+        assert "more checkpoints of this run will take" in error_lines(done.stderr)[0], done
         return
     assert "code 0" in done.stdout, done
     assert FAILED not in done.stdout, done

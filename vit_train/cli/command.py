@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_train import streams
-from vit_train.errors import ConfigError, OutOfMemoryError, VitTrainError, ran_out_of_memory
+from vit_train.errors import ConfigError, told
 from vit_train.places import expanded, require_here
 
 if TYPE_CHECKING:
@@ -35,14 +35,12 @@ def run(
             arguments = parse()
             require_here()
             return work(arguments) or 0
-    except VitTrainError as error:
-        print(f"{command}: error: {error}", file=sys.stderr)
-        return error.exit_code
     except Exception as error:
-        if not ran_out_of_memory(error):
+        failure = told(error)
+        if failure is None:
             raise
-        print(f"{command}: error: out of memory; type a smaller batch size", file=sys.stderr)
-        return OutOfMemoryError.exit_code
+        print(f"{command}: error: {failure}", file=sys.stderr)
+        return failure.exit_code
     except KeyboardInterrupt:
         return 130
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_train.cli import command
-from vit_train.errors import UNFIT, ConfigError, DataError, ran_out_of_memory, suggest
+from vit_train.errors import UNFIT, ConfigError, DataError, blame, suggest
 from vit_train.places import expanded, is_text
 
 if TYPE_CHECKING:
@@ -90,12 +90,11 @@ def report(arguments: argparse.Namespace) -> None:
             "notes": notes_on(data, splits, asked=arguments.split, own=own, seen=seen),
             "dataset_fingerprint": fingerprint,
         }
-        evaluated, mistakes = _evaluate(trained, precision, strategy, data, splits, about)
-    except UNFIT as error:
-        lost = data.worker_lost(error)
-        if lost is not None or ran_out_of_memory(error):
-            raise lost or error from error
-        raise ConfigError(f"{stored.path} cannot be evaluated on this data: {_reason(error)}") from error
+        with blame(ConfigError, f"{stored.path} cannot be evaluated on this data"):
+            try:
+                evaluated, mistakes = _evaluate(trained, precision, strategy, data, splits, about)
+            except RuntimeError as error:
+                raise data.worker_lost(error) or error from error
     finally:
         data.close()
     console = Console()
@@ -342,18 +341,10 @@ def build_data(config: dict[str, Any], trust: tuple[str, ...] = ()) -> tuple[Any
         raise ConfigError(f"trainer.precision: expected one of {', '.join(precisions)}")
     strategy = make(config["strategy"], key="strategy", allow=allow["strategy"])
     data = make(node, key="data", allow=allow["data"])
-    try:
+    with blame(ConfigError, "data"):
         strategy.start()
         data.setup(device=strategy.device, rank=0, world_size=1, training=False, should_stop=lambda: False)
-    except UNFIT as error:
-        if ran_out_of_memory(error):
-            raise
-        raise ConfigError(f"data: {_reason(error)}") from error
     return strategy, data
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def with_overrides(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from vit_train import durable, places, streams
 from vit_train.build import Run, build_run
@@ -35,6 +36,7 @@ from vit_train.errors import (
     VitTrainError,
     ran_out_of_memory,
     suggest,
+    told,
 )
 from vit_train.resume import packages_of, trust_options, trusted
 
@@ -63,11 +65,13 @@ def main() -> None:
         except Interrupted as stopped:  # said so already; ends a sweep too
             sys.exit(stopped.exit_code)
         except Exception as error:
-            told = _told(error)
-            if told is None:
+            failure = told(error)
+            if isinstance(error, InterpolationResolutionError):  # resume=${nothing} is read before the check
+                failure = ConfigError(f"{error.full_key}: {str(error).partition(chr(10))[0]}")
+            if failure is None:
                 raise
             streams.only_say()
-            failures.append(fail(str(told), told.exit_code))
+            failures.append(fail(str(failure), failure.exit_code))
             return None
 
     arguments = sys.argv[1:]
@@ -88,31 +92,17 @@ def main() -> None:
         if composed:
             raise
         # such as the folder of a sweep, which is made before its first job
-        sys.exit(fail(f"{error.filename} cannot be used: {error.strerror}", 2))
+        sys.exit(fail(f"{error.filename or Path.cwd()} cannot be used: {error.strerror}", 2))
     if failures:
         sys.exit(failures[0])
 
 
 def _fail(shows_where: bool, message: str, exit_code: int) -> int:
-    """Says what went wrong in one line, after a traceback where somebody wants that as well."""
+    """Prints the error in one line, after a traceback if that was asked for."""
     if shows_where:
         traceback.print_exc()
     print(f"vit-train: error: {message}", file=sys.stderr)
     return exit_code
-
-
-def _told(error: Exception) -> VitTrainError | None:
-    """The error of a job that ends it with one line; None is a bug, which keeps its traceback."""
-    if isinstance(error, VitTrainError):
-        return error
-    if isinstance(error, OmegaConfBaseException):  # resume=${nothing} refers to nothing, and is read first
-        return ConfigError(" ".join(str(error).split()))
-    if not ran_out_of_memory(error):
-        return None
-    return OutOfMemoryError(
-        f"out of memory before the first step ({' '.join(str(error).split())}): type a smaller model, or "
-        "strategy.device=cuda:1 or cpu where something else uses the device"
-    )
 
 
 def _thread_failed(what: threading.ExceptHookArgs) -> None:
@@ -126,6 +116,7 @@ def train(cfg: DictConfig) -> float | None:
     if cfg.get("summary"):
         _describe(cfg)
         return None
+    streams.mend()  # a launcher of sweeps may run this in a process of its own
     streams.only_say()
     from vit_train.guard import Signals
 
@@ -133,7 +124,8 @@ def train(cfg: DictConfig) -> float | None:
         built = _build(cfg, signals)
         if isinstance(built, Path):
             if (built / ".history.png").exists() or not (built / "history.png").exists():
-                _draw(built)  # killed at the very last
+                with suppress(OSError):  # a full disk: the run is finished all the same
+                    _draw(built)  # killed at the very last
             own = packages_of(plain(cfg)) or trusted(cfg.trust, hydra=True)
             evaluate = f"vit-eval {shlex.quote(str(built))}{trust_options(own)}"
             print(f"{built} is finished: nothing to do. Its figures:  {evaluate}")
@@ -246,29 +238,27 @@ def execute(run: Run) -> dict[str, Any] | None:
 
 def _failure(run: Run, error: Exception) -> Exception:
     """The error a user can do something about, or the same one where it is a bug."""
-    if isinstance(error, VitTrainError):
-        return error
-    lost = run.trainer.parts.data.worker_lost(error)  # torch raises it wherever the main thread happens to be
+    # torch raises it from a signal handler, wherever the main thread happens to be
+    lost = run.trainer.parts.data.worker_lost(error) if isinstance(error, RuntimeError) else None
     if lost is not None:
         return lost
-    if ran_out_of_memory(error):
+    if ran_out_of_memory(error) and not isinstance(error, VitTrainError):
         from vit_train.memory import advice
 
         model = type(run.trainer.model).__name__
         return OutOfMemoryError(advice(run.config, model, run.trainer.strategy.device, error))
     if "does not have a deterministic implementation" in str(error):
         return ConfigError(f"trainer.deterministic=true: {str(error).split(', but you set')[0]}")
-    return _refused(error, run.run_dir) if isinstance(error, OSError) else error
+    if isinstance(error, OSError) and _is_save(error, run.run_dir):
+        return SaveError(f"{run.run_dir} cannot be written: {error.strerror}")
+    return told(error) or error
 
 
-def _refused(error: OSError, run_dir: Path) -> VitTrainError:
-    """What the operating system refused, where; only what lies in the run directory is a save that failed."""
-    reason = error.strerror or str(error)
-    if not isinstance(error.filename, str | os.PathLike):
-        return VitTrainError(f"the operating system refused something: {reason}")
-    if Path(error.filename).absolute().is_relative_to(run_dir.absolute()):
-        return SaveError(f"{run_dir} cannot be written: {reason}")
-    return VitTrainError(f"{error.filename}: {reason}")
+def _is_save(error: OSError, run_dir: Path) -> bool:
+    """Whether it lies in the run directory; a flush that fails does not say where."""
+    if error.filename is None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+    return Path(os.fsdecode(error.filename)).absolute().is_relative_to(run_dir.absolute())
 
 
 def _log_error(run: Run, error: BaseException | None) -> None:
