@@ -210,3 +210,10 @@ def test_a_name_alone_says_heic_only_of_what_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"gone\.heic does not exist"):
         decode(tmp_path / "gone.heic")
     assert decode(tmp_path / "renamed.heic").size == (36, 24)
+
+
+def test_a_sound_file_is_not_called_damaged_where_too_many_files_are_open(tmp_path, no_more_files):
+    Image.new("RGB", (8, 8)).save(tmp_path / "sound.png")
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        decode(tmp_path / "sound.png")
+    assert decode(tmp_path / "sound.png").size == (8, 8)

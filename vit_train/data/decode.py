@@ -35,7 +35,7 @@ from PIL.ExifTags import Base
 from torchvision.io import ImageReadMode, decode_image
 
 from vit_train.construct import Level
-from vit_train.errors import DataError
+from vit_train.errors import DataError, ran_out
 from vit_train.places import open_plain
 
 RGB: TypeAlias = tuple[Level, Level, Level]
@@ -137,6 +137,8 @@ def decode(
     except FileNotFoundError:
         raise DataError(f"{name} does not exist: check its name, or put it back") from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
+        if ran_out(error):
+            raise
         if name.lower().endswith(HEIC) or _is_heic(file):
             raise DataError(f"{name} {NOT_READ}") from None
         if isinstance(error, UnidentifiedImageError):

@@ -37,7 +37,7 @@ from vit_train import rng
 from vit_train.data.batch import Batch, Failure, Sample, collate
 from vit_train.data.order import Order, Sampling, epoch_order
 from vit_train.data.sample_transforms import SampleTransform
-from vit_train.errors import DataError, WorkerLostError
+from vit_train.errors import DataError, WorkerLostError, ran_out
 
 Key: TypeAlias = tuple[int, int, int]  # (epoch, index, draw)
 
@@ -121,6 +121,10 @@ class Samples(Dataset[Sample | Failure]):
         except DataError as error:
             return Failure(str(error))
         except (Exception, SystemExit) as error:  # no traceback of the user's code tells which sample it was
+            if ran_out(error):
+                if worker is not None and (short := _short_of(error, "")) is not None:
+                    os._exit(short)
+                raise
             where = traceback.extract_tb(error.__traceback__)[-1]
             reason = " ".join(str(error).split())
             return Failure(
