@@ -483,3 +483,11 @@ def test_the_evaluation_cadence_is_free_unless_something_listens() -> None:
     new = changed("trainer.eval_every_epochs", 2)
     assert compare(STORED, new, cadence_matters=False)["identity"] == []
     assert compare(STORED, new, cadence_matters=True)["identity"] == ["trainer.eval_every_epochs: 1 -> 2"]
+
+
+def test_a_sound_checkpoint_is_not_passed_over_where_too_many_files_are_open(tmp_path, no_more_files) -> None:
+    """An older one would be continued, and what is newer overwritten."""
+    path = save(tmp_path, step=1)
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        load(path)
+    assert load(path).path == path

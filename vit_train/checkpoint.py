@@ -21,13 +21,13 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vit_train import durable, faults
-from vit_train.errors import CheckpointError, SaveError, count
+from vit_train.errors import CheckpointError, SaveError, blame, count, ran_out
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,8 +97,8 @@ class Checkpointer:
             kept: steps of further checkpoints that stay.
 
         Raises:
-            SaveError: the operating system refused; earlier checkpoints are untouched, but for those that
-                gave way because the disk is full: all that `keep` alone holds, without the newest.
+            SaveError: the operating system refused; earlier checkpoints are untouched, except that on a full
+                disk the oldest that only `keep` holds may be gone, never the newest.
         """
         target = self.root / directory_name(step)
         aside = self.root / f"{_PARTIAL}{target.name}_{os.getpid()}"
@@ -122,9 +122,9 @@ class Checkpointer:
             faults.point("save.end")
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
-            if error.errno == errno.ENOSPC and self._give_way(target.name, kept):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) and self._give_way(target.name, kept, error.errno):
                 return self.save(tensors, state, step=step, best=best, keep=keep, kept=kept)
-            reason = f"{error.strerror or error}; the newest before it is untouched"
+            reason = f"{error.strerror or error}; what was saved before is untouched"
             if self._made and not self.root.is_dir():
                 reason = f"{self.root} was moved or deleted"
             raise SaveError(f"checkpoint {target} could not be written: {reason}") from error
@@ -185,10 +185,10 @@ class Checkpointer:
         more = max(1, keep + 2 - len(checkpoint_directories(self.root)))
         if free < more * nbytes:
             fewer = ", type trainer.keep_checkpoints=2" if keep > 2 and more > 2 else ""
+            needed = f"{count(more, 'more checkpoint')} of this run will take {more * nbytes / 1e6:,.1f} MB"
             raise SaveError(
-                f"{self.root.parent} has {free / 1e6:,.1f} MB free, but {count(more, 'more checkpoint')} of "
-                f"this run take {more * nbytes / 1e6:,.1f} MB; free some space{fewer} or type run_dir=... on "
-                "another disk"
+                f"{self.root.parent} has {free / 1e6:,.1f} MB free, but {needed}; free some space{fewer} or "
+                "type run_dir=... on another disk"
             )
 
     def best_path(self) -> Path | None:
@@ -224,10 +224,11 @@ class Checkpointer:
         aside.replace(self.root / link)
         durable.sync_directory(self.root)
 
-    def _give_way(self, target: str, kept: Collection[int]) -> bool:
-        """Removes the oldest checkpoint that need not stay, where its room is what `target` lacks.
+    def _give_way(self, target: str, kept: Collection[int], reason: int) -> bool:
+        """Removes the oldest checkpoint that need not stay, if the space it frees is what `target` lacks.
 
-        Neither the newest before `target` nor later ones, which are damaged: see `_retain`.
+        Neither the newest before `target` nor later ones, which are damaged: see `_retain`. Where a quota is
+        used up (EDQUOT), the file system does not say how much is free.
 
         Returns:
             Whether there is now more room.
@@ -237,7 +238,10 @@ class Checkpointer:
         older = [path for path in checkpoint_directories(self.root) if path.name < target][1:]
         oldest = next((path for path in reversed(older) if path.name not in names), None)
         with suppress(OSError):
-            if oldest and shutil.disk_usage(self.root).free < sum(f.stat().st_size for f in oldest.iterdir()):
+            if oldest is None:
+                return False
+            room = sum(file.stat().st_size for file in oldest.iterdir())
+            if reason == errno.EDQUOT or shutil.disk_usage(self.root).free < room:
                 self._remove(oldest)
                 return True
         return False
@@ -343,15 +347,17 @@ def newest_valid(run_dir: Path, fits: Fits | None = None) -> tuple[Checkpoint | 
 
 @contextmanager
 def must_be_readable() -> Iterator[None]:
-    """Around what looks for a run or its checkpoints, also as a decorator.
+    """Turns a refusal of the operating system into a CheckpointError; also a decorator.
 
-    Raises:
-        CheckpointError: the operating system refused.
+    Not where files or memory ran out: what was to be read may be sound, and must not be passed over.
     """
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror or error}") from error
+        if ran_out(error):
+            raise
+        place = error.filename or "what is stored"
+        raise CheckpointError(f"{place} cannot be read: {error.strerror or error}") from error
 
 
 @must_be_readable()
@@ -412,10 +418,8 @@ def load(path: Path, fits: Fits | None = None) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     for name, kind in kinds.items():
         data = _verified(path / name, files[name])
-        try:
+        with _holding_tensors(path / name):
             part = safetensors.torch.load(data)
-        except Exception as error:
-            raise _no_tensors(path / name, error) from error
         tensors |= {f"{kind}/{key}": tensor for key, tensor in part.items()}
     return Checkpoint(path, tensors, state)
 
@@ -494,9 +498,6 @@ def _read(path: Path, limit: int) -> bytes:
         return durable.read(path, limit)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        reason = "it is a link" if path.is_symlink() else error.strerror
-        raise CheckpointError(f"{path} cannot be read: {reason}") from error
 
 
 def _check_size(path: Path, entry: Any) -> int:
@@ -527,16 +528,13 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor in a safetensors file: its header alone is read, and held against its size."""
     import safetensors
 
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise _no_tensors(path, error) from error
+    with _holding_tensors(path), safetensors.safe_open(path, framework="numpy") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def _no_tensors(path: Path, error: Exception) -> CheckpointError:
-    """Of an error of safetensors, which raises its own, undocumented types; they may quote the file."""
-    return CheckpointError(f"{path} is damaged: it is not a safetensors file: {' '.join(str(error).split())}")
+def _holding_tensors(path: Path) -> AbstractContextManager[None]:
+    """Around safetensors, which raises its own, undocumented types; they may quote the file."""
+    return blame(CheckpointError, f"{path} is damaged: it is not a safetensors file", (Exception,))
 
 
 def _parse_json(data: bytes, path: Path) -> dict[str, Any]:

@@ -42,7 +42,12 @@ def open_plain(path: str | Path, *, follow: bool = True) -> BufferedReader:
         OSError: it cannot be opened, or is not a plain file, or a link where links are not to be followed.
     """
     flags = ["O_NONBLOCK", "O_BINARY", *([] if follow else ["O_NOFOLLOW"])]
-    descriptor = os.open(path, sum((getattr(os, flag, 0) for flag in flags), os.O_RDONLY))
+    try:
+        descriptor = os.open(path, sum((getattr(os, flag, 0) for flag in flags), os.O_RDONLY))
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            error.strerror = "it is a link"
+        raise
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
