@@ -110,8 +110,9 @@ def test_bad_files_waits_for_nothing_and_names_everything(root, num_workers):
     assert time.monotonic() - start < 20
     assert sum(done) == len(names)
     assert list(bad) == [1, 2, 3, 4, 5, 6, 8, 9, 10]
-    plain = "is not a plain file, training would wait for it"
-    assert bad[1] == bad[3] == bad[8] == plain
+    plain = "cannot be read (it is not a plain file)"
+    assert bad[1] == bad[3] == plain
+    assert bad[8] == "cannot be read (Is a directory)"
     assert bad[2] == bad[9] == "is not an image Pillow can read"
     assert bad[4] == bad[5] == "does not exist"
     assert bad[6].startswith("cannot be read (Too many levels of symbolic links")
@@ -276,7 +277,7 @@ def test_a_phone_s_picture_is_told_how_to_be_read(root):
 def test_a_pipe_among_the_images(root):
     os.mkfifo(root / "train/a/pipe.png")
     report = checked(root)
-    assert "training would wait" in found(report.problems)["unreadable"]["train/a/pipe.png"]
+    assert "it is not a plain file" in found(report.problems)["unreadable"]["train/a/pipe.png"]
 
 
 def test_sizes_and_modes(root):

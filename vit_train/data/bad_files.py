@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import TypeAlias
 
-from PIL import Image
-
-from vit_train.data.decode import NOT_READ, ValueRange, decode
+from vit_train.data.decode import NOT_READ, decode
 from vit_train.data.pool import each_file
 from vit_train.errors import DataError
 
@@ -47,29 +43,14 @@ def bad_files(
 def reason_unreadable(path: str) -> str | None:
     """What is wrong with one file, as `bad_files` says it; None if it can be read."""
     try:
-        read(path)
+        decode(path)
     except DataError as error:
         return reason_in(error, path)
     return None
 
 
-def read(path: str, value_range: ValueRange | None = None) -> Image.Image:
-    """`decode`, which would wait for a pipe or a device without end.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    with suppress(OSError, ValueError):  # decode says that better
-        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - half the time a Path takes
-            raise DataError(f"{path} {NOT_PLAIN}: remove it")
-    return decode(path, value_range=value_range)
-
-
-NOT_PLAIN = "is not a plain file, training would wait for it"
-
-
 def reason_in(error: DataError, path: str) -> str:
-    """WHAT in "PATH WHAT: ADVICE", as `read` and `decode` say it; all of it about HEIC."""
+    """WHAT in "PATH WHAT: ADVICE", as `decode` says it; all of it about HEIC."""
     what = str(error.args[0]).removeprefix(path).strip()
     return what if what.endswith(NOT_READ) else what.rpartition(": ")[0] or what
 

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vit_train.data import layout
-from vit_train.data.bad_files import NOT_PLAIN, Progress, read, reason_in
+from vit_train.data.bad_files import Progress, reason_in
 from vit_train.data.base import SPLITS, Split
-from vit_train.data.decode import HEIC, NOT_READ, ValueRange, find_range
+from vit_train.data.decode import HEIC, NOT_READ, ValueRange, decode, find_range
 from vit_train.data.imagefolder import ImageFolder, sample_of
 from vit_train.data.listing import LEFT_BY, images_below, is_folder, is_image, is_visible
 from vit_train.data.pool import Crash, each_file
@@ -54,7 +54,7 @@ class _Seen(NamedTuple):
 def _look(path: str, *, value_range: ValueRange | None) -> _Seen | str:
     """What is in a file, or why it cannot be read."""
     try:
-        shown = read(path, value_range)
+        shown = decode(path, value_range=value_range)
         with open_plain(path) as file:
             digest = hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=_DIGEST_BYTES))
             num_bytes = file.tell()
@@ -259,7 +259,7 @@ def check_folder(
         _refused_folders(survey),
         _unreadable(survey, images),
     ]
-    line, notes = _verdict(survey, images)
+    line, notes = _verdict(survey)
     if line is not None:
         problems.insert(0, _layout(survey, line, [finding for finding in problems if finding]))
     warnings = [*_same_files(survey, images), _unmeasured(survey), _alike_classes(survey), _strays(survey)]
@@ -334,13 +334,9 @@ class _Images:
         return width, height
 
 
-def _verdict(survey: _Survey, images: _Images) -> tuple[str | None, list[str]]:
+def _verdict(survey: _Survey) -> tuple[str | None, list[str]]:
     """The line that training would end in, if there is one; else what it would say."""
-    # The headers of a few files decide the image size, and the header of a pipe would be waited for
-    img_size = 1 if NOT_PLAIN in images.bad.values() else None
-    data = ImageFolder(
-        root=str(survey.root), img_size=img_size, patch_size=_PATCH_SIZE, num_workers=0, cache="none"
-    )
+    data = ImageFolder(root=str(survey.root), patch_size=_PATCH_SIZE, num_workers=0, cache="none")
     try:
         data.setup(device=torch.device("cpu"), rank=0, world_size=1)
     except DataError as error:
