@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,7 @@ def draw_history(run_dir: Path, title: str) -> Path | None:
             axis.legend(frameon=False, fontsize=8)
     shown = with_glyphs(title)
     figure.suptitle(shown, fontsize=10, family=fonts_for([shown]), parse_math=False)
-    aside = run_dir / ".history.png"
-    try:
-        figure.savefig(aside, format="png")
-        return aside.replace(run_dir / "history.png")
-    finally:
-        aside.unlink(missing_ok=True)  # a full disk
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    durable.replace(run_dir / "history.png", picture.getvalue())
+    return run_dir / "history.png"
