@@ -264,7 +264,7 @@ def test_drawing_twice_gives_the_same_bytes(typed, home) -> None:
         ("vit_cls", ("--method", "gradcam"), ("whole image", "--method rollout")),
         ("vit_cls", ("--class", "7"), ("same for every class",)),
         ("vit_cls", ("--method", "rollout", "--heads"), ("--method attention",)),
-        ("vit_cls", ("--out", "grey.png"), ("grey.png cannot be made", "--out DIR")),
+        ("vit_cls", ("--out", "grey.png"), ("grey.png cannot be written", "--out DIR")),
         ("vit_cls", ("--device", "warp"), ("warp",)),
     ],
 )

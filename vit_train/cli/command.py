@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,6 +150,19 @@ def output_file(option: str, path: str) -> Path:
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ConfigError(f"{option} {path} cannot be made in {above}; type another place")
     return target
+
+
+@contextmanager
+def writing(what: object, advice: str = "") -> Iterator[None]:
+    """Around whatever a command writes.
+
+    Raises:
+        ConfigError: the operating system refused; `advice` is what to type instead.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{what} cannot be written: {error.strerror or error}{advice}") from error
 
 
 def output_folder(run: Path, name: str) -> Path:

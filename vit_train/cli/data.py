@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_train.cli import command
-from vit_train.errors import ConfigError, DataError, WorkerLostError, count
+from vit_train.errors import DataError, WorkerLostError, count
 from vit_train.places import as_typed, expanded
 
 _STDOUT = "-"
@@ -145,11 +145,9 @@ def _write_json(out: Path | str, content: dict[str, Any]) -> None:
         return
     from vit_train import durable
 
-    try:
+    with command.writing(f"--json {out}"):
         durable.make_directory(out.parent)
         durable.replace(out, text)
-    except OSError as error:
-        raise ConfigError(f"--json {out} cannot be written: {error.strerror or error}") from error
 
 
 def write_digits(root: str) -> None:

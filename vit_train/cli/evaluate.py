@@ -271,24 +271,18 @@ def _write(place: Place, evaluated: Evaluated, mistakes: Tensor | None) -> list[
     from vit_train.report import evaluation_files as files
 
     written = []
-    try:
-        if place.json is not None:
+    if place.json is not None:
+        with command.writing(f"--json {place.json}"):
             durable.make_directory(place.json.parent)
             durable.replace(place.json, files.json_text(evaluated))
-            written.append(place.json)
-    except OSError as error:
-        raise ConfigError(f"--json {place.json} cannot be written: {error.strerror or error}") from error
+        written.append(place.json)
     if place.folder is None:
         return written
     pictures = files.draw(evaluated, mistakes)
-    try:
+    with command.writing(place.folder, "; type --out with another directory"):
         files.write_report(place.folder, evaluated, pictures)
         if place.tensorboard is not None:
             files.log_to_tensorboard(place.tensorboard, evaluated, pictures)
-    except OSError as error:
-        raise ConfigError(
-            f"{place.folder} cannot be written: {error.strerror or error}; type --out with another directory"
-        ) from error
     return [*written, place.folder / "report.html"]
 
 

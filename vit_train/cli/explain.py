@@ -225,10 +225,8 @@ def write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
     from vit_train import durable
     from vit_train.report.overlay import png
 
-    try:
+    with command.writing(path, "; type --out DIR"):
         durable.replace(path, png(pixels))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror or error}); type --out DIR") from error
 
 
 def _folder(arguments: argparse.Namespace) -> Path:
@@ -241,10 +239,8 @@ def _folder(arguments: argparse.Namespace) -> Path:
         folder = expanded(arguments.out)
     else:
         folder = command.output_folder(run if is_run else Path(), "explain")
-    try:
+    with command.writing(folder, "; type --out DIR"):
         durable.make_directory(folder)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be made ({error.strerror or error}); type --out DIR") from error
     return folder
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from vit_train.cli import command
-from vit_train.errors import ConfigError, DataError, WorkerLostError, one_line
+from vit_train.errors import DataError, WorkerLostError, one_line
 
 if TYPE_CHECKING:
     from vit_train.report.predictions import Format
@@ -110,14 +110,13 @@ def _output(out: str | None) -> Iterator[IO[str]]:
     path = command.output_file("--out", out)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        durable.make_directory(path.parent)
-        with aside.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error
+        with command.writing(f"--out {out}"):
+            durable.make_directory(path.parent)
+            with aside.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
