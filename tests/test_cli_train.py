@@ -139,7 +139,7 @@ def test_bf16_is_doubted_where_the_processor_does_not_name_it(in_tmp, precision)
         *TINY, f"trainer.precision={precision}", "strategy=single", "strategy.device=cpu", cwd=in_tmp
     )
     assert done.code == 0, done.err
-    said = "not known to compute in bf16: fp32 may be far faster; type trainer.precision=fp32"
+    said = "probably emulates bf16: fp32 may be far faster; type trainer.precision=fp32"
     known = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else ()
     named = {"avx512_bf16", "amx_tile", "bf16"} & set(known)
     assert (said in " ".join(done.out.split())) is (precision == "bf16" and not named)

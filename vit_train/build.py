@@ -284,7 +284,7 @@ def _build(
         and not computes_bf16(strategy.device)
     ):
         instead = "" if stored else "; type trainer.precision=fp32"
-        notes.append(f"this processor is not known to compute in bf16: fp32 may be far faster{instead}")
+        notes.append(f"this processor probably emulates bf16: fp32 may be far faster{instead}")
     config = plain(cfg)
 
     console, has_ema = Console(), config["trainer"]["ema_decay"] is not None

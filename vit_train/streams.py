@@ -20,7 +20,7 @@ _NUMBERS = {"stdout": 1, "stderr": 2}
 
 
 def stand() -> None:
-    """Puts what was closed at the start on /dev/null, or the next file opened would get its number."""
+    """Opens /dev/null in place of whatever was closed at the start, or the next file would get its number."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

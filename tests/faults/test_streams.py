@@ -112,7 +112,7 @@ def test_training_finishes_and_says_once_in_the_log_which_stream_failed(tmp_path
     assert "train longer" in log
     for name in STREAMS:
         reason = REASONS.get(broken.get(name))
-        said = f"{name} cannot be written ({reason}): what it should say is here alone"
+        said = f"{name} cannot be written ({reason}): from here on its lines appear only in this log"
         assert log.count(f"{name} cannot be written") == log.count(said) == (reason is not None), log
     for said in (done.stdout, done.stderr):
         assert "Traceback" not in (said or "")

@@ -74,7 +74,9 @@ class Console:
         for stream, why in streams.failures().items():
             if stream not in self._failed:
                 self._failed.add(stream)
-                self.log(f"{stream} cannot be written ({why}): what it should say is here alone")
+                self.log(
+                    f"{stream} cannot be written ({why}): from here on its lines appear only in this log"
+                )
 
     def log(self, text: str) -> None:
         """A line for train.log alone: what stderr gets anyway."""
