@@ -182,9 +182,10 @@ class Checkpointer:
             SaveError: the file system has less free space.
         """
         free = shutil.disk_usage(next(p for p in self.root.absolute().parents if p.exists())).free
-        more = max(1, keep + 2 - len(checkpoint_directories(self.root)))
+        there = len(checkpoint_directories(self.root))
+        more = max(1, keep + 2 - there)
         if free < more * nbytes:
-            fewer = ", type trainer.keep_checkpoints=2" if keep > 2 and more > 2 else ""
+            fewer = ", type trainer.keep_checkpoints=2" if keep > 2 and free >= (4 - there) * nbytes else ""
             needed = f"{count(more, 'more checkpoint')} of this run will take {more * nbytes / 1e6:,.1f} MB"
             raise SaveError(
                 f"{self.root.parent} has {free / 1e6:,.1f} MB free, but {needed}; free some space{fewer} or "
