@@ -23,7 +23,7 @@ from PIL import Image
 
 from vit_train.cli import data, evaluate, explain, export, predict
 from vit_train.cli.typed import for_hydra
-from vit_train.places import as_typed
+from vit_train.places import as_argument, as_typed
 
 NAMES = (
     "Bär & Söhne",
@@ -78,6 +78,11 @@ def read(argument):
     """(key, value) as Hydra reads what it is given."""
     (override,) = OverridesParser.create().parse_overrides(for_hydra([argument]))
     return override.key_or_group, override.value()
+
+
+def test_a_printed_argument_is_no_option():
+    assert as_argument("-dash") == "./-dash"
+    assert as_argument("runs/a b") == "'runs/a b'"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -69,6 +69,12 @@ def quoted(text: str) -> str:
     return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + (m[2] and r"\'"), text) + "'"
 
 
+def as_argument(path: object) -> str:
+    """A path as a shell takes it, of which no command thinks that it is an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
 def as_typed(key: str, path: object) -> str:
     """`key=path` as a shell takes it, for a command that is printed."""
     text = str(path)

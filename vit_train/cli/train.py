@@ -6,7 +6,6 @@ import difflib
 import errno
 import os
 import re
-import shlex
 import signal
 import sys
 import threading
@@ -127,7 +126,7 @@ def train(cfg: DictConfig) -> float | None:
                 with suppress(OSError):  # a full disk: the run is finished all the same
                     _draw(built)  # killed at the very last
             own = packages_of(plain(cfg)) or trusted(cfg.trust, hydra=True)
-            evaluate = f"vit-eval {shlex.quote(str(built))}{trust_options(own)}"
+            evaluate = f"vit-eval {places.as_argument(built)}{trust_options(own)}"
             print(f"{built} is finished: nothing to do. Its figures:  {evaluate}")
             return None
         result = execute(built)
@@ -337,8 +336,8 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
         longer = f"trainer.early_stop_patience={2 * waited}"
     run.console.say(
         f"run directory  {run_dir}\n"
-        f"curves         tensorboard --logdir {shlex.quote(str(run_dir.parent))}\n"
-        f"evaluate       vit-eval {shlex.quote(str(run_dir))}{trust_options(own)}\n"
+        f"curves         tensorboard --logdir {places.as_argument(run_dir.parent)}\n"
+        f"evaluate       vit-eval {places.as_argument(run_dir)}{trust_options(own)}\n"
         f"train longer   vit-train {resume} {longer}"
     )
     return result

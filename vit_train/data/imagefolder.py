@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from vit_train.data.loaders import Source
 from vit_train.data.names import Names
 from vit_train.data.sample_transforms import SampleTransform, plain
 from vit_train.errors import DataError, count
-from vit_train.places import open_plain
+from vit_train.places import as_argument, open_plain
 
 # The size to train at is read from the headers of a few files: enough to see whether they are all alike.
 _NUM_HEADERS = 64
@@ -270,7 +269,7 @@ class ImageFolder(ImageData):
         """
         sources = {split: s for split, s in self.sources.items() if isinstance(s, FileSource)}
         if sum(len(source.targets) for source in sources.values()) > _MOST_READ_AGAIN:
-            return f"{unreadable(lines)} (vit-data check {shlex.quote(str(self.root))} names all)"
+            return f"{unreadable(lines)} (vit-data check {as_argument(self.root)} names all)"
         found = {split: self._bad_lines(source) for split, source in sources.items()}
         known = [line for bad in found.values() for line in bad.values()]
         # a transform may have failed on others, which can be read

@@ -7,7 +7,6 @@ root/<class>/...         everything is train
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from unicodedata import normalize
 from vit_train.data.base import Split
 from vit_train.data.listing import is_folder, is_image, is_visible
 from vit_train.errors import DataError, count, suggest
-from vit_train.places import as_typed, expanded
+from vit_train.places import as_argument, as_typed, expanded
 
 _SPLITS: dict[str, Split] = {
     "train": "train",
@@ -258,7 +257,7 @@ def refuse_unknown(folder: Path, names: Sequence[str], class_names: Collection[s
 
 
 def _unlabelled(folder: Path) -> str:
-    return f"images without labels are for vit-predict RUN {shlex.quote(str(folder))}"
+    return f"images without labels are for vit-predict RUN {as_argument(folder)}"
 
 
 def some(names: Sequence[object], *, of: int | None = None) -> str:
