@@ -335,6 +335,13 @@ def test_a_warmup_that_an_older_version_cut_stays_as_long_as_it_was(in_tmp, type
     assert "warmup_epochs: 0.6\n" in (in_tmp / "run/config.yaml").read_text()
 
 
+def test_a_continuation_goes_on_where_it_is(run, in_tmp) -> None:
+    line = refused("resume=run", "run_dir=other", cwd=in_tmp, code=2)
+    assert "run_dir=other: resume= goes on in run; leave run_dir out, or type init_from=run instead" in line
+    assert not (in_tmp / "other").exists()
+    assert vit_train_here("resume=run", "run_dir=./run/", cwd=in_tmp).code == 0
+
+
 def test_to_insist_takes_a_run(in_tmp) -> None:
     assert "resume=force needs the run" in refused("resume=force", cwd=in_tmp, code=2)
     assert "no run there" in refused("resume=force", "run_dir=none", cwd=in_tmp, code=4)

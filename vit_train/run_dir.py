@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vit_train.checkpoint import checkpoint_directories, must_be_readable
 from vit_train.errors import CheckpointError, ConfigError
+from vit_train.places import as_typed
 
 CONFIG = "config.yaml"
 
@@ -50,7 +51,7 @@ def find_run(resume: str, run_dir: str | None) -> tuple[Path, Path | None]:
 
     Raises:
         CheckpointError: there is none.
-        ConfigError: `force` without `run_dir`.
+        ConfigError: `force` without `run_dir`, or another one.
     """
     if resume == "force":
         if run_dir is None:
@@ -64,15 +65,21 @@ def find_run(resume: str, run_dir: str | None) -> tuple[Path, Path | None]:
         ]
         if not runs:
             raise CheckpointError("resume=latest finds no run under ./runs; type resume=PATH/TO/RUN")
-        return max(runs, key=lambda run: (run / CONFIG).stat().st_mtime), None
-    run = Path(resume)
-    if holds_run(run):
-        return run, None
-    if run.absolute().parent.name == "checkpoints" and holds_run(run.absolute().parent.parent):
-        return run.parent.parent, run
-    raise CheckpointError(
-        f"resume={resume}: no run there (neither {CONFIG} nor checkpoints); type its directory, or latest"
-    )
+        resume = str(max(runs, key=lambda run: (run / CONFIG).stat().st_mtime))
+    run, named = Path(resume), None
+    if not holds_run(run):
+        if run.absolute().parent.name != "checkpoints" or not holds_run(run.absolute().parent.parent):
+            raise CheckpointError(
+                f"resume={resume}: no run there (neither {CONFIG} nor checkpoints); type its directory, or "
+                "latest"
+            )
+        run, named = run.parent.parent, run
+    if run_dir is not None and Path(run_dir).resolve() != run.resolve():
+        raise ConfigError(
+            f"run_dir={run_dir}: resume= goes on in {run}; leave run_dir out, or type "
+            f"{as_typed('init_from', run)} instead of resume= for a new run with its weights"
+        )
+    return run, named
 
 
 def check_free(run_dir: Path) -> None:
