@@ -121,7 +121,7 @@ def told(error: Exception) -> VitTrainError | None:
     if isinstance(error, VitTrainError):
         return error
     if ran_out_of_memory(error):
-        said = " ".join(str(error).partition("\n")[0].split())
+        said = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
         return OutOfMemoryError(
             f"out of memory ({said}); type a smaller model or batch, or end what else uses this memory"
         )
