@@ -307,6 +307,25 @@ def test_an_output_file_is_whole_or_not_there(typed, runs, images, in_tmp):
     assert len(Path("new/folder/p.csv").read_text().splitlines()) == 2
 
 
+def test_an_output_replaces_neither_an_image_nor_a_run(typed, runs, images, in_tmp):
+    shutil.copytree(runs[3], "run", symlinks=True)
+    before = everything_in(in_tmp)
+    for out in (images[0], "new.JPG"):
+        done = typed("run", *images, "--out", out)
+        assert done == (
+            2,
+            "",
+            f"vit-predict: error: --out {out} names an image; type NAME.csv or NAME.jsonl\n",
+        )
+    (checkpoint, *_) = (path for path in Path("run/checkpoints").iterdir() if not path.is_symlink())
+    names = ("run/config.yaml", "run/run.json", f"{checkpoint}/model.safetensors", f"{checkpoint}/new.csv")
+    for out in (*names, "run/checkpoints/best/state.json"):
+        done = typed("run", *images, "--out", out)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith(f"vit-predict: error: --out {out} is a file of a run, which would be lost")
+    assert everything_in(in_tmp) == before
+
+
 def test_names_that_are_not_text(typed, runs, images):
     name = os.fsdecode(b"photos/caf\xe9.png")
     shutil.copy(images[0], name)

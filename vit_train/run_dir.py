@@ -12,6 +12,8 @@ from vit_train.errors import CheckpointError, ConfigError
 from vit_train.places import as_typed
 
 CONFIG = "config.yaml"
+# Beside its checkpoints
+OWN_FILES = (CONFIG, "run.json", "metrics.jsonl", "result.json", "train.log", "history.png")
 
 
 def choose_run_dir(run_dir: str | None, name: str, job_dir: Path | None) -> Path:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_train import streams
+from vit_train.checkpoint import MANIFEST
 from vit_train.errors import ConfigError, told
 from vit_train.places import expanded, require_here
+from vit_train.run_dir import OWN_FILES, holds_run
 
 if TYPE_CHECKING:
     import torch
@@ -140,10 +142,12 @@ def output_file(option: str, path: str) -> Path:
     Its folder may not exist yet either, if it can be made.
 
     Raises:
-        ConfigError: it is a directory, a device, a pipe or a link, which a rename would destroy; or there can
-            be no file.
+        ConfigError: it is a directory, a device, a pipe or a link, which a rename would destroy, or a file of
+            a run; or there can be no file.
     """
     target = expanded(path)
+    if (target.parent / MANIFEST).exists() or (target.name in OWN_FILES and holds_run(target.parent)):
+        raise ConfigError(f"{option} {path} is a file of a run, which would be lost; type another place")
     if path.endswith(("/", os.sep)) or target.is_symlink() or (target.exists() and not target.is_file()):
         raise ConfigError(f"{option} {path} is not a plain file; type the name of one")
     above = next(folder for folder in target.absolute().parents if folder.exists())
