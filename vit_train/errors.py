@@ -145,7 +145,10 @@ def blame(
     except errors as error:
         if ran_out(error):
             raise
-        raise kind(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        reason = " ".join(str(error).split())
+        if not reason or isinstance(error, LookupError):  # which says no more than a name
+            reason = f"{type(error).__name__} {reason}".strip()
+        raise kind(f"{what}: {reason}") from error
 
 
 def suggest(word: str, choices: Iterable[str], *, inside: str = "") -> str:
