@@ -2,8 +2,8 @@
 
 The count: 12 named points of a save x 3 saves (36) and 100 random times are the 136. Beside them stand 2 points
 that only some saves reach x 3 (6), 5 of a step that is saved twice, 2 of a worker that is just starting, 1
-after the result, and 10 random times of a run with everything on: 160 cases in this file with `-m ""`, of which
-a plain `pytest` runs a sample of 6.
+after the result, 1 before the first step, and 10 random times of a run with everything on: 161 cases in this file
+with `-m ""`, of which a plain `pytest` runs a sample of 7.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import EIGHTEEN, Forked, stale_files, vit_train_forked, whole_state
 
-from vit_train.checkpoint import checkpoint_directories, newest_valid
+from vit_train.checkpoint import Checkpointer, checkpoint_directories, newest_valid
 from vit_train.data.loaders import _detach_worker
 from vit_train.objective import CrossEntropy
 from vit_train.report.history import read_events
@@ -171,6 +171,25 @@ def test_killed_while_a_step_is_saved_a_second_time(eighteen, unbroken, tmp_path
     assert killed.code == -signal.SIGKILL, killed
     assert newest_step(tmp_path / "run") == step
     vit_train_forked(*arguments, cwd=tmp_path)
+    check_whole(tmp_path / "run", eighteen, unbroken)
+
+
+def killed_once_there_is_a_place_for_checkpoints():
+    make = Checkpointer.make
+
+    def made(checkpointer):
+        make(checkpointer)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Checkpointer.make = made
+
+
+def test_killed_before_the_first_step(eighteen, unbroken, tmp_path) -> None:
+    killed = vit_train_forked(
+        *SETTINGS, cwd=tmp_path, check=False, prepare=killed_once_there_is_a_place_for_checkpoints
+    )
+    assert killed.code == -signal.SIGKILL, killed
+    vit_train_forked(*SETTINGS, cwd=tmp_path)
     check_whole(tmp_path / "run", eighteen, unbroken)
 
 

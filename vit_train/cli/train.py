@@ -200,8 +200,8 @@ def execute(run: Run) -> dict[str, Any] | None:
             step=trainer.state.step, keep=trainer.keep_checkpoints, kept=trainer.state.kept_steps()
         )
         trainer.saver.check_space(trainer.model, trainer.ema, keep=trainer.keep_checkpoints)
-        trainer.parts.checkpointer.make()
         open_run_dir(run_dir, run.config)
+        trainer.parts.checkpointer.make()  # a folder with checkpoints/ and no configuration would be nobody's
         write_facts(
             run_dir,
             config=run.config,
