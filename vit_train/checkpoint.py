@@ -21,7 +21,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -419,7 +419,7 @@ def load(path: Path, fits: Fits | None = None) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     for name, kind in kinds.items():
         data = _verified(path / name, files[name])
-        with _holding_tensors(path / name):
+        with blame(CheckpointError, f"{path / name} is damaged: it is not a safetensors file", (Exception,)):
             part = safetensors.torch.load(data)
         tensors |= {f"{kind}/{key}": tensor for key, tensor in part.items()}
     return Checkpoint(path, tensors, state)
@@ -529,13 +529,14 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor in a safetensors file: its header alone is read, and held against its size."""
     import safetensors
 
-    with _holding_tensors(path), safetensors.safe_open(path, framework="numpy") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
-def _holding_tensors(path: Path) -> AbstractContextManager[None]:
-    """Around safetensors, which raises its own, undocumented types; they may quote the file."""
-    return blame(CheckpointError, f"{path} is damaged: it is not a safetensors file", (Exception,))
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except MemoryError as error:  # a sparse file of a terabyte cannot be mapped: its own fault
+        raise CheckpointError(f"{path} is too large for the memory of this machine") from error
+    except Exception as error:  # undocumented types of safetensors; they may quote the file
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} is damaged: it is not a safetensors file: {reason}") from error
 
 
 def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
