@@ -50,6 +50,8 @@ def digits_run(tmp_path_factory):
         if json.loads((home / "run/result.json").read_text())["best/epoch"] < 3:
             break
         shutil.rmtree(home / "run")
+    else:
+        pytest.fail("the best checkpoint of every seed is the newest")
     return home / "run"
 
 
