@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from vit_train import durable, places, streams
 from vit_train.build import Run, build_run
@@ -65,7 +65,7 @@ def main() -> None:
             sys.exit(stopped.exit_code)
         except Exception as error:
             failure = told(error)
-            if isinstance(error, InterpolationResolutionError):  # resume=${nothing} is read before the check
+            if isinstance(error, OmegaConfBaseException):  # what a value refers to is not there, or itself
                 failure = ConfigError(f"{error.full_key}: {str(error).partition(chr(10))[0]}")
             if failure is None:
                 raise
