@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import EIGHTEEN, vit_train_forked, whole_state
+from conftest import EIGHTEEN, PATCHES, vit_train_forked, whole_state
 from PIL import Image
 
 from vit_train.data.loaders import SampleLoader, Samples, TrainSteps
@@ -130,8 +130,15 @@ LISTENING = (
     "schedule.patience=0",
     "schedule.factor=0.5",
 )
-# A rate of 0: the first epoch stays the best, and the third is the second without a better one
-PATIENT = (*CONTROLLED, "optimizer.lr=1e-30", "trainer.early_stop_patience=2", "trainer.epochs=5")
+# A rate of 0 and no batch norm, whose statistics would move: the first epoch stays the best, and the third is
+# the second without a better one
+PATIENT = (
+    *CONTROLLED,
+    *PATCHES,
+    "optimizer.lr=1e-30",
+    "trainer.early_stop_patience=2",
+    "trainer.epochs=5",
+)
 SCALED = (*EIGHTEEN, "trainer._target_=test_resume_everywhere.ForgetsScaled")
 
 
