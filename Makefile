@@ -23,7 +23,7 @@ demo: $(STAMP)  ## train a small ViT on scikit-learn's digits, in under a minute
 test: $(STAMP)  ## run the tests, in two processes with one thread each
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-test-faults: $(STAMP)  ## interrupt, kill and damage runs in every way: a quarter of an hour
+test-faults: $(STAMP)  ## interrupt, kill and damage runs in every way: about 20 minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m faults
 
 lint: $(STAMP)  ## check style and types
