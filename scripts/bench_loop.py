@@ -3,7 +3,7 @@
     python scripts/bench_loop.py [--rounds 12] [--steps 6] [key=value ...]
 
 Builds the run `vit-train key=value ...` would build (vit_cifar on CIFAR-10-sized images of random pixels by
-default, with its own recipe: clipping, averaged weights, bf16 where the hardware has it), takes batches that
+default, with its own recipe: clipping, averaged weights, bf16 where that is faster), takes batches that
 are in memory already, and alternates short rounds of
 
     bare   autocast forward, cross entropy, backward, fused AdamW step, zero_grad

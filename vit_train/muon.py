@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vit_train.precision import computes_bf16
+from vit_train.precision import bf16_is_faster
 
 _STEPS = 5
 _QUINTIC = (3.4445, -4.775, 2.0315)  # Jordan's: the steepest at 0 of those that end near 1
@@ -22,11 +22,11 @@ _TINY = 1e-7
 def orthogonal(matrix: Tensor) -> Tensor:
     """The matrix with its singular values brought near 1 (0.7 to 1.2), by Newton-Schulz: (M, N) -> (M, N).
 
-    In bf16 where the hardware computes in it, else in float32.
+    In bf16 where that is faster, else in float32.
     """
     a, b, c = _QUINTIC
     x = matrix if len(matrix) <= matrix.shape[1] else matrix.T
-    x = x.to(torch.bfloat16 if computes_bf16(matrix.device) else torch.float32)
+    x = x.to(torch.bfloat16 if bf16_is_faster(matrix.device) else torch.float32)
     x = x / x.norm().clamp(min=_TINY)
     for _ in range(_STEPS):
         gram = x @ x.T

@@ -14,7 +14,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """`auto` becomes bf16 where the hardware computes in it (the CPU included), else fp32.
+    """`auto` becomes bf16 where that is faster (the CPU included), else fp32.
 
     Raises:
         ValueError: fp16 on a CPU, where it is slower than fp32 and has no loss scaling worth using.
@@ -23,11 +23,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
         raise ValueError("precision fp16 needs a GPU; on a CPU type trainer.precision=bf16 or fp32")
     if precision != "auto":
         return precision
-    return "bf16" if computes_bf16(device) else "fp32"
+    return "bf16" if bf16_is_faster(device) else "fp32"
 
 
 def inference_precision(trained_in: object, device: torch.device) -> Precision:
-    """The precision a model was trained in, where this device computes in it; else what `auto` means here.
+    """The precision a model was trained in, where it is fast on this device; else what `auto` means here.
 
     Args:
         trained_in: as a configuration holds it; whatever is no precision counts as auto.
@@ -39,20 +39,23 @@ def inference_precision(trained_in: object, device: torch.device) -> Precision:
 
 
 @cache
-def computes_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes in bf16; where it is emulated it is many times slower than fp32.
+def bf16_is_faster(device: torch.device) -> bool:
+    """Whether the hardware is faster in bf16 than in fp32; where it emulates bf16 it is many times slower.
 
-    A CPU does with AVX-512 BF16 or AMX on x86, with the bf16 extension on Arm Linux. On mps autocast covers
-    too few operators to gain.
+    On x86 that takes AMX, or the AVX-512 BF16 of AMD: with Intel's and no AMX, training is a third slower
+    than in fp32 (docs/RESULTS.md). On Arm Linux it takes the bf16 extension. On mps autocast covers too few
+    operators to gain.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
+    file = Path("/proc/cpuinfo")
+    about = file.read_text(errors="replace") if file.exists() else platform.processor()
     if platform.machine().lower() in ("x86_64", "amd64"):
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and " bf16" in cpuinfo.read_text(errors="replace")
+        pays = torch.cpu._is_avx512_bf16_supported() and "GenuineIntel" not in about
+        return bool(torch.cpu._is_amx_tile_supported() or pays)
+    return " bf16" in about
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

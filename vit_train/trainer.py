@@ -42,7 +42,7 @@ class Trainer:
         max_steps: the budget in optimizer steps instead of epochs.
         stop_at_step: stop for now once this many steps are done; the schedule does not change.
         stop_after_minutes: stop for now after this much wall time.
-        precision: fp32, bf16, fp16 or auto (bf16 where the hardware computes in it).
+        precision: fp32, bf16, fp16 or auto (bf16 where that is faster).
         grad_accum_steps: micro-batches one batch is cut into; must divide data.batch_size.
         grad_clip_norm: gradients are scaled down to this total norm.
         ema_decay: of the averaged weights that are evaluated and saved beside the raw ones; null for none.
