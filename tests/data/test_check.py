@@ -16,7 +16,7 @@ from PIL import Image
 
 from vit_train.data import ImageFolder
 from vit_train.data.bad_files import bad_files
-from vit_train.data.check import check_folder
+from vit_train.data.check import _look, check_folder
 from vit_train.errors import DataError
 
 
@@ -328,3 +328,10 @@ def test_no_such_folder(tmp_path):
     (tmp_path / "flowers").mkdir()
     with pytest.raises(DataError, match="does not exist; did you mean 'flowers'"):
         checked(tmp_path / "flower")
+
+
+def test_a_sound_file_is_not_a_problem_where_too_many_files_are_open(root, no_more_files):
+    path = str(root / "train" / "a" / "0.png")
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        _look(path, value_range=None)
+    assert _look(path, value_range=None).num_bytes == (root / "train" / "a" / "0.png").stat().st_size

@@ -1,6 +1,7 @@
 """One function over many files: every answer once, whatever happens to the processes."""
 
 import functools
+import multiprocessing
 import os
 import signal
 import time
@@ -8,7 +9,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import pytest
+from PIL import Image
 
+from vit_train.data.bad_files import reason_unreadable
 from vit_train.data.pool import Crash, each_file
 
 NAMES = [f"name {number}" for number in range(203)]
@@ -61,6 +64,19 @@ def test_a_process_that_dies_by_chance_costs_nothing(tmp_path):
     found = dict(each_file(functools.partial(once, marker=tmp_path / "died"), NAMES, num_workers=2))
     assert (tmp_path / "died").exists()
     assert found == {i: name.upper() for i, name in enumerate(NAMES)}
+
+
+def without_files(path):
+    resource = pytest.importorskip("resource")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return reason_unreadable(path)
+
+
+def test_a_sound_file_is_not_said_to_end_its_process_where_too_many_files_are_open(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "sound.png")
+    with pytest.raises(OSError, match="Too many open files"):
+        list(each_file(without_files, [str(tmp_path / "sound.png")] * 5, num_workers=2))
+    assert not multiprocessing.active_children()
 
 
 class Asked(Sequence):

@@ -31,7 +31,7 @@ from vit_train.data.imagefolder import ImageFolder, sample_of
 from vit_train.data.listing import LEFT_BY, images_below, is_folder, is_image, is_visible
 from vit_train.data.pool import Crash, each_file
 from vit_train.data.stats import unusual
-from vit_train.errors import DataError, count, printable, suggest
+from vit_train.errors import DataError, count, printable, ran_out, suggest
 from vit_train.places import open_plain
 
 _DIGEST_BYTES = 16
@@ -64,6 +64,8 @@ def _look(path: str, *, value_range: ValueRange | None) -> _Seen | str:
     except DataError as error:
         return reason_in(error, path)
     except OSError as error:  # gone or changed meanwhile
+        if ran_out(error):
+            raise
         return f"cannot be read ({error.strerror or error})"
     return _Seen(*shown.size, mode, num_bytes, digest.digest(), _levels(shown))
 

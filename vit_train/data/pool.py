@@ -63,7 +63,8 @@ def each_file(
     and soon after the main process if that is killed.
 
     Args:
-        function: of a module, or a partial of such a one; returns something small.
+        function: of a module, or a partial of such a one; returns something small. What it raises is raised
+            here, and ends the work: memory or open files ran out, which is no fault of the file.
         paths: the files. `function` alone decides whether and how one is opened.
         num_workers: processes; with 0 the work is done here, where a crash is a crash.
         tick: called every second while all workers are at it; what it raises ends the work.
@@ -92,6 +93,8 @@ def each_file(
                 tick()
             for worker in [worker for worker in busy if worker.connection in ready]:
                 chunk, results = worker.chunk, worker.answer()
+                if isinstance(results, Exception):
+                    raise results
                 busy.remove(worker)
                 if results is not None:
                     idle.append(worker)
@@ -130,8 +133,8 @@ class _Worker:
         with suppress(OSError):  # it has died already, as `answer` will say
             self.connection.send([paths[position] for position in chunk])
 
-    def answer(self) -> list[Any] | None:
-        """The results for the chunk; None if the worker has died."""
+    def answer(self) -> list[Any] | Exception | None:
+        """The results for the chunk, or what the function raised; None if the worker has died."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
@@ -158,10 +161,17 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal
     sys.stderr = os.fdopen(os.dup(2), "w", errors="backslashreplace")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff prints a line for every mistake it meets
-    with suppress(EOFError, OSError):
+    with suppress(EOFError, OSError):  # of the connection
         while True:
-            results = []
-            for path in connection.recv():
-                results.append(function(path))
-                num_done.value += 1
-            connection.send(results)
+            connection.send(_results(function, connection.recv(), num_done))
+
+
+def _results(function: Callable[[str], T], paths: Sequence[str], num_done: Any) -> list[T] | Exception:
+    results = []
+    for path in paths:
+        try:
+            results.append(function(path))
+        except Exception as error:
+            return error
+        num_done.value += 1
+    return results
