@@ -125,7 +125,7 @@ def test_json_on_stdout_is_all_there_is(root, tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_work(root, tmp_path):
-    for name in ("photos", "photos/train/a/00.png/x.json"):
+    for name in ("photos", "photos/train/a/00.png", "photos/train/a/00.png/x.json"):
         for work in ("check", "stats"):
             done = typed_here(main, work, root, "--json", name, cwd=tmp_path)
             assert done.code == 2

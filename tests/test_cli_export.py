@@ -154,11 +154,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(typed, run):
         Path("locked").mkdir(mode=0o500)
         assert_refused(typed("run", "--format", "pth", "--out", "locked/x.pth"), 2, "cannot be made in ")
         assert names_in("locked") == []
-    Path("full").mkdir()
-    Path("full/x.pth.json").mkdir()  # where the description goes
-    assert_refused(
-        typed("run", "--format", "pth", "--out", "full/x.pth"), 5, "full/x.pth cannot be written: "
-    )
+    (run / "export/my_digits.pth.json").mkdir(parents=True)  # where the description goes
+    assert_refused(typed("run", "--format", "pth"), 5, "run/export/my_digits.pth cannot be written: ")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
@@ -177,6 +174,20 @@ def test_what_is_no_plain_file_stays_what_it_is(typed, run):
     (run / "export").symlink_to(Path("outside").absolute())
     assert_refused(typed("run", "--format", "pth"), 2, "run/export is a link", "--out")
     assert names_in("outside") == []
+
+
+def test_no_image_and_no_file_of_a_run_is_replaced(typed, run):
+    """Not by the description either, which is called as the file and .json."""
+    (run / "result.json").unlink()  # a run that is not at its end would be, had it one
+    before = everything_in(Path())
+    for out, words in (
+        ("new.JPG", "--out new.JPG names an image"),
+        ("run/config.yaml", "--out run/config.yaml is a file of a run"),
+        ("run/run", "--out run/run.json is a file of a run"),
+        ("run/result", "--out run/result.json is a file of a run"),
+    ):
+        assert_refused(typed("run", "--format", "pth", "--out", out), 2, words)
+    assert everything_in(Path()) == before
 
 
 def test_what_cannot_be_meant(typed, run):

@@ -19,8 +19,10 @@ import pytest
 from conftest import TINY, command, environment, everything_in, typed_here, vit_train_here
 from odd_images import EACH, KINDS, heic, picture, saved
 
+from vit_train.cli import command as shared
 from vit_train.cli import data as data_command
 from vit_train.cli import predict
+from vit_train.errors import ConfigError
 
 SMALL = (
     "model=vit_digits",
@@ -312,11 +314,7 @@ def test_an_output_replaces_neither_an_image_nor_a_run(typed, runs, images, in_t
     before = everything_in(in_tmp)
     for out in (images[0], "new.JPG"):
         done = typed("run", *images, "--out", out)
-        assert done == (
-            2,
-            "",
-            f"vit-predict: error: --out {out} names an image; type NAME.csv or NAME.jsonl\n",
-        )
+        assert done == (2, "", f"vit-predict: error: --out {out} names an image; type another name\n")
     (checkpoint, *_) = (path for path in Path("run/checkpoints").iterdir() if not path.is_symlink())
     names = ("run/config.yaml", "run/run.json", f"{checkpoint}/model.safetensors", f"{checkpoint}/new.csv")
     for out in (*names, "run/checkpoints/best/state.json"):
@@ -324,6 +322,15 @@ def test_an_output_replaces_neither_an_image_nor_a_run(typed, runs, images, in_t
         assert (done.code, done.out) == (2, "")
         assert done.err.startswith(f"vit-predict: error: --out {out} is a file of a run, which would be lost")
     assert everything_in(in_tmp) == before
+
+
+def test_files_that_ran_out_are_not_blamed_on_the_output(in_tmp, no_more_files):
+    Path("read").touch()
+    with pytest.raises(OSError, match="Too many open files"), shared.writing("--out p.csv"), no_more_files():
+        Path("read").read_bytes()
+    refused = pytest.raises(ConfigError, match=r"--out p\.csv cannot be written: Is a directory")
+    with refused, shared.writing("--out p.csv"):
+        in_tmp.write_bytes(b"")
 
 
 def test_names_that_are_not_text(typed, runs, images):

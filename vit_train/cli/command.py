@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vit_train import streams
 from vit_train.checkpoint import MANIFEST
-from vit_train.errors import ConfigError, told
+from vit_train.errors import ConfigError, ran_out, told
 from vit_train.places import expanded, require_here
 from vit_train.run_dir import OWN_FILES, holds_run
 
@@ -142,10 +142,14 @@ def output_file(option: str, path: str) -> Path:
     Its folder may not exist yet either, if it can be made.
 
     Raises:
-        ConfigError: it is a directory, a device, a pipe or a link, which a rename would destroy, or a file of
-            a run; or there can be no file.
+        ConfigError: it is a directory, a device, a pipe or a link, which a rename would destroy, an image, or
+            a file of a run; or there can be no file.
     """
+    from vit_train.data.listing import is_image
+
     target = expanded(path)
+    if is_image(path):
+        raise ConfigError(f"{option} {path} names an image; type another name")
     if (target.parent / MANIFEST).exists() or (target.name in OWN_FILES and holds_run(target.parent)):
         raise ConfigError(f"{option} {path} is a file of a run, which would be lost; type another place")
     if path.endswith(("/", os.sep)) or target.is_symlink() or (target.exists() and not target.is_file()):
@@ -162,10 +166,13 @@ def writing(what: object, advice: str = "") -> Iterator[None]:
 
     Raises:
         ConfigError: the operating system refused; `advice` is what to type instead.
+        OSError: memory or open files ran out, perhaps of what is read meanwhile.
     """
     try:
         yield
     except OSError as error:
+        if ran_out(error):
+            raise
         raise ConfigError(f"{what} cannot be written: {error.strerror or error}{advice}") from error
 
 

@@ -42,6 +42,8 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.names is not None and file_format in ("onnx", "pt2"):
         raise ConfigError(f"--names is for weights; a graph (--format {file_format}) needs none")
     out = None if arguments.out is None else command.output_file("--out", arguments.out)
+    if out is not None:
+        command.output_file("--out", f"{arguments.out}.json")  # which is written beside it
 
     import torch
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from vit_train.cli import command
-from vit_train.errors import ConfigError, DataError, WorkerLostError, one_line
+from vit_train.errors import DataError, WorkerLostError, one_line
 
 if TYPE_CHECKING:
     from vit_train.report.predictions import Format
@@ -103,14 +103,11 @@ def _output(out: str | None) -> Iterator[IO[str]]:
         ConfigError: it cannot be written.
     """
     from vit_train import durable
-    from vit_train.data.listing import SUFFIXES
 
     if out is None:
         yield sys.stdout
         return
     path = command.output_file("--out", out)
-    if path.suffix.lower() in SUFFIXES:
-        raise ConfigError(f"--out {out} names an image; type NAME.csv or NAME.jsonl")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with command.writing(f"--out {out}"):
