@@ -1,5 +1,6 @@
 """Order, position, ranks, workers, failures: the promises of a loader."""
 
+import errno
 import os
 import re
 import signal
@@ -461,6 +462,51 @@ def test_an_error_of_the_users_own_code_is_not_taken_for_a_lost_worker():
     assert isinstance(loaders.worker_lost(EOFError()), WorkerLostError)
 
 
+def refuse(number):
+    raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (errno.EMFILE, WorkerLostError, r"too many open files \(ulimit -n\); type data\.num_workers=0"),
+        (errno.ENFILE, WorkerLostError, r"too many open files on this machine; type data\.num_workers=0"),
+        (errno.ENOMEM, MemoryError, "Cannot allocate memory"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_ran_out_where_an_image_is_read_is_no_fault_of_workers_that_are_not_there(
+    made, number, kind, words, num_workers
+):
+    data = made(num_workers=num_workers, wrap=partial(Faulty, act=partial(refuse, number)))
+    with pytest.raises(kind if num_workers else OSError, match=words if num_workers else os.strerror(number)):
+        epoch_of(data)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits are POSIX")
+def test_processes_that_may_not_be_started_are_said(made):
+    import resource
+
+    data, (ours, theirs) = made(num_workers=1), os.pipe()
+    if (pid := os.fork()) == 0:
+        if os.getuid() == 0:  # whom no limit holds
+            os.setuid(65534)
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+        try:
+            epoch_of(data)
+        except BaseException as error:
+            os.write(theirs, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(theirs)
+    said = os.read(ours, 1000).decode()
+    os.waitpid(pid, 0)
+    os.close(ours)
+    assert said == (
+        "WorkerLostError: data workers: no more processes may be started (ulimit -u); type data.num_workers=0 "
+        "or a smaller number"
+    )
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 @pytest.mark.parametrize("moment", ["read_by", "close"])
 def test_a_death_that_is_told_while_the_first_error_is_handled_is_no_error_of_its_own(made, moment):
@@ -472,7 +518,7 @@ def test_a_death_that_is_told_while_the_first_error_is_handled_is_no_error_of_it
 
     def interrupted(*arguments):
         for worker in getattr(loader._iterator, "_workers", []):
-            os.kill(worker.pid, signal.SIGKILL)
+            worker.kill()
         time.sleep(1)  # until the handler raises
         return handle(*arguments)
 

@@ -55,6 +55,8 @@ _DIED = "DataLoader worker (pid"  # how torch's line about it begins
 _SHORT = {
     errno.ENOSPC: "no space left in shared memory (/dev/shm)",
     errno.EMFILE: "too many open files (ulimit -n)",
+    errno.ENFILE: "too many open files on this machine",
+    errno.EAGAIN: "no more processes may be started (ulimit -u)",
 }
 
 
@@ -122,8 +124,10 @@ class Samples(Dataset[Sample | Failure]):
             return Failure(str(error))
         except (Exception, SystemExit) as error:  # no traceback of the user's code tells which sample it was
             if ran_out(error):
-                if worker is not None and (short := _short_of(error, "")) is not None:
-                    os._exit(short)
+                if worker is not None and isinstance(error, OSError):  # which torch would rob of its number
+                    if (short := _short_of(error, "")) is not None:
+                        os._exit(short)
+                    raise MemoryError(str(error)) from error
                 raise
             where = traceback.extract_tb(error.__traceback__)[-1]
             reason = " ".join(str(error).split())
@@ -380,8 +384,13 @@ class SampleLoader(Loader):
 
         torch tells of a death from a signal handler, once, and that may be only now.
         """
+        if self._loader.num_workers == 0:
+            return None
         try:
             lost = worker_lost(error, self.read_by(error))
+            codes = {worker.exitcode for worker in getattr(self._iterator, "_workers", [])}
+            if lost is not None and (short := next(iter(codes & _SHORT.keys()), None)) is not None:
+                lost = worker_lost(OSError(short, ""))  # the batch it was sending broke off first
             self.close()
         except RuntimeError as death:
             if not str(death).startswith(_DIED):
