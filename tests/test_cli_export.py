@@ -14,7 +14,16 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from conftest import TINY, command, environment, everything_in, load_trained, typed_here, vit_train_here
+from conftest import (
+    TINY,
+    change_states,
+    command,
+    environment,
+    everything_in,
+    load_trained,
+    typed_here,
+    vit_train_here,
+)
 
 from vit_train.cli import export
 
@@ -197,6 +206,22 @@ def test_what_cannot_be_meant(typed, run):
     assert_refused(typed("run", "--format", "pth", "--names", "swin"), 2, "timm's names")
     assert_refused(typed("nowhere", "--format", "pth"), 4, "nowhere does not exist")
     assert everything_in(run) == before
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("inference", {"std": [0]}),
+        ("inference", {"std": [10**400]}),
+        ("inference", {"mean": [10**400]}),
+        ("train", {"step": "abc"}),
+        ("train", {"step": 10**400}),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(typed, run, part, change):
+    change_states(run, lambda state: state[part].update(change))
+    done = typed("run", "--format", "pth")
+    assert_refused(done, 4, "does not describe a model that can be built")
 
 
 def test_a_damaged_checkpoint_is_refused_or_said(typed, run):

@@ -104,6 +104,8 @@ def fits(
             raise TypeError(f"{node['_target_']} makes a {type(model).__name__}")
         checkpoint.check_shapes(path, shapes, model)
         _check_inference(state["inference"], model)
+        if type(step := state["train"]["step"]) is not int or not 0 <= step < 2**63:
+            raise ValueError(f"{step!r:.40} steps")
 
 
 def _blaming(path: Path) -> AbstractContextManager[None]:
@@ -150,8 +152,10 @@ def _check_inference(inference: Mapping[str, Any], model: nn.Module) -> None:
     if channels not in (1, 3) or type(side) is not int or side < 1:
         raise ValueError(f"images of {channels!r} channels and {side!r} pixels")
     for key in ("mean", "std"):
-        if len(inference[key]) != channels or not all(type(x) in (int, float) for x in inference[key]):
+        numbers = all(type(x) in (int, float) and math.isfinite(x) for x in inference[key])
+        if len(inference[key]) != channels or not numbers:
             raise ValueError(f"{key} is {inference[key]!r} for {channels} channels")
+    Normalize(inference["mean"], inference["std"])
     with torch.no_grad():
         answer = model.eval()(torch.empty(1, channels, side, side))
     if tuple(answer.shape) != (1, len(names)):
