@@ -71,12 +71,13 @@ def test_the_run_keeps_the_weights_and_not_the_file(folder):
         ("{x:2}", ["class_weights names 'x', which is not a class", "objective.class_weights=FILE.yaml"]),
         ("gone.yaml", ["objective.class_weights=gone.yaml is not a file of `class: weight`", "No such file"]),
         ("broken.yaml", ["objective.class_weights=broken.yaml is not a file of `class: weight`"]),
-        ("list.yaml", ["list.yaml is not a file of `class: weight` (expected one `name: weight` a line)"]),
-        ("empty.yaml", ["empty.yaml is not a file of `class: weight` (expected one `name: weight` a line)"]),
+        ("list.yaml", ["list.yaml is not a file of `class: weight`: expected one `name: weight` a line"]),
+        ("empty.yaml", ["empty.yaml is not a file of `class: weight`: expected one `name: weight` a line"]),
         (
             "nested.yaml",
-            ["nested.yaml is not a file of `class: weight` (expected one `name: weight` a line)"],
+            ["nested.yaml is not a file of `class: weight`: expected one `name: weight` a line"],
         ),
+        ("deep.yaml", ["deep.yaml is not a file of `class: weight`: maximum recursion"]),
         ("words.yaml", ["objective.class_weights=words.yaml is not", "could not convert string to float"]),
         ("low.yaml", ["objective.class_weights.no: must be greater than 0, got -1"]),
     ],
@@ -89,6 +90,7 @@ def test_what_cannot_be_weights_is_one_line(folder, typed, words):
         ("low", "no: -1"),
         ("empty", ""),
         ("nested", "a:\n  b: 1"),
+        ("deep", "[" * 10_000),
     ):
         Path(f"{name}.yaml").write_text(text)
     done = vit_train_here(*SETTINGS, f"objective.class_weights={typed}", cwd=folder)

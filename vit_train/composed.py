@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vit_train.construct import Few, Seed, check, is_node
-from vit_train.errors import ConfigError, suggest
+from vit_train.errors import UNFIT, ConfigError, blame, suggest
 from vit_train.places import WEIGHT_FILES, expanded, open_plain
 
 if TYPE_CHECKING:
@@ -254,18 +254,13 @@ def read_class_weights(cfg: DictConfig) -> None:
     path = OmegaConf.select(cfg, "objective.class_weights", throw_on_resolution_failure=False)
     if not isinstance(path, str) or not path.endswith(WEIGHT_FILES):
         return
-    try:
-        with open_plain(expanded(path)) as file:
-            # BaseLoader makes nothing but text
-            written = json.load(file) if path.endswith(".json") else yaml.load(file, yaml.BaseLoader)
+    what = f"objective.class_weights={path} is not a file of `class: weight`"
+    with blame(ConfigError, what, (OSError, yaml.YAMLError, *UNFIT)), open_plain(expanded(path)) as file:
+        # BaseLoader makes nothing but text
+        written = json.load(file) if path.endswith(".json") else yaml.load(file, yaml.BaseLoader)
         if not isinstance(written, dict) or any(isinstance(w, dict | list) for w in written.values()):
             raise ValueError("expected one `name: weight` a line")
         weights = {name: float(weight) for name, weight in written.items()}
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"objective.class_weights={path} is not a file of `class: weight` ({reason})"
-        ) from error
     cfg.objective.class_weights = weights
 
 
