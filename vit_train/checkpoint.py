@@ -172,7 +172,7 @@ class Checkpointer:
     def check_space(self, nbytes: int, *, keep: int) -> None:
         """Refuses to begin where what is kept, the best and the one being written would not fit.
 
-        Those that a run has already do not count.
+        A run that goes on needs room for the newest, the best and the one being written: others give way.
 
         Args:
             nbytes: size of one.
@@ -183,9 +183,9 @@ class Checkpointer:
         """
         free = shutil.disk_usage(next(p for p in self.root.absolute().parents if p.exists())).free
         there = len(checkpoint_directories(self.root))
-        more = max(1, keep + 2 - there)
+        more = max(1, 3 - there) if there else keep + 2
         if free < more * nbytes:
-            fewer = ", type trainer.keep_checkpoints=2" if keep > 2 and free >= (4 - there) * nbytes else ""
+            fewer = ", type trainer.keep_checkpoints=2" if not there and keep > 2 and free >= 4 * nbytes else ""
             needed = f"{count(more, 'more checkpoint')} of this run will take {more * nbytes / 1e6:,.1f} MB"
             raise SaveError(
                 f"{self.root.parent} has {free / 1e6:,.1f} MB free, but {needed}; free some space{fewer} or "

@@ -387,6 +387,21 @@ def test_too_little_space_is_said_before_the_first_step(eighteen, sealed, tmp_pa
     assert whole_state(tmp_path / "run") == eighteen
 
 
+def test_a_run_that_can_go_on_with_room_for_one_checkpoint_goes_on(eighteen, sealed, tmp_path) -> None:
+    """The one before the newest gives way."""
+    done = sealed("""
+        mount -t tmpfs -o size=50m tmpfs . && cd "$PWD" || exit 99
+        VIT_TRAIN SETTINGS trainer.stop_at_step=8; echo "code $?"
+        one=$(du -sk run/checkpoints/step_00000008 | cut -f1)
+        mount -o remount,size=$(($(du -sk . | cut -f1) + one + one / 2))k . || exit 98
+        VIT_TRAIN SETTINGS; echo "code $?"
+        cp -a run ../run
+    """)
+    assert done.stdout.count("code 0") == 2, done
+    assert FAILED not in done.stdout, done
+    assert whole_state(tmp_path / "run") == eighteen
+
+
 def test_older_checkpoints_give_way_where_a_disk_fills_up(eighteen, sealed, tmp_path) -> None:
     done = sealed(f"""
         mount -t tmpfs -o size=20m tmpfs . && cd "$PWD" || exit 99
