@@ -378,6 +378,17 @@ def test_a_kill_between_the_renames_of_a_step_saved_twice_loses_nothing(tmp_path
     assert {folder.name for folder in (tmp_path / "checkpoints").glob("[s.]*")} == {before.name, path.name}
 
 
+def test_a_best_one_that_a_kill_left_between_its_renames_is_still_meant(tmp_path) -> None:
+    path, _ = save(tmp_path, 5, best=True), save(tmp_path, 6)
+    path.rename(path.with_name(f".partial_replaced_{path.name}_123"))
+    held = everything_in(tmp_path)
+    checkpoint, problems = load_run(tmp_path)
+    assert (checkpoint.path, problems) == (path, [])
+    assert torch.equal(checkpoint.tensors["model/buffer"], tensors(5)["model/buffer"])
+    assert torch.equal(checkpoint.tensors["model/half"].nan_to_num(), tensors(5)["model/half"].nan_to_num())
+    assert everything_in(tmp_path) == held
+
+
 def test_find_takes_a_run_its_best_or_last_or_a_checkpoint(tmp_path) -> None:
     first, second = save(tmp_path, 1), save(tmp_path, 2)
     assert found(tmp_path) == second.resolve()

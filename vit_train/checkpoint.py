@@ -124,7 +124,7 @@ class Checkpointer:
             shutil.rmtree(aside, ignore_errors=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT) and self._give_way(target.name, kept, error.errno):
                 return self.save(tensors, state, step=step, best=best, keep=keep, kept=kept)
-            reason = f"{error.strerror or error}; what was saved before is untouched"
+            reason = f"{error.strerror or error}; the one saved before is untouched"
             if self._made and not self.root.is_dir():
                 reason = f"{self.root} was moved or deleted"
             raise SaveError(f"checkpoint {target} could not be written: {reason}") from error
@@ -185,7 +185,8 @@ class Checkpointer:
         there = len(checkpoint_directories(self.root))
         more = max(1, 3 - there) if there else keep + 2
         if free < more * nbytes:
-            fewer = ", type trainer.keep_checkpoints=2" if not there and keep > 2 and free >= 4 * nbytes else ""
+            two = not there and keep > 2 and free >= 4 * nbytes
+            fewer = ", type trainer.keep_checkpoints=2" if two else ""
             needed = f"{count(more, 'more checkpoint')} of this run will take {more * nbytes / 1e6:,.1f} MB"
             raise SaveError(
                 f"{self.root.parent} has {free / 1e6:,.1f} MB free, but {needed}; free some space{fewer} or "
@@ -376,14 +377,13 @@ def load_run(run: Path, fits: Fits | None = None) -> tuple[Checkpoint, list[str]
     inside = run.absolute().parent.name == "checkpoints" and not root.is_dir()
     if inside or (run / MANIFEST).is_file():
         return load(run, fits), []
-    linked = [resolve_link(root / link) for link in ("best", "last")]
-    candidates = list(
-        dict.fromkeys([*filter(None, linked), *(p.resolve() for p in checkpoint_directories(root))])
-    )
+    aside = moved_aside(root)  # where `best` leads nowhere, it means this
+    best, last = (resolve_link(root / link) for link in ("best", "last"))
+    candidates = [best, *aside, last, *(path.resolve() for path in checkpoint_directories(root))]
     problems: list[str] = []
-    for path in candidates:
+    for path in dict.fromkeys(filter(None, candidates)):
         try:
-            return load(path, fits), problems
+            return replace(load(aside.get(path, path), fits), path=path), problems
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
