@@ -353,7 +353,7 @@ def test_only_the_newest_checkpoint_can_be_continued(run, in_tmp) -> None:
     newest, older = checkpoint_directories(run / "checkpoints")
     line = refused(f"resume=run/checkpoints/{older.name}", cwd=in_tmp, code=2)
     assert f"{older.name} is not the newest checkpoint of the run: {newest.name} is" in line
-    done = vit_train_here(f"resume=run/checkpoints/{newest.name}", cwd=in_tmp)
+    done = vit_train_here(f"resume={newest.name}", cwd=newest.parent)
     assert done.code == 0, done.err
     assert (run / "checkpoints" / directory_name(15)).is_dir()
 

@@ -75,7 +75,7 @@ def find_run(resume: str, run_dir: str | None) -> tuple[Path, Path | None]:
                 f"resume={resume}: no run there (neither {CONFIG} nor checkpoints); type its directory, or "
                 "latest"
             )
-        run, named = run.parent.parent, run
+        run, named = Path(os.path.normpath(run / ".." / "..")), run  # which may be typed from within
     if run_dir is not None and Path(run_dir).resolve() != run.resolve():
         raise ConfigError(
             f"run_dir={run_dir}: resume= goes on in {run}; leave run_dir out, or type "
