@@ -151,6 +151,16 @@ def blame(
         raise kind(f"{what}: {reason}") from error
 
 
+@contextmanager
+def passing_over() -> Iterator[None]:
+    """Passes over whatever goes wrong inside, unless something ran out."""
+    try:
+        yield
+    except Exception as error:
+        if ran_out(error):
+            raise
+
+
 def suggest(word: str, choices: Iterable[str], *, inside: str = "") -> str:
     """`"; did you mean 'x'?"` when a close match exists, upper and lower case aside, else an empty string.
 

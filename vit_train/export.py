@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_train.data.sample_transforms import shorter_side
-from vit_train.errors import ConfigError, SaveError
+from vit_train.errors import ConfigError, SaveError, ran_out
 from vit_train.report.record import package_versions
 from vit_train.trained import Trained, without_download
 from vit_train.weights import Layout, differs_in_timm, state_dict_named
@@ -135,13 +135,9 @@ def make_file(
     """
     described = json.dumps(about)  # ASCII: a class name may hold what UTF-8 cannot
     if file_format in ("onnx", "pt2"):
-        try:
-            with _quiet():
-                make = _onnx_file if file_format == "onnx" else _pt2_file
-                return make(model, images, described)
-        except Exception as error:  # any kind comes out of a compiler
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise SaveError(f"torch cannot export this model as {file_format}: {lines[0].strip()}") from error
+        with _refused(f"torch cannot export this model as {file_format}"), _quiet():
+            make = _onnx_file if file_format == "onnx" else _pt2_file
+            return make(model, images, described)
     # clones: two names may share one tensor, which safetensors refuses
     tensors = {name: t.detach().clone().contiguous() for name, t in state_dict_named(model, layout).items()}
     if file_format == "safetensors":
@@ -228,13 +224,9 @@ def verify(
     Raises:
         SaveError: it cannot be loaded, or computes something else.
     """
-    try:
-        difference = largest_difference(
-            load_file(content, file_format, model), model, image_shape=image_shape
-        )
-    except Exception as error:  # any kind: onnxruntime has its own
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise SaveError(f"the {file_format} file cannot be loaded again: {lines[0].strip()}") from error
+    with _refused(f"the {file_format} file cannot be loaded again"):
+        loaded = load_file(content, file_format, model)
+        difference = largest_difference(loaded, model, image_shape=image_shape)
     allowed = MAX_DIFFERENCE[file_format]
     if not difference <= allowed:  # also where it is not a number
         raise SaveError(
@@ -286,6 +278,18 @@ def _load_onnx(content: bytes) -> Forward:
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     (name,) = (node.name for node in session.get_inputs())
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Whatever a compiler or another runtime says, with its first line, unless something ran out."""
+    try:
+        yield
+    except Exception as error:
+        if ran_out(error):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise SaveError(f"{what}: {lines[0].strip()}") from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import yaml
 
 from vit_train import checkpoint, durable, places
 from vit_train.construct import foreign_code
-from vit_train.errors import UNFIT, CheckpointError, ConfigError, DataError
+from vit_train.errors import UNFIT, CheckpointError, ConfigError, DataError, ran_out
 from vit_train.run_dir import CONFIG, check_entries
 
 _MAX_CONFIG_BYTES = 2**20
@@ -80,12 +80,13 @@ def read_config(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
         raise
 
 
+@checkpoint.must_be_readable()
 def _parse_config(path: Path) -> dict[str, Any]:
     try:
         stored = yaml.safe_load(durable.read(path, _MAX_CONFIG_BYTES))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, *UNFIT) as error:  # a tag may not fit what follows it, a date may not exist
+        if ran_out(error):
+            raise
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} cannot be read: {reason}") from error
     check_stored(stored, path)

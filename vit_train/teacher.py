@@ -77,6 +77,7 @@ class Found:
         return digest.hexdigest()
 
 
+@checkpoint.must_be_readable()
 def read_teacher(
     source: str,
     *,
@@ -106,16 +107,13 @@ def read_teacher(
         made, *about = _from_library(source, download=download)
         return Found(made, source, source, *about)
     path = expanded(source)
-    try:
-        if model is not None and (path / "checkpoints").is_dir():
-            raise ConfigError(f"{_KEY}={source} is a run, which knows its model; leave out {_KEY}_model")
-        if model is not None:
-            return _from_file(str(path.absolute()), model, sizes, make_model)
-        if path.is_dir():
-            return _from_run(path, trust)
-        near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    except OSError as error:
-        raise CheckpointError(f"{_KEY}={source} cannot be read: {error.strerror or error}") from error
+    if model is not None and (path / "checkpoints").is_dir():
+        raise ConfigError(f"{_KEY}={source} is a run, which knows its model; leave out {_KEY}_model")
+    if model is not None:
+        return _from_file(str(path.absolute()), model, sizes, make_model)
+    if path.is_dir():
+        return _from_run(path, trust)
+    near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
     if path.is_file():
         raise ConfigError(
             f"{_KEY}={source}: a file does not say which model its weights are of; type "
@@ -149,6 +147,8 @@ def _from_library(source: str, *, download: bool) -> Any:
     except VitTrainError:
         raise
     except Exception as error:  # of any kind where there is no network, or the file is not what it should be
+        if ran_out(error):
+            raise
         raise CheckpointError(
             f"{_KEY}: {source} cannot be downloaded ({' '.join(str(error).split())}); where there is no "
             f"network, copy its weights and type {_KEY}=FILE {_KEY}_model={source}"

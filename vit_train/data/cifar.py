@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from vit_train.construct import Positive, Side
 from vit_train.data.arrays import ArraySource
 from vit_train.data.base import Found, ImageData, Split
-from vit_train.errors import DataError
+from vit_train.errors import DataError, ran_out
 from vit_train.places import expanded
 
 
@@ -60,6 +60,8 @@ class Cifar10(ImageData):
         try:
             return dataset(self.root, train=train, download=True)
         except (OSError, RuntimeError) as error:  # no network, no disk; a checksum that does not match
+            if ran_out(error):
+                raise
             missing = f"{self.name} is not in {self.root}"
             state = f"the files in {folder} are damaged" if folder.exists() else missing
             reason = " ".join(str(error).split())

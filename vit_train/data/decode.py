@@ -35,7 +35,7 @@ from PIL.ExifTags import Base
 from torchvision.io import ImageReadMode, decode_image
 
 from vit_train.construct import Level
-from vit_train.errors import DataError, ran_out
+from vit_train.errors import DataError, passing_over, ran_out
 from vit_train.places import open_plain
 
 RGB: TypeAlias = tuple[Level, Level, Level]
@@ -227,7 +227,7 @@ def find_range(files: Sequence[str]) -> tuple[ValueRange | None, str]:
     ends: list[float] = []
     bits, whites = 0, _INTEGER_WHITES
     for file in files:
-        with suppress(Exception), open_plain(file) as opened, Image.open(opened, formats=_FORMATS) as image:
+        with passing_over(), open_plain(file) as opened, Image.open(opened, formats=_FORMATS) as image:
             if _is_deep(image):
                 _check_size(image)
                 pixels = _deep_pixels(image, file)

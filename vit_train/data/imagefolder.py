@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -28,7 +27,7 @@ from vit_train.data.listing import SUFFIXES, Listing, list_images
 from vit_train.data.loaders import Source
 from vit_train.data.names import Names
 from vit_train.data.sample_transforms import SampleTransform, plain
-from vit_train.errors import DataError, count
+from vit_train.errors import DataError, count, passing_over
 from vit_train.places import as_argument, open_plain
 
 # The size to train at is read from the headers of a few files: enough to see whether they are all alike.
@@ -344,7 +343,7 @@ def _headers(source: FileSource) -> list[tuple[int, int, str]]:
     """Width, height and format of a few files that can be opened, the same ones at every call."""
     headers = []
     for path in sample_of(_Paths(source)):
-        with suppress(Exception), open_plain(path) as file, Image.open(file) as image:  # loaders name it
+        with passing_over(), open_plain(path) as file, Image.open(file) as image:  # loaders name it
             headers.append((*image.size, str(image.format)))
     return headers
 

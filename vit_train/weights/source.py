@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vit_train import checkpoint
-from vit_train.errors import CheckpointError, ConfigError, suggest
+from vit_train.errors import CheckpointError, ConfigError, ran_out, suggest
 from vit_train.places import expanded
 from vit_train.weights.names import common_front, models_in, recognise, to_ours
 
@@ -82,6 +82,7 @@ def absolute_source(source: str | None) -> str | None:
     return str(expanded(source).absolute())
 
 
+@checkpoint.must_be_readable()
 def read_pretrained(source: str) -> Pretrained:
     """Reads the weights `init_from` names.
 
@@ -97,22 +98,17 @@ def read_pretrained(source: str) -> Pretrained:
     if source.startswith(TORCHVISION):
         return _from_torchvision(source)
     path = expanded(source)
-    try:
-        if path.is_dir():
-            whole = [path / name for name in _IN_FOLDER if (path / name).is_file()]
-            own = (path / name for name in (checkpoint.MANIFEST, "state.json", "checkpoints"))
-            if not whole or any(part.exists() for part in own):
-                return _from_run(source, path)
-            path = whole[0]
-        elif not path.is_file():
-            siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise CheckpointError(f"init_from={source}: no such file or run{suggest(str(path), siblings)}")
-        if path.name.endswith((".safetensors", _INDEX, *_PICKLED)):
-            return _from_file(source, path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or path} cannot be read: {error.strerror or error}"
-        ) from error
+    if path.is_dir():
+        whole = [path / name for name in _IN_FOLDER if (path / name).is_file()]
+        own = (path / name for name in (checkpoint.MANIFEST, "state.json", "checkpoints"))
+        if not whole or any(part.exists() for part in own):
+            return _from_run(source, path)
+        path = whole[0]
+    elif not path.is_file():
+        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise CheckpointError(f"init_from={source}: no such file or run{suggest(str(path), siblings)}")
+    if path.name.endswith((".safetensors", _INDEX, *_PICKLED)):
+        return _from_file(source, path)
     raise ConfigError(
         f"init_from={source}: weights come from a run directory, a .safetensors, .pth, .pt or .ckpt file, a "
         f"folder of save_pretrained, or {TORCHVISION}vit_b_16"
@@ -134,6 +130,8 @@ def _from_torchvision(source: str) -> Pretrained:
         weights = models.get_model_weights(name).DEFAULT
         state = weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:  # no network; a download that is not what its name says
+        if ran_out(error):
+            raise
         raise CheckpointError(
             f"init_from={source} cannot be downloaded ({' '.join(str(error).split())}); where there is no "
             "network, copy the file and type init_from=FILE.pth"
@@ -256,6 +254,8 @@ def _from_pickle(path: Path) -> Any:
             )
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
+        if ran_out(error):
+            raise
         raise CheckpointError(f"{path} is not a file of weights, or not whole") from error
 
 
