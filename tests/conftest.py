@@ -150,22 +150,6 @@ def everything_in(folder):
     return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-def as_older_version(run, *, held_out=True):
-    """The checkpoints of a run as they were before they said which rule chose the images that were held out.
-
-    Args:
-        run: the run directory.
-        held_out: whether images were, and so were others than today's.
-    """
-
-    def change(state):
-        state.pop("split_rule", None)
-        if held_out:
-            state["dataset_fingerprint"] = "0" * 64
-
-    change_states(run, change)
-
-
 def change_states(run, change):
     """Changes the state.json of every checkpoint of a run, which stays valid."""
     for checkpoint in (run / "checkpoints").glob("step_*"):

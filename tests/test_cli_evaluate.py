@@ -18,7 +18,6 @@ import torch
 from conftest import (
     PATCHES,
     TINY,
-    as_older_version,
     environment,
     everything_in,
     load_trained,
@@ -292,19 +291,6 @@ def test_images_the_run_was_trained_on_are_counted(typed, folder_run, digits_run
     subset(digits_folder, in_tmp / "other", ["3", "6"])
     assert not any("trained on" in x for x in report_of(typed, folder_run, "data.root=other")[0]["notes"])
     assert report_of(typed, folder_run)[0]["notes"] == []
-
-
-def test_what_an_older_version_held_out_was_not_these(typed, digits_run, digits_folder, in_tmp):
-    shutil.copytree(digits_run, in_tmp / "old", symlinks=True)
-    as_older_version(in_tmp / "old")
-    seen = (
-        "some of these 145 images were trained on (an older version held out others): the figures are better"
-    )
-    report, out = report_of(typed, in_tmp / "old", "--split", "val")
-    assert report["notes"][0].startswith(seen)
-    assert seen in out
-    assert report_of(typed, in_tmp / "old", "--split", "test")[0]["notes"] == []
-    assert report_of(typed, digits_run, "--split", "val")[0]["notes"] == []
 
 
 def test_of_few_images_each_one_counts(typed, folder_run, digits_folder, in_tmp):

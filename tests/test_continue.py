@@ -11,7 +11,6 @@ import pytest
 from conftest import (
     PATCHES,
     TINY,
-    as_older_version,
     checkpoint_hashes,
     command,
     environment,
@@ -292,47 +291,6 @@ def test_another_number_of_steps_is_never_taken(on_photos, in_tmp) -> None:
         shutil.copy(on_photos / "dog/1.png", on_photos / f"dog/more_{i}.png")
     line = refused("resume=force", "run_dir=run", cwd=in_tmp, code=3)
     assert "the changed data makes epochs of 2 steps instead of 1" in line
-
-
-def test_where_an_older_version_chose_what_is_held_out_that_is_the_reason(run, in_tmp) -> None:
-    as_older_version(run)
-    for typed in (["resume=run"], [*TINY, "run_dir=run"]):
-        line = refused(*typed, cwd=in_tmp, code=3)
-        assert "run held out or left out other images: an older version chose them by another rule" in line
-        assert "type resume=force run_dir=run to go on all the same" in line
-    done = vit_train_here("resume=force", "run_dir=run", "trainer.stop_at_step=8", cwd=in_tmp)
-    assert done.code == 0, done.err
-    assert "the data has changed since the run was started (resume=force)" in " ".join(done.out.split())
-    assert vit_train_here("resume=run", cwd=in_tmp).code == 0
-
-
-def test_what_older_versions_held_nothing_out_of_goes_on(in_tmp) -> None:
-    for split in ("train", "val"):
-        make_folder(in_tmp / "photos" / split)
-    done = vit_train_here(*FOLDER, "run_dir=run", "trainer.stop_at_step=1", cwd=in_tmp)
-    assert done.code == 0, done.err
-    as_older_version(in_tmp / "run", held_out=False)
-    done = vit_train_here("resume=run", "trainer.stop_at_step=2", cwd=in_tmp)
-    assert done.code == 0, done.err
-    as_older_version(in_tmp / "run", held_out=False)
-    (in_tmp / "photos/train/dog/11.png").rename(in_tmp / "photos/train/dog/12.png")
-    assert "run was trained on (classes or files differ); restore it, " in refused(
-        "resume=run", cwd=in_tmp, code=3
-    )
-
-
-@pytest.mark.parametrize("typed", [("resume=run",), (*TINY, "run_dir=run")], ids=["resume", "full"])
-def test_a_warmup_that_an_older_version_cut_stays_as_long_as_it_was(in_tmp, typed) -> None:
-    """A stored number of 2 epochs, in a run of 3 epochs of 5 steps: 3 steps, not 10."""
-    done = vit_train_here(*TINY, "run_dir=run", "trainer.stop_at_step=2", cwd=in_tmp)
-    assert done.code == 0, done.err
-    as_older_version(in_tmp / "run", held_out=False)
-    config = (in_tmp / "run/config.yaml").read_text()
-    assert "warmup_epochs: null" in config
-    (in_tmp / "run/config.yaml").write_text(config.replace("warmup_epochs: null", "warmup_epochs: 2"))
-    done = vit_train_here(*typed, cwd=in_tmp)
-    assert done.code == 0, done.err
-    assert "warmup_epochs: 0.6\n" in (in_tmp / "run/config.yaml").read_text()
 
 
 def test_a_continuation_goes_on_where_it_is(run, in_tmp) -> None:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, as_older_version, build, checkpoint_hashes, vit_train_here, whole_state
+from conftest import TINY, build, checkpoint_hashes, vit_train_here, whole_state
 from safetensors.torch import save_file
 
 from vit_train.checkpoint import load, resolve_link
@@ -65,24 +65,6 @@ def test_a_run_starts_from_another_ones_averaged_weights(pretrained, in_tmp):
     names = [name.removeprefix("ema/") for name in before if name.startswith("ema/")]
     assert len(names) > 20
     assert all(torch.equal(before[f"ema/{name}"], after[f"model/{name}"]) for name in names)
-
-
-def test_where_an_older_version_chose_what_was_held_out_it_is_said(pretrained, in_tmp):
-    shutil.copytree(pretrained, in_tmp / "old", symlinks=True)
-    as_older_version(in_tmp / "old")
-    note = (
-        "old held out other images (an older version chose them): if it was trained on this data, it has seen"
-    )
-    for source, options, expected in (
-        ("old", (), True),
-        ("old", ("data.val_fraction=0",), False),
-        (str(pretrained), (), False),
-    ):
-        settings = (*TINY, *options, f"init_from={source}", "trainer.stop_at_step=1", "run_dir=new")
-        done = vit_train_here(*settings, cwd=in_tmp)
-        assert done.code == 0, done.err
-        assert (note in said(done)) == expected, (source, options)
-        shutil.rmtree(in_tmp / "new")
 
 
 def test_other_classes_another_size_and_its_report(pretrained, in_tmp):

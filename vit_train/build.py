@@ -42,7 +42,6 @@ from vit_train.resume import (
     checkpoint_to_continue,
     flat,
     grown,
-    old_warmup,
     rate_jump,
     read_config,
     trusted,
@@ -54,7 +53,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vit_train.guard import Signals
-    from vit_train.weights import Pretrained
 
 # What may be left open in a command and is known once a run exists
 _RESOLVED_KEYS = (
@@ -73,8 +71,6 @@ _RESOLVED_KEYS = (
 # Where a constructor's own defaults fill in what a config, or an older version, leaves out
 _WITH_DEFAULTS = ("data", "trainer", "optimizer", "tracker")
 _SHIFT = "augment.batch.max_shift"
-# What decides how a run starts; runs of older versions do not have it
-_START = {"init_from": None, "init_strict": True}
 _NOT_IN_STORE = ("resume", "run_dir", "summary", "trust")
 
 
@@ -119,15 +115,6 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
             )
         OmegaConf.update(cfg, key, override.value(), force_add=True)  # what it is not is said by the check
     return cfg
-
-
-def _completed(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration with what runs of older versions do not have."""
-    augment = stored.get("augment")
-    if isinstance(augment, dict):
-        stored = {**stored, "augment": {"repeats": 1, **augment}}
-    stored = {key: value for key, value in stored.items() if key != "trust"}  # what is trusted is typed
-    return {**stored, **_START, **stored}
 
 
 def _adopt(cfg: DictConfig, stored: Mapping[str, Any], overrides: list[str]) -> None:
@@ -180,7 +167,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         trust = trusted(cfg.trust, hydra=True)
         run_dir, named = find_run(str(cfg.resume), None if cfg.run_dir is None else str(cfg.run_dir))
         stored, notes = read_config(run_dir)
-        stored = _completed(stored)
+        stored.pop("trust", None)  # it is typed
         allow = allowed(stored, trust, run_dir)
         stored |= {key: with_defaults(stored[key], inherited=key == "trainer") for key in _WITH_DEFAULTS}
         force = cfg.resume == "force"
@@ -199,7 +186,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
         run_dir = choose_run_dir(typed, str(cfg.name), launch.job_dir)
         if holds_run(run_dir):
             stored, notes = read_config(run_dir)
-            stored = _completed(stored)
+            stored.pop("trust", None)
     from vit_train.weights.source import absolute_source  # here: torch, which --help can do without
 
     cfg.init_from = absolute_source(cfg.init_from)
@@ -260,7 +247,7 @@ def _build(
     from vit_train.tracker import NullTracker
     from vit_train.trained import check_sizes
     from vit_train.trainer import Trainer
-    from vit_train.weights import read_pretrained
+    from vit_train.weights import load_pretrained, read_pretrained
 
     signals = signals or Signals()
     strategy = make_part(cfg, "strategy", allow, SingleDevice)
@@ -303,9 +290,6 @@ def _build(
         )
     if found is None and stored:
         notes.append("no checkpoint was written yet: it starts from step 0")
-    if found is not None and cfg.schedule.get("warmup_epochs") and "split_rule" not in found.state:
-        steps = len(data.loader("train"))
-        cfg.schedule.warmup_epochs = old_warmup(cfg.schedule.warmup_epochs, stored["trainer"], steps)
     fixed = cfg.optimizer.get("lr") != "auto" and not is_typed("optimizer.lr", launch.overrides)
     notes += resolve_auto(cfg, launch.overrides, outlined()[0])
     taught = find_teacher(cfg, trust, download=not stored)
@@ -314,8 +298,8 @@ def _build(
     model, weights = _make_model(config, allow, run_dir, found)
     if found is None and cfg.init_from is not None:
         pretrained = pretrained or read_pretrained(cfg.init_from)
-        weights, more = _fill(model, cfg, pretrained, data)
-        notes += more
+        report = load_pretrained(model, pretrained, strict=cfg.init_strict, class_names=data.class_names)
+        weights = str(report)
         if fixed and "experiment" not in launch.choices:
             notes.append(
                 f"optimizer.lr={cfg.optimizer.lr:g} is made for training from scratch; to keep more of what "
@@ -354,7 +338,6 @@ def _build(
                 "in_channels": data.in_channels,
             },
             "dataset_fingerprint": fingerprint,
-            "split_rule": data.split_rule,
         },
     )
     trainer = make_part(cfg, "trainer", allow, Trainer)(parts)
@@ -450,21 +433,6 @@ def _make_model(
     if found is not None:
         return model, f"from {found.path.name} of this run"
     return model, "from scratch" if offline == config["model"] else "pretrained parts, the rest from scratch"
-
-
-def _fill(model: nn.Module, cfg: DictConfig, pretrained: Pretrained, data: Any) -> tuple[str, list[str]]:
-    """Loads pretrained weights; says what became of them, and whether they saw what is held out here."""
-    from vit_train.weights import load_pretrained
-
-    notes = []
-    same_classes = pretrained.class_names == data.class_names
-    if pretrained.old_split and same_classes and data.holds_out and data.sizes["val"]:
-        notes.append(
-            f"{cfg.init_from} held out other images (an older version chose them): if it was trained on "
-            "this data, it has seen validation images, and their figures are too good"
-        )
-    report = load_pretrained(model, pretrained, strict=cfg.init_strict, class_names=data.class_names)
-    return str(report), notes
 
 
 def _put_back(

@@ -327,11 +327,6 @@ def check_budget(stored: Mapping[str, Any], trainer: Any) -> int:
     return before
 
 
-def old_warmup(epochs: float, trainer: Mapping[str, Any], steps_per_epoch: int) -> float:
-    """Epochs of warmup that a run of an older version has: a fifth of its budget at most."""
-    return min(epochs, _budget(trainer, steps_per_epoch) // 5 / steps_per_epoch)
-
-
 def _budget(trainer: Mapping[str, Any], steps_per_epoch: int) -> int:
     return int(trainer.get("max_steps") or (trainer.get("epochs") or 0) * steps_per_epoch)
 
@@ -374,16 +369,11 @@ def check_data(
     inference, train = found.state.get("inference"), found.state.get("train")
     names = inference.get("class_names") if isinstance(inference, dict) else None
     steps = train.get("steps_per_epoch") if isinstance(train, dict) else None
-    what = f"the data is not what {run_dir} was trained on (classes or files differ); restore it,"
-    if data.split_rule and "split_rule" not in found.state:
-        what = (
-            f"{run_dir} held out or left out other images: an older version chose them by another rule, and "
-            "validation would show images that were trained on;"
-        )
     if not force:
+        insist = f"resume=force {places.as_typed('run_dir', run_dir)}"
         raise DataError(
-            f"{what} start a new run with another run_dir, or type resume=force "
-            f"{places.as_typed('run_dir', run_dir)} to go on all the same"
+            f"the data is not what {run_dir} was trained on (classes or files differ); restore it, start a "
+            f"new run with another run_dir, or type {insist} to go on all the same"
         )
     if not isinstance(names, list) or [normalize("NFC", str(name)) for name in names] != data.class_names:
         raise DataError(f"the data has other classes than {run_dir} was trained on; start a new run")

@@ -79,15 +79,11 @@ def report(arguments: argparse.Namespace) -> None:
             check_place(place.folder)  # now, not after the work
         fingerprint = data.fingerprint()
         own = fingerprint == stored.state.get("dataset_fingerprint")
-        # an older version held out other images, of a folder that may have moved since
-        moved = not own and data.holds_out and "split_rule" not in stored.state
-        known = root is None or trained.class_names == data.class_names
-        seen = {"train", "val"} if moved and known else {"train"} if own or root is None else set()
         about = {
             "split": split,
             "tta": arguments.tta,
             "overrides": arguments.overrides,
-            "notes": notes_on(data, splits, asked=arguments.split, own=own, seen=seen),
+            "notes": notes_on(data, splits, asked=arguments.split, own=own, seen=own or root is None),
             "dataset_fingerprint": fingerprint,
         }
         with blame(ConfigError, f"{stored.path} cannot be evaluated on this data"):
@@ -157,7 +153,7 @@ def _evaluate(
     return report, chosen.images(wrong) if wrong else None
 
 
-def notes_on(data: Any, splits: list[Split], *, asked: str | None, own: bool, seen: set[str]) -> list[str]:
+def notes_on(data: Any, splits: list[Split], *, asked: str | None, own: bool, seen: bool) -> list[str]:
     """What the reader of the figures should know.
 
     Args:
@@ -165,19 +161,16 @@ def notes_on(data: Any, splits: list[Split], *, asked: str | None, own: bool, se
         splits: what was evaluated.
         asked: --split.
         own: whether the images are exactly those of the run, wherever they are.
-        seen: which of the data's splits hold images that were trained on.
+        seen: whether those of the data's training split were trained on.
     """
     notes, images = [], sum(data.sizes[split] for split in splits)
     if asked is None and "train" in splits:
         notes.append(f"{_name(data)} has no test or val split: all of its {images:,} images are evaluated")
-    if seen.intersection(splits):
+    if seen and "train" in splits:
         # with another limit, or files that came later, not all of them
         known = f"{data.sizes['train']:,}" if own else "some"
-        why = "" if "train" in splits else " (an older version held out others)"
-        notes.append(
-            f"{known} of these {images:,} images were trained on{why}: "
-            "the figures are better than those of new images"
-        )
+        better = "the figures are better than those of new images"
+        notes.append(f"{known} of these {images:,} images were trained on: {better}")
     if images < _FEW:
         notes.append(f"{images} images only: a single one moves top-1 by {100 / images:.1f} points")
     return notes

@@ -36,7 +36,7 @@ from vit_train.data.loaders import (
 )
 from vit_train.data.order import Sampling
 from vit_train.data.sample_transforms import SampleTransform, plain
-from vit_train.data.splits import SPLIT_RULE, hold_out, keep, keep_share
+from vit_train.data.splits import hold_out, keep, keep_share
 from vit_train.errors import DataError, WorkerLostError
 
 Split: TypeAlias = Literal["train", "val", "test"]
@@ -55,7 +55,6 @@ class DataModule(Protocol):
         mean, std: normalisation per channel, on the 0 to 1 scale.
         sizes: images per split, 0 where a split is absent.
         holds_out: whether val is a part of train that was held out.
-        split_rule: what chose which images are held out or left out, None where none are.
         notes: things to tell the user.
     """
 
@@ -68,7 +67,6 @@ class DataModule(Protocol):
     std: tuple[float, ...]
     sizes: dict[str, int]
     holds_out: bool
-    split_rule: str | None
     notes: list[str]
 
     def setup(
@@ -199,7 +197,6 @@ class ImageData(DataModule, abc.ABC):
         self.sources: dict[Split, Source] = {}
         self._listed: dict[Split, Source] = {}  # before unusable images were left out of train
         self.holds_out = False
-        self.split_rule: str | None = None
         self._loaders: dict[tuple[Split, bool], Loader] = {}  # of a split, for training or to evaluate
         self._finished: dict[Split, Tensor] = {}
         self._decoded: Source | None = None
@@ -259,8 +256,6 @@ class ImageData(DataModule, abc.ABC):
             )
         self.img_size = found.img_size if self._wanted_img_size is None else self._wanted_img_size
         self._listed = self._split(found.sources)
-        whole = all(self._listed[split] is source for split, source in found.sources.items())
-        self.split_rule = None if whole else SPLIT_RULE
         self.sources = self.usable(self._listed) if training else self._listed
         self.sizes = {**dict.fromkeys(SPLITS, 0), **{k: len(v.targets) for k, v in self.sources.items()}}
         self.class_counts = self._count("train").tolist() if "train" in self.sources else []

@@ -15,7 +15,6 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-SPLIT_RULE = "hash"  # stored with a run; older versions shuffled, and stored none
 _KEY = b"vit-train split"
 Indices = NDArray[np.int64]
 

@@ -54,7 +54,6 @@ class Pretrained:
         class_names: in the order of the logits, where they are known.
         mean, std: normalisation they were trained with, where it is known.
         skipped: a line for each damaged checkpoint that another one stood in for.
-        old_split: of a run, whether an older version chose what it held out.
         as_saved: of a foreign file, what lies where the tensors were found, under its own names.
         passed_over: names of it that are not of the model: a loss, a teacher, a decoder.
         contents: of a foreign file, for messages.
@@ -69,7 +68,6 @@ class Pretrained:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     skipped: tuple[str, ...] = ()
-    old_split: bool = False
     as_saved: Mapping[str, Tensor] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
     contents: str = ""
@@ -153,7 +151,7 @@ def _from_run(source: str, path: Path) -> Pretrained:
         inference if isinstance(inference, dict) else {},
         config.get("model") if isinstance(config, dict) else None,
     )
-    return replace(own, skipped=tuple(skipped), old_split="split_rule" not in stored.state)
+    return replace(own, skipped=tuple(skipped))
 
 
 def _from_file(source: str, path: Path) -> Pretrained:
