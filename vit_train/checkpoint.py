@@ -235,17 +235,13 @@ class Checkpointer:
         Returns:
             Whether there is now more room.
         """
-        best = self.best_path()
-        names = {best.name if best is not None else "", *map(directory_name, kept)}
-        older = [path for path in checkpoint_directories(self.root) if path.name < target][1:]
-        oldest = next((path for path in reversed(older) if path.name not in names), None)
+        older = [path for path in checkpoint_directories(self.root) if path.name < target]
         with suppress(OSError):
-            if oldest is None:
-                return False
-            room = sum(file.stat().st_size for file in oldest.iterdir())
-            if reason == errno.EDQUOT or shutil.disk_usage(self.root).free < room:
-                self._remove(oldest)
-                return True
+            for oldest in self._removable(older[1:], kept)[-1:]:
+                room = sum(file.stat().st_size for file in oldest.iterdir())
+                if reason == errno.EDQUOT or shutil.disk_usage(self.root).free < room:
+                    self._remove(oldest)
+                    return True
         return False
 
     def _remove(self, path: Path) -> None:
@@ -257,12 +253,15 @@ class Checkpointer:
 
     def _retain(self, keep: int, *, newest: str, kept: Collection[int]) -> None:
         """Later steps than the one just saved do not count: the run went back, because they are damaged."""
-        best = self.best_path()
-        names = {best.name if best is not None else "", *map(directory_name, kept)}
         saved = [path for path in checkpoint_directories(self.root) if path.name <= newest]
-        for path in saved[keep:]:
-            if path.name not in names:  # names, because the link is resolved and the run directory may not be
-                self._remove(path)
+        for path in self._removable(saved[keep:], kept):
+            self._remove(path)
+
+    def _removable(self, saved: list[Path], kept: Collection[int]) -> list[Path]:
+        best = self.best_path()
+        # names, because the link is resolved and the run directory may not be
+        names = {best.name if best is not None else "", *map(directory_name, kept)}
+        return [path for path in saved if path.name not in names]
 
 
 def directory_name(step: int) -> str:
@@ -330,6 +329,22 @@ def moved_aside(root: Path) -> dict[Path, Path]:
     return {place: aside for place, aside in places.items() if not place.exists()}
 
 
+@contextmanager
+def must_be_readable() -> Iterator[None]:
+    """Turns a refusal of the operating system into a CheckpointError; also a decorator.
+
+    Not where files or memory ran out: what was to be read may be sound, and must not be passed over.
+    """
+    try:
+        yield
+    except OSError as error:
+        if ran_out(error):
+            raise
+        place = error.filename or "what is stored"
+        raise CheckpointError(f"{place} cannot be read: {error.strerror or error}") from error
+
+
+@must_be_readable()
 def newest_valid(run_dir: Path, fits: Fits | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of a run that verifies, and a line about each newer one that does not."""
     root = run_dir / "checkpoints"
@@ -345,21 +360,6 @@ def newest_valid(run_dir: Path, fits: Fits | None = None) -> tuple[Checkpoint | 
         except CheckpointError as error:
             problems.append(str(error))
     return None, problems
-
-
-@contextmanager
-def must_be_readable() -> Iterator[None]:
-    """Turns a refusal of the operating system into a CheckpointError; also a decorator.
-
-    Not where files or memory ran out: what was to be read may be sound, and must not be passed over.
-    """
-    try:
-        yield
-    except OSError as error:
-        if ran_out(error):
-            raise
-        place = error.filename or "what is stored"
-        raise CheckpointError(f"{place} cannot be read: {error.strerror or error}") from error
 
 
 @must_be_readable()
@@ -487,9 +487,8 @@ def _listed_files(path: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or _STATE not in files or "model.safetensors" not in files:
         raise CheckpointError(f"{manifest_file} does not list {_STATE} and model.safetensors")
     known = {f"{kind}.safetensors" for kind in _KINDS} | {_STATE}
-    for name in sorted(files):
-        if name not in known:
-            raise CheckpointError(f"{manifest_file} lists {name!r}, which is not part of a checkpoint")
+    for name in sorted(files.keys() - known):
+        raise CheckpointError(f"{manifest_file} lists {name!r}, which is not part of a checkpoint")
     return files
 
 

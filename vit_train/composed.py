@@ -111,8 +111,11 @@ def check_config(cfg: DictConfig) -> None:
         if not is_node(nodes.get(group)):
             key = "augment.batch" if group == "augment" else group
             errors.append(f"{key}: needs a `_target_`; choose one with {group}=...")
+    if len(errors) > 1:
+        lines = [f"{len(errors)} errors in the configuration:", *map(_with_choice, errors)]
+        raise ConfigError("\n  ".join(lines))
     if errors:
-        raise ConfigError(_one_message([*map(_with_choice, errors)]))
+        raise ConfigError(_with_choice(errors[0]))
 
 
 def _unknown(tree: dict[str, Any]) -> list[str]:
@@ -134,12 +137,6 @@ def _with_choice(line: str) -> str:
     files = sorted((config_dir() / group).glob("*.yaml"))
     choices = [file.stem for file in files if name in yaml.safe_load(file.read_text(encoding="utf-8"))]
     return f"{line}; {group}={choices[0]} has it" if choices else line
-
-
-def _one_message(errors: list[str]) -> str:
-    if len(errors) == 1:
-        return errors[0]
-    return f"{len(errors)} errors in the configuration:\n" + "\n".join(f"  {error}" for error in errors)
 
 
 def check_launch(launch: Launch, cfg: DictConfig) -> None:

@@ -120,7 +120,7 @@ def history(run):
     path = run / "metrics.jsonl"
     read_events(path)
     if path.stat().st_size % 20 == 0:  # a drawing takes a second
-        draw_history(run, "title")
+        draw_history(run)
 
 
 def checkpoint(run):

@@ -16,7 +16,7 @@ from typing import Any
 
 from vit_train.cli import command
 from vit_train.errors import DataError, WorkerLostError, count
-from vit_train.places import as_typed, expanded
+from vit_train.places import as_argument, as_typed, expanded
 
 _STDOUT = "-"
 
@@ -80,7 +80,7 @@ def stats(arguments: argparse.Namespace) -> None:
     try:
         with _typed_root():
             data.setup(device=torch.device("cpu"), rank=0, world_size=1, training=arguments.split == "train")
-        all_bad = f"; {shlex.join(['vit-data', 'check', arguments.root])} lists all"
+        all_bad = f"; vit-data check {as_argument(arguments.root)} lists all"
         with _bars() as start, _typed_root(all_bad):  # reading stops at the first
             found = channel_stats(data, arguments.split, progress=start(data.sizes[arguments.split]))
     except WorkerLostError as error:

@@ -33,15 +33,14 @@ _FEW = 100  # images, below which a single one moves the figures by more than a 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a report goes: a directory, a run of its own in TensorBoard, a JSON file; None where it does not.
+    """Where a report goes: a directory, a run of its own in TensorBoard; None where it does not.
 
-    A run directory takes all but the last as `eval/<name>` and `tensorboard/eval_<name>`. A checkpoint
-    directory is no place for reports.
+    A run directory takes both, as `eval/<name>` and `tensorboard/eval_<name>`. A checkpoint directory is no
+    place for reports.
     """
 
-    folder: Path | None
-    tensorboard: Path | None
-    json: Path | None
+    folder: Path | None = None
+    tensorboard: Path | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +73,7 @@ def report(arguments: argparse.Namespace) -> None:
         trained = from_checkpoint(stored, device=strategy.device, weights=arguments.weights, trust=trust)
         precision = precision_of(trained, config, strategy.device, arguments.overrides)
         split, splits = choose(arguments.split, data, elsewhere=root is not None)
-        place = place_of(arguments, split, root, json)
+        place = place_of(arguments, split, root)
         if place.folder is not None:
             check_place(place.folder)  # now, not after the work
         fingerprint = data.fingerprint()
@@ -98,7 +97,7 @@ def report(arguments: argparse.Namespace) -> None:
         console.say(note)
     for table in evaluation_tables(evaluated):
         console.say(table)
-    for path in _write(place, evaluated, mistakes):
+    for path in _write(place, json, evaluated, mistakes):
         console.say(f"report  {path}")
 
 
@@ -190,14 +189,13 @@ def precision_of(
     Raises:
         ConfigError: the device does not compute in what was typed.
     """
+    from vit_train.construct import as_config_error
     from vit_train.precision import resolve_precision
 
     if not any(text.startswith("trainer.precision=") for text in overrides):
         return trained.precision()
-    try:
+    with as_config_error("trainer.precision"):
         return resolve_precision(config["trainer"]["precision"], device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def choose(asked: str | None, data: Any, *, elsewhere: bool) -> tuple[str, list[Split]]:
@@ -228,7 +226,7 @@ def other_root(data: dict[str, Any], stored: dict[str, Any]) -> Path | None:
     return folders[0] if folders[0].absolute() != folders[1].absolute() else None
 
 
-def place_of(arguments: argparse.Namespace, split: str, root: Path | None, json: Path | None) -> Place:
+def place_of(arguments: argparse.Namespace, split: str, root: Path | None) -> Place:
     """Where the report goes; see `Place`. With --json alone only the figures are written, there.
 
     Raises:
@@ -238,9 +236,9 @@ def place_of(arguments: argparse.Namespace, split: str, root: Path | None, json:
 
     run = Path(arguments.run)
     if arguments.out is not None:
-        return Place(expanded(arguments.out), None, json)
-    if json is not None or (run / MANIFEST).is_file():
-        return Place(None, None, json)
+        return Place(expanded(arguments.out))
+    if arguments.json is not None or (run / MANIFEST).is_file():
+        return Place()
     name = split
     if root is not None:  # folders of the same name in different places are different data
         plain = re.sub(r"[^\w.-]+", "_", root.absolute().name).strip("._")[:40] or "data"
@@ -251,10 +249,10 @@ def place_of(arguments: argparse.Namespace, split: str, root: Path | None, json:
     tensorboard = run / "tensorboard"
     logs = tensorboard.is_dir() and not tensorboard.is_symlink()
     folder = command.output_folder(run, "eval") / name
-    return Place(folder, tensorboard / f"eval_{name}" if logs else None, None)
+    return Place(folder, tensorboard / f"eval_{name}" if logs else None)
 
 
-def _write(place: Place, evaluated: Evaluated, mistakes: Tensor | None) -> list[Path]:
+def _write(place: Place, json: Path | None, evaluated: Evaluated, mistakes: Tensor | None) -> list[Path]:
     """Writes what there is a place for; returns what the user should look at.
 
     Raises:
@@ -264,11 +262,11 @@ def _write(place: Place, evaluated: Evaluated, mistakes: Tensor | None) -> list[
     from vit_train.report import evaluation_files as files
 
     written = []
-    if place.json is not None:
-        with command.writing(f"--json {place.json}"):
-            durable.make_directory(place.json.parent)
-            durable.replace(place.json, files.json_text(evaluated))
-        written.append(place.json)
+    if json is not None:
+        with command.writing(f"--json {json}"):
+            durable.make_directory(json.parent)
+            durable.replace(json, files.json_text(evaluated))
+        written.append(json)
     if place.folder is None:
         return written
     pictures = files.draw(evaluated, mistakes)

@@ -15,7 +15,7 @@ from vit_train.cli import command
 from vit_train.errors import DataError, WorkerLostError, one_line
 
 if TYPE_CHECKING:
-    from vit_train.report.predictions import Format
+    from vit_train.report.predictions import Csv, JsonLines, PredictionTable
     from vit_train.trained import Trained
 
 _FEW = 32  # images that are read before worker processes would have started
@@ -82,7 +82,9 @@ def _write(arguments: argparse.Namespace, trained: Trained, names: list[str], fi
     return failed
 
 
-def _format(arguments: argparse.Namespace, trained: Trained, names: list[str], file: IO[str]) -> Format:
+def _format(
+    arguments: argparse.Namespace, trained: Trained, names: list[str], file: IO[str]
+) -> PredictionTable | Csv | JsonLines:
     from vit_train.report.predictions import Csv, JsonLines, PredictionTable
 
     chosen = arguments.format

@@ -268,7 +268,7 @@ def _log_error(run: Run, error: BaseException | None) -> None:
 def _draw(run_dir: Path) -> None:
     from vit_train.report.history import draw_history
 
-    draw_history(run_dir, str(run_dir))
+    draw_history(run_dir)
 
 
 def _plan(run: Run) -> Plan:

@@ -45,13 +45,8 @@ def _is_figure(value: Any) -> bool:
     return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGEST)
 
 
-def draw_history(run_dir: Path, title: str) -> Path | None:
-    """Draws `run_dir`/history.png; None before the first epoch is closed.
-
-    Args:
-        run_dir: holds metrics.jsonl.
-        title: what stands above the curves.
-    """
+def draw_history(run_dir: Path) -> Path | None:
+    """Draws history.png of a run, under its name; None before the first epoch is closed."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -98,7 +93,7 @@ def draw_history(run_dir: Path, title: str) -> Path | None:
     for axis in (loss, accuracy):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8)
-    shown = with_glyphs(title)
+    shown = with_glyphs(str(run_dir))
     figure.suptitle(shown, fontsize=10, family=fonts_for([shown]), parse_math=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")

@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import IO, Protocol
+from typing import IO
 
 import rich.console
 from rich.bar import Bar
@@ -25,16 +25,6 @@ from vit_train.prediction import Prediction
 _PLAIN_WIDTH = 110  # columns where the output is no terminal
 _BAR_WIDTH = 12
 _LONGEST_CLASS = 24  # columns; a longer name is cut
-
-
-class Format(Protocol):
-    """Text for predictions."""
-
-    def head(self) -> str:
-        """What comes before the first."""
-
-    def text(self, predictions: Sequence[Prediction]) -> str:
-        """Whole lines for these."""
 
 
 class JsonLines:
