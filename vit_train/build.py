@@ -238,7 +238,7 @@ def _build(
     from vit_train.guard import Signals
     from vit_train.memory import fit_micro_batch
     from vit_train.optim import Schedule
-    from vit_train.precision import bf16_is_faster, resolve_precision
+    from vit_train.precision import doubts, resolve_precision
     from vit_train.report.console import Console
     from vit_train.report.record import read_facts
     from vit_train.rng import seed_device
@@ -265,13 +265,7 @@ def _build(
         )
     with as_config_error("trainer.precision"):
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
-    if (
-        cfg.trainer.precision == "bf16"
-        and strategy.device.type == "cpu"
-        and not bf16_is_faster(strategy.device)
-    ):
-        instead = "" if stored else "; type trainer.precision=fp32"
-        notes.append(f"this processor probably gains nothing from bf16: fp32 may be far faster{instead}")
+    notes += doubts(cfg.trainer.precision, strategy.device)
     config = plain(cfg)
 
     console, has_ema = Console(), config["trainer"]["ema_decay"] is not None

@@ -56,13 +56,14 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
 
     from vit_train.memory import shortage
     from vit_train.optim import freeze_parts
-    from vit_train.precision import resolve_precision
+    from vit_train.precision import doubts, resolve_precision
     from vit_train.report.layers import layers_of, memory_of
     from vit_train.strategy import SingleDevice
 
     strategy = make_part(cfg, "strategy", None, SingleDevice)
     with as_config_error("trainer.precision"):
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
+    notes += doubts(cfg.trainer.precision, strategy.device)
     model, multiply_adds = outline(plain(cfg), None)
     notes += resolve_auto(cfg, launch.overrides, model)
     try:
