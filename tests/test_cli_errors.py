@@ -70,6 +70,8 @@ CONFIG_MISTAKES = {
     "model=swim": ["model=swim: no such model", "did you mean", "swin_cifar", "choices: ", "vit_tiny"],
     "optimizer=adamm": ["no such optimizer", "did you mean 'adam'?", "choices: adam, adamw"],
     "experiment=nope": ["experiment=nope: no such experiment", "choices: ", "swin_cifar_tutorial"],
+    "=3": ["=3: expected key=value, such as trainer.epochs=3"],
+    "trainer.epochs=[1": ["trainer.epochs=[1: expected key=value, ", "close every bracket and quote"],
     "model=3": ["model=3: a config is chosen by its name", "model=vit_tiny"],
     "trainer.epoch=3": ["trainer.epoch: Trainer has no such key; did you mean 'trainer.epochs'?"],
     "trainer.zzz=3": ["trainer.zzz: Trainer has no such key (it has: epochs, max_steps, "],
@@ -252,6 +254,13 @@ def test_small_square_images_train_with_the_one_line_command(typed, in_tmp, side
     assert done.code == 2
     assert f"does not divide img_size {side}; use one of " in done.err
     assert done.err.endswith(f", or type data.img_size={fitting}\n")
+
+
+def test_a_folder_alone_is_told_how_to_be_typed(typed, in_tmp):
+    (in_tmp / "my photos").mkdir()
+    done = typed("my photos")
+    assert done.code == 2
+    assert_one_line(done.err, ["for a folder of images: data=imagefolder 'data.root=my photos'"])
 
 
 def test_cifar_without_a_network_says_where_to_put_it(typed, in_tmp):

@@ -302,6 +302,7 @@ def test_a_continuation_goes_on_where_it_is(run, in_tmp) -> None:
 
 def test_to_insist_takes_a_run(in_tmp) -> None:
     assert "resume=force needs the run" in refused("resume=force", cwd=in_tmp, code=2)
+    assert "resume= is empty; type resume=PATH/TO/RUN" in refused("resume=", cwd=in_tmp, code=2)
     assert "no run there" in refused("resume=force", "run_dir=none", cwd=in_tmp, code=4)
 
 

@@ -59,6 +59,8 @@ def find_run(resume: str, run_dir: str | None) -> tuple[Path, Path | None]:
         if run_dir is None:
             raise ConfigError("resume=force needs the run: type resume=force run_dir=PATH/TO/RUN")
         resume = run_dir
+    if not resume:
+        raise ConfigError("resume= is empty; type resume=PATH/TO/RUN, or latest")
     if resume == "latest":
         runs = [
             path.parent

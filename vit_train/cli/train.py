@@ -353,6 +353,8 @@ def explain(error: BaseException) -> str:
         group = group or "config"
         guess = suggest(choice, choices) or _suggest_family(choice, choices)
         return f"{group}={choice}: no such {group}{guess} (choices: {', '.join(choices)})"
+    if nameless := [a for a in sys.argv[1:] if a.startswith("=")]:
+        return f"{nameless[0]}: expected key=value, such as trainer.epochs=3"
     typed = " ".join(a for a in sys.argv[1:] if is_group(a.partition("=")[0]))
     if typed and isinstance(error, TypeError | ValueError):
         return f"{typed}: a config is chosen by its name, such as model=vit_tiny"
@@ -365,7 +367,9 @@ def explain(error: BaseException) -> str:
         return f"{match[1]}: there is no such key{suggest(str(at and at.key), keys, inside=node)}"
     if isinstance(error, OverrideParseException):
         typed = getattr(error, "override", None) or "an argument"
-        hint = "a value with spaces or = in quotes"
+        hint = "close every bracket and quote, and put a value with spaces or = in quotes"
+        if os.path.isdir(typed):  # noqa: PTH112 - Path.is_dir ends at a name that is too long
+            hint = f"for a folder of images: data=imagefolder {places.as_typed('data.root', typed)}"
         if "class_weights=" in typed:
             hint = "class names may need a file, `name: weight` each line: objective.class_weights=FILE.yaml"
         return f"{typed.removeprefix('++')}: expected key=value, such as trainer.epochs=3 ({hint})"
