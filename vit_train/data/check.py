@@ -63,10 +63,10 @@ def _look(path: str, *, value_range: ValueRange | None) -> _Seen | str:
                 mode = stored.mode
     except DataError as error:
         return reason_in(error, path)
-    except OSError as error:  # gone or changed meanwhile
+    except Exception as error:  # gone or changed meanwhile, or another of Pillow's plugins takes it
         if ran_out(error):
             raise
-        return f"cannot be read ({error.strerror or error})"
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
     return _Seen(*shown.size, mode, num_bytes, digest.digest(), _levels(shown))
 
 
