@@ -64,7 +64,7 @@ def each_file(
 
     Args:
         function: of a module, or a partial of such a one; returns something small. What it raises is raised
-            here, and ends the work: memory or open files ran out, which is no fault of the file.
+            here, and ends the work: memory or open files ran out, which is not the file's fault.
         paths: the files. `function` alone decides whether and how one is opened.
         num_workers: processes; with 0 the work is done here, where a crash is a crash.
         tick: called every second while all workers are at it; what it raises ends the work.
