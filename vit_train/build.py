@@ -50,6 +50,7 @@ from vit_train.run_dir import check_free, choose_run_dir, find_run, holds_run
 from vit_train.taught import find_teacher, make_teacher, measure
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from vit_train.guard import Signals
@@ -238,7 +239,7 @@ def _build(
     from vit_train.guard import Signals
     from vit_train.memory import fit_micro_batch
     from vit_train.optim import Schedule
-    from vit_train.precision import doubts, resolve_precision
+    from vit_train.precision import resolve_precision
     from vit_train.report.console import Console
     from vit_train.report.record import read_facts
     from vit_train.rng import seed_device
@@ -466,6 +467,15 @@ def resolve_auto(cfg: DictConfig, overrides: list[str], model: nn.Module) -> lis
         cfg.optimizer.lr, reason = auto_lr(model, fine_tuned=cfg.init_from is not None)
         notes.append(f"optimizer.lr={cfg.optimizer.lr:g} (auto): {reason}")
     return notes
+
+
+def doubts(precision: str, device: torch.device) -> list[str]:
+    """A note where bf16 was typed for a processor that is not faster in it."""
+    from vit_train.precision import bf16_is_faster
+
+    if precision != "bf16" or device.type != "cpu" or bf16_is_faster(device):
+        return []
+    return ["trainer.precision=bf16: fp32 is probably faster on this processor, perhaps by far"]
 
 
 def make_part(

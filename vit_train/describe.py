@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vit_train.build import make_part, outline, resolve_auto
+from vit_train.build import doubts, make_part, outline, resolve_auto
 from vit_train.composed import Launch, check_config, check_launch, check_values, plain, read_class_weights
 from vit_train.construct import as_config_error, locate, with_defaults
 from vit_train.errors import ConfigError, VitTrainError
@@ -56,7 +56,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
 
     from vit_train.memory import shortage
     from vit_train.optim import freeze_parts
-    from vit_train.precision import doubts, resolve_precision
+    from vit_train.precision import resolve_precision
     from vit_train.report.layers import layers_of, memory_of
     from vit_train.strategy import SingleDevice
 

@@ -58,13 +58,6 @@ def bf16_is_faster(device: torch.device) -> bool:
     return " bf16" in about
 
 
-def doubts(precision: Precision, device: torch.device) -> list[str]:
-    """A note where bf16 was typed for a processor that is not faster in it."""
-    if precision != "bf16" or device.type != "cpu" or bf16_is_faster(device):
-        return []
-    return ["trainer.precision=bf16: fp32 is probably faster on this processor, perhaps by far"]
-
-
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """The context forward passes run in, whatever the one around it: a teacher has its own."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
