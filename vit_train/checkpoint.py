@@ -32,7 +32,6 @@ from vit_train.errors import CheckpointError, SaveError, blame, count, ran_out
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vit_train.ema import Ema
 
 # torch and safetensors are imported where tensors are read or written: the commands compare configurations
 # and find checkpoints before they need either.
@@ -436,9 +435,9 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return _parse_json(_verified(path / _STATE, files[_STATE]), path / _STATE), files
 
 
-def fits_model(model: nn.Module, ema: Ema | None) -> Fits:
-    """What `load` takes, for a model and its average that exist already; see `check_shapes`."""
-    return lambda path, _, shapes: check_shapes(path, shapes, model, ema=ema is not None)
+def fits_model(model: nn.Module, *, ema: bool) -> Fits:
+    """What `load` takes, for a model that exists already and may have an average; see `check_shapes`."""
+    return lambda path, _, shapes: check_shapes(path, shapes, model, ema=ema)
 
 
 def check_shapes(path: Path, shapes: Shapes, model: nn.Module, *, ema: bool | None = None) -> None:

@@ -131,7 +131,7 @@ class NonFinite:
 
     def _go_back(self, state: TrainState, problem: str, batch: str) -> None:
         assert state.anchor is not None, "a run that may go back saves before its first step"
-        back = self.saver.checkpoint_of(state.anchor, fits_model(self.model, self.ema))
+        back = self.saver.checkpoint_of(state.anchor, fits_model(self.model, ema=self.ema is not None))
         self.strategy.restore(back.tensors, self.model, self.ema, self.optimizer)
         self.saver.say(
             f"{problem}; the run goes on with the next step and the weights of {back.path.name}.{batch}"

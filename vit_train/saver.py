@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from vit_train.checkpoint import Checkpoint, Checkpointer, Fits, directory_name, load, load_run, newest_valid
-from vit_train.ema import Ema
 from vit_train.errors import CheckpointError, SaveError
 
 MAX_FAILED_SAVES = 3
@@ -48,7 +47,7 @@ class Saver:
         self._bug: BaseException | None = None
         self._unsaved_best: Snapshot | None = None
 
-    def check_space(self, model: nn.Module, ema: Ema | None, *, keep: int) -> None:
+    def check_space(self, model: nn.Module, *, ema: bool, keep: int) -> None:
         """Refuses to begin where the checkpoints of a run would not fit; see `Checkpointer.check_space`.
 
         An optimizer is taken to keep two numbers per trained parameter, as AdamW does.
@@ -57,10 +56,8 @@ class Saver:
             SaveError: the file system has less free space.
         """
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        held = sum(
-            t.nbytes for m in (model, ema.module if ema else None) if m for t in m.state_dict().values()
-        )
-        self.checkpointer.check_space(held + 2 * trained, keep=keep)
+        weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+        self.checkpointer.check_space((1 + ema) * weights + 2 * trained, keep=keep)
 
     def save(self, snapshot: Snapshot) -> None:
         """Begins to write a checkpoint, once the one before is written.

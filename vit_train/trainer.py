@@ -143,7 +143,7 @@ class Trainer:
             self.saver.finish()
             if stop:
                 return stop
-            best = self.saver.best(fits_model(self.model, self.ema))
+            best = self.saver.best(fits_model(self.model, ema=self.ema is not None))
             self.strategy.restore(best.tensors, self.model, self.ema, None)
             return self.test()
         finally:

@@ -199,7 +199,7 @@ def execute(run: Run) -> dict[str, Any] | None:
         trainer.parts.checkpointer.finish_interrupted(
             step=trainer.state.step, keep=trainer.keep_checkpoints, kept=trainer.state.kept_steps()
         )
-        trainer.saver.check_space(trainer.model, trainer.ema, keep=trainer.keep_checkpoints)
+        trainer.saver.check_space(trainer.model, ema=trainer.ema is not None, keep=trainer.keep_checkpoints)
         open_run_dir(run_dir, run.config)
         trainer.parts.checkpointer.make()  # a folder with checkpoints/ and no configuration would be nobody's
         write_facts(
