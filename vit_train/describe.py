@@ -15,7 +15,7 @@ from vit_train.resume import trusted
 from vit_train.taught import find_teacher
 
 if TYPE_CHECKING:
-    from vit_train.report.layers import Layer, Memory
+    from vit_train.models.cost import Layer, Memory
 
 # Where only the images know
 _ASSUMED_CLASSES, _ASSUMED_SIZE = 1000, 224
@@ -55,9 +55,9 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
     import torch
 
     from vit_train.memory import shortage
+    from vit_train.models.cost import layers_of, memory_of
     from vit_train.optim import freeze_parts
     from vit_train.precision import resolve_precision
-    from vit_train.report.layers import layers_of, memory_of
     from vit_train.strategy import SingleDevice
 
     strategy = make_part(cfg, "strategy", None, SingleDevice)

@@ -22,9 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model
 
 from vit_train.layers import PatchEmbed, TrunkEmbed
-from vit_train.models import DeiT, HybridEmbed, Swin, ViT
+from vit_train.models import DeiT, HybridEmbed, Swin, ViT, cost
 from vit_train.models.cost import multiply_adds
-from vit_train.report import layers
 from vit_train.report.record import closing_figures
 
 
@@ -106,13 +105,13 @@ def check(build, rows, *, channels, size):
     assert multiply_adds(model, in_channels=channels, img_size=size) == products
     with pytest.MonkeyPatch.context() as patch:
         # what is kept for the backward pass takes most of the time, and is tested in tests/report/test_layers.py
-        patch.setattr(layers, "kept_for_backward", lambda *_args, **_kwargs: {})
+        patch.setattr(cost, "kept_for_backward", lambda *_args, **_kwargs: {})
         sizes = {"in_channels": channels, "img_size": size, "batch_size": 1}
-        table = layers.layers_of(model, **sizes, precision="fp32", device=torch.device("cpu"))
+        table = cost.layers_of(model, **sizes, precision="fp32", device=torch.device("cpu"))
     found = {layer.name: (layer.parameters, layer.multiply_adds) for layer in table}
     own = [name for name in found if "pos_embed" in name or name == "(between)"]
-    found = {"" if name in own else name: cost for name, cost in found.items()}
-    assert {name: cost for name, cost in found.items() if cost != (0, 0)} == {
+    found = {"" if name in own else name: figures for name, figures in found.items()}
+    assert {name: figures for name, figures in found.items() if cost != (0, 0)} == {
         name: cost for name, cost in rows.items() if cost != (0, 0)
     }
 

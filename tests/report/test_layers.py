@@ -13,9 +13,9 @@ from vit_train import optim
 from vit_train.layers import PatchEmbed
 from vit_train.layers.window import _cached_window_tables
 from vit_train.models import DeiT, HybridEmbed, ResNet, Swin, ViT
-from vit_train.models.cost import multiply_adds
+from vit_train.models.cost import kept_for_backward, layers_of, memory_of, multiply_adds
 from vit_train.precision import autocast
-from vit_train.report.layers import kept_for_backward, layer_table, layers_of, memory_of
+from vit_train.report.layers import layer_table
 
 CPU = torch.device("cpu")
 
