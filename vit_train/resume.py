@@ -150,7 +150,7 @@ STORED_CODE: Mapping[str, Packages] = {
     "schedule": ("vit_train.optim",),
     "strategy": ("vit_train.strategy",),
     "trainer": ("vit_train.trainer",),
-    "tracker": ("vit_train.tracker",),
+    "tracker": ("vit_train.report.tracker",),
 }
 
 

@@ -506,7 +506,7 @@ CONFIG_ATTACKS = {
         *named("vit_train.checkpoint.Checkpointer", run_dir="elsewhere")[:2],
         *named("vit_train.cli.train.main")[:2],
         *named("vit_train.durable.write", path="canary", data="x")[:2],
-        *named("vit_train.tracker.Tracker", run_dir="elsewhere", console=None),
+        *named("vit_train.report.tracker.Tracker", run_dir="elsewhere", console=None),
         *named("vit_train.data.loaders._detach_worker", worker_id=1)[:2],
         at("model", {"_target_": "vit_train.data.Cifar10", "root": "elsewhere"}),
         *named(
@@ -514,8 +514,8 @@ CONFIG_ATTACKS = {
             self={"_target_": "vit_train.data.Cifar10", "root": "elsewhere"},
         ),
         *named(
-            "vit_train.tracker.Tracker.start",
-            self={"_target_": "vit_train.tracker.Tracker", "run_dir": "elsewhere", "console": None},
+            "vit_train.report.tracker.Tracker.start",
+            self={"_target_": "vit_train.report.tracker.Tracker", "run_dir": "elsewhere", "console": None},
             plan={"_target_": "vit_train.tracker.Plan", "first_step": 1},
         ),
         at("tracker.run_dir", "elsewhere"),

@@ -23,7 +23,7 @@ from vit_train.checkpoint import Checkpointer, checkpoint_directories, newest_va
 from vit_train.data.loaders import _detach_worker
 from vit_train.objective import CrossEntropy
 from vit_train.report.history import read_events
-from vit_train.tracker import Tracker
+from vit_train.report.tracker import Tracker
 
 # Saves inside epochs and at their ends; everything is logged at every step, so that a gap or a repetition shows
 SETTINGS = (*EIGHTEEN, "tracker.tensorboard=true", "tracker.log_every_steps=1", "trainer.save_every_steps=4")

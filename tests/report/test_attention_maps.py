@@ -14,12 +14,14 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from vit_train.cli.train import pictured
 from vit_train.data.sample_transforms import plain, seen_box
 from vit_train.layers import PatchEmbed, TrunkEmbed
 from vit_train.models import DeiT, HybridEmbed, ResNet, Swin, ViT
-from vit_train.report.attention import each_attention, explain, methods, rollout, sheet_of_attention
+from vit_train.report.attention import each_attention, explain, methods, rollout
 from vit_train.report.fonts import fonts_for
 from vit_train.report.overlay import Explained, Sheet, overlay, picture, place
+from vit_train.report.pictures import sheet_of_attention
 
 SIDE, PATCH, CLASSES = 16, 4, 4
 GRID = SIDE // PATCH
@@ -215,7 +217,7 @@ def test_the_sheet_of_a_run_explains_one_image_at_a_time(in_tmp, model) -> None:
     run = build(*model, *small, *settings, "trainer.ema_decay=null", "run_dir=run", "trainer.max_steps=1")
     seen = []
     run.trainer.model.patch_embed.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    assert sheet_of_attention(run.trainer).shape[1] == 4 * (2 * 144 + 4 + 20) + 20
+    assert sheet_of_attention(*pictured(run.trainer)).shape[1] == 4 * (2 * 144 + 4 + 20) + 20
     assert seen == [1] * 16, "the answer and the map of each of 8 images"
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY, build, with_trained_head
 
+from vit_train.cli.train import pictured
 from vit_train.data import Batch
 from vit_train.data.batch_transforms import Normalize
 from vit_train.report.fonts import fonts_for
@@ -142,17 +143,17 @@ def test_long_names_are_cut() -> None:
 @pytest.mark.parametrize(("settings", "count"), [((), 64), (("data.val_fraction=0",), 64)])
 def test_the_sheet_of_a_run(in_tmp, settings, count) -> None:
     run = build(*TINY, *settings, "run_dir=run", "trainer.max_steps=1")
-    picture = sheet_of_predictions(run.trainer)
+    picture = sheet_of_predictions(*pictured(run.trainer))
     assert picture.shape == (1520, 1200, 3)
 
 
 def test_the_sheet_of_a_run_shows_the_averaged_weights(in_tmp) -> None:
     run = build(*TINY, "run_dir=run", "trainer.max_steps=1")
     with_trained_head(run.trainer.ema.module)
-    before = sheet_of_predictions(run.trainer)
+    before = sheet_of_predictions(*pictured(run.trainer))
     with torch.no_grad():
         run.trainer.model.head.weight.mul_(-5)
-    assert np.array_equal(sheet_of_predictions(run.trainer), before)
+    assert np.array_equal(sheet_of_predictions(*pictured(run.trainer)), before)
     with torch.no_grad():
         run.trainer.ema.module.head.weight.mul_(-5)
-    assert not np.array_equal(sheet_of_predictions(run.trainer), before)
+    assert not np.array_equal(sheet_of_predictions(*pictured(run.trainer)), before)

@@ -40,8 +40,15 @@ from vit_train.errors import (
 from vit_train.resume import packages_of, trust_options, trusted
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from vit_train.data import DataModule
     from vit_train.guard import Signals, Stop
+    from vit_train.precision import Precision
+    from vit_train.state import Transform
+    from vit_train.strategy import SingleDevice
     from vit_train.tracker import Plan
+    from vit_train.trainer import Trainer
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -271,8 +278,15 @@ def _draw(run_dir: Path) -> None:
     draw_history(run_dir)
 
 
+def pictured(trainer: Trainer) -> tuple[nn.Module, DataModule, Transform, SingleDevice, Precision]:
+    """The arguments of the pictures of a run: of the averaged weights, where there are any."""
+    model = trainer.model if trainer.ema is None else trainer.ema.module
+    parts = trainer.parts
+    return model, parts.data, parts.eval_transform, trainer.strategy, trainer.precision
+
+
 def _plan(run: Run) -> Plan:
-    from vit_train.report.attention import sheet_of_attention
+    from vit_train.report.pictures import sheet_of_attention
     from vit_train.tracker import Plan
 
     trainer = run.trainer
@@ -287,7 +301,7 @@ def _plan(run: Run) -> Plan:
         mean=data.mean,
         std=data.std,
         loss_parts=trainer.loss_parts,
-        draw_attention=partial(sheet_of_attention, trainer),
+        draw_attention=partial(sheet_of_attention, *pictured(trainer)),
     )
 
 
@@ -304,8 +318,7 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     import json
 
     from vit_train.errors import count
-    from vit_train.report.attention import sheet_of_attention
-    from vit_train.report.pictures import sheet_of_predictions
+    from vit_train.report.pictures import sheet_of_attention, sheet_of_predictions
     from vit_train.report.record import closing_figures
     from vit_train.report.summary import closing_table, hyperparameters
 
@@ -319,8 +332,8 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     )
     step = trainer.state.step
     trainer.tracker.test(step, test)
-    trainer.tracker.picture("predictions", partial(sheet_of_predictions, trainer), step)
-    trainer.tracker.picture("attention", partial(sheet_of_attention, trainer), step)
+    trainer.tracker.picture("predictions", partial(sheet_of_predictions, *pictured(trainer)), step)
+    trainer.tracker.picture("attention", partial(sheet_of_attention, *pictured(trainer)), step)
     final = {k: v for k, v in result.items() if isinstance(v, float) and "/top1" in k}
     trainer.tracker.hparams(hyperparameters(run.config), final)
     trainer.tracker.flush()  # with its result a run counts as finished, and nothing is logged again

@@ -13,22 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import to_pil_image
 
 from vit_train.models import ResNet, Swin, ViT
-from vit_train.precision import autocast
-from vit_train.report.overlay import RIGHT, WRONG, Explained, Sheet, shown_name
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from vit_train.trainer import Trainer
 
 Method = Literal["rollout", "attention", "gradcam"]
 NAMES: dict[Method, str] = {
@@ -36,7 +27,6 @@ NAMES: dict[Method, str] = {
     "attention": "last attention",
     "gradcam": "Grad-CAM",
 }
-_ON_SHEET = 8
 
 
 @dataclass(frozen=True)
@@ -210,38 +200,3 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def sheet_of_attention(trainer: Trainer) -> NDArray[np.uint8] | None:
-    """Where the model looks in up to 8 validation (else test) images, always the same ones.
-
-    The averaged weights where there are any. None without such images, or for a family unknown here.
-    """
-    data, device = trainer.parts.data, trainer.strategy.device
-    model = trainer.model if trainer.ema is None else trainer.ema.module
-    splits: tuple[Literal["val", "test"], ...] = ("val", "test")
-    split = next((name for name in splits if data.sizes[name]), None)
-    if split is None or not methods(model):
-        return None
-    batch = data.examples(split, _ON_SHEET)
-    images, targets = trainer.parts.eval_transform(trainer.strategy.to_device(batch), 0, 0)
-    method, *_ = methods(model)
-    sheet = Sheet()
-    # one at a time: this runs beside a training that may have left little memory
-    for pixels, single, truth in zip(batch.images, images.split(1), targets.tolist()):
-        with unchanged(model), torch.no_grad(), autocast(trainer.precision, device):
-            confidence, predicted = model.forward(single).float().softmax(1).max(1)
-        values = explain(model, single, predicted, method=method).whole[0].cpu().numpy()
-        image, guess, share = to_pil_image(pixels), int(predicted), float(confidence)
-        right = guess == truth
-        sheet.add(
-            Explained(
-                image,
-                (0.0, 0.0, image.width, image.height),
-                {"": values},
-                title=f"{shown_name(data.class_names[guess], guess)} {share:.0%}",
-                note="" if right else f"is {shown_name(data.class_names[truth], truth)}",
-                color=RIGHT if right else WRONG,
-            )
-        )
-    return sheet.draw(f"{NAMES[method]}, {split} split")

@@ -1,27 +1,32 @@
-"""Pictures of what the model sees and says: a training batch, a sheet of predictions."""
+"""Pictures of what the model sees and says: a training batch, its predictions, where it looks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from vit_train.errors import printable
+from vit_train.precision import Precision, autocast
+from vit_train.report.attention import NAMES, explain, methods, unchanged
 from vit_train.report.fonts import fonts_for
-from vit_train.report.overlay import INK, RIGHT, WRONG, Page
+from vit_train.report.overlay import INK, RIGHT, WRONG, Explained, Page, Sheet, shown_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from vit_train.trainer import Trainer
+    from vit_train.data import DataModule, Split
+    from vit_train.state import Transform
+    from vit_train.strategy import SingleDevice
 
-_SHOWN = 64
+_SHOWN, _EXPLAINED = 64, 8
 _MIN_SIDE = 64  # pixels a picture is enlarged to, so that 8-pixel digits can be looked at
 
 
@@ -48,22 +53,66 @@ def batch_grid(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 @torch.no_grad()
-def sheet_of_predictions(trainer: Trainer) -> NDArray[np.uint8] | None:
-    """`prediction_sheet` of test (else validation) images, by the weights that were tested."""
-    from vit_train.precision import autocast
+def sheet_of_predictions(
+    model: nn.Module, data: DataModule, transform: Transform, strategy: SingleDevice, precision: Precision
+) -> NDArray[np.uint8] | None:
+    """`prediction_sheet` of test (else validation) images; None without any.
 
-    data, device = trainer.parts.data, trainer.strategy.device
-    splits: tuple[Literal["test", "val"], ...] = ("test", "val")
-    split = next((name for name in splits if data.sizes[name]), None)
+    Args:
+        model: the weights that are shown.
+        data: of the run.
+        transform: of evaluation.
+        strategy: brings the images to the model.
+        precision: of the forward pass.
+    """
+    split = _first_of(data, "test", "val")
     if split is None:
         return None
-    model = (trainer.model if trainer.ema is None else trainer.ema.module).eval()
-    batch = trainer.strategy.to_device(data.examples(split, _SHOWN))
-    images, targets = trainer.parts.eval_transform(batch, 0, 0)
-    with autocast(trainer.precision, device):
-        logits = model(images)
+    batch = strategy.to_device(data.examples(split, _SHOWN))
+    images, targets = transform(batch, 0, 0)
+    with autocast(precision, strategy.device):
+        logits = model.eval()(images)
     probabilities = logits.float().softmax(1)
     return prediction_sheet(images, targets, probabilities, data.class_names, data.mean, data.std)
+
+
+def sheet_of_attention(
+    model: nn.Module, data: DataModule, transform: Transform, strategy: SingleDevice, precision: Precision
+) -> NDArray[np.uint8] | None:
+    """Where the model looks in up to 8 validation (else test) images, always the same ones.
+
+    Args: as of `sheet_of_predictions`. None without such images, or for a family unknown to `methods`.
+    """
+    split = _first_of(data, "val", "test")
+    if split is None or not methods(model):
+        return None
+    batch = data.examples(split, _EXPLAINED)
+    images, targets = transform(strategy.to_device(batch), 0, 0)
+    method, *_ = methods(model)
+    sheet = Sheet()
+    # one at a time: this runs beside a training that may have left little memory
+    for pixels, single, truth in zip(batch.images, images.split(1), targets.tolist()):
+        with unchanged(model), torch.no_grad(), autocast(precision, strategy.device):
+            confidence, predicted = model.forward(single).float().softmax(1).max(1)
+        values = explain(model, single, predicted, method=method).whole[0].cpu().numpy()
+        image, guess, share = to_pil_image(pixels), int(predicted), float(confidence)
+        right = guess == truth
+        sheet.add(
+            Explained(
+                image,
+                (0.0, 0.0, image.width, image.height),
+                {"": values},
+                title=f"{shown_name(data.class_names[guess], guess)} {share:.0%}",
+                note="" if right else f"is {shown_name(data.class_names[truth], truth)}",
+                color=RIGHT if right else WRONG,
+            )
+        )
+    return sheet.draw(f"{NAMES[method]}, {split} split")
+
+
+def _first_of(data: DataModule, *splits: Split) -> Split | None:
+    """The first of these splits that has images."""
+    return next((split for split in splits if data.sizes[split]), None)
 
 
 def prediction_sheet(

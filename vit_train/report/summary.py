@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vit_train.errors import count, printable
-from vit_train.tracker import duration
+from vit_train.report.tracker import duration
 
 if TYPE_CHECKING:
     from vit_train.build import Run
