@@ -31,6 +31,7 @@ from hydra import compose, initialize_config_dir
 from vit_train.build import build_run
 from vit_train.composed import Launch, config_dir
 from vit_train.guard import Guard, Signals
+from vit_train.report.console import Console
 from vit_train.tracker import NullTracker
 
 DEFAULTS = ["data=digits", "data.img_size=32", "data.in_channels=3", "data.val_fraction=0", "trainer=cifar"]
@@ -66,7 +67,9 @@ def main() -> None:
 def build(overrides: list[str]) -> Any:
     """The trainer of a run, ready for its first step."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        trainer = build_run(compose("train", overrides=overrides), Launch(overrides=overrides)).trainer
+        trainer = build_run(
+            compose("train", overrides=overrides), Launch(overrides=overrides), Console()
+        ).trainer
     trainer.tracker, trainer.guard = NullTracker(), Guard(trainer.strategy, Signals())
     return trainer
 

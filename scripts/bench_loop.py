@@ -37,6 +37,7 @@ from vit_train.data import Batch
 from vit_train.guard import Guard, Signals
 from vit_train.optim import adamw
 from vit_train.precision import autocast
+from vit_train.report.console import Console
 from vit_train.tracker import NullTracker
 
 
@@ -70,7 +71,7 @@ def main() -> None:
             *arguments.overrides,
         ]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            run = build_run(compose("train", overrides=overrides), Launch(overrides=overrides))
+            run = build_run(compose("train", overrides=overrides), Launch(overrides=overrides), Console())
         trainer = run.trainer
         trainer.tracker = NullTracker()
         print(json.dumps(measure(trainer, arguments.rounds, arguments.steps), indent=1))

@@ -23,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from vit_train.build import build_run
 from vit_train.composed import Launch, config_dir
 from vit_train.guard import Guard, Signals
+from vit_train.report.console import Console
 from vit_train.saver import Saver
 from vit_train.tracker import NullTracker
 
@@ -38,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         overrides = [*DEFAULTS, "data.num_workers=0", f"run_dir={folder}/run", *arguments.overrides]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            run = build_run(compose("train", overrides=overrides), Launch(overrides=overrides))
+            run = build_run(compose("train", overrides=overrides), Launch(overrides=overrides), Console())
         trainer = run.trainer
         trainer.tracker = NullTracker()
         trainer.guard, trainer.started = Guard(trainer.strategy, Signals()), time.monotonic()

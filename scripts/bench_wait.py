@@ -29,6 +29,7 @@ from hydra import compose, initialize_config_dir
 from vit_train.build import build_run
 from vit_train.composed import Launch, config_dir
 from vit_train.guard import Guard, Signals
+from vit_train.report.console import Console
 from vit_train.tracker import NullTracker
 
 DEFAULTS = ["model=swin_cifar", "data.img_size=32", "data.in_channels=3", "augment=light"]
@@ -65,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         overrides = [*DEFAULTS, f"run_dir={folder}/run", *arguments.overrides]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            run = build_run(compose("train", overrides=overrides), Launch(overrides=overrides))
+            run = build_run(compose("train", overrides=overrides), Launch(overrides=overrides), Console())
         trainer = run.trainer
         trainer.tracker = NullTracker()
         trainer.guard = Guard(trainer.strategy, Signals())

@@ -313,9 +313,10 @@ def build(*overrides: str) -> Any:
     """A run built inside this process, as `vit-train` would build it, that logs nothing."""
     from vit_train.build import build_run
     from vit_train.composed import Launch
+    from vit_train.report.console import Console
     from vit_train.tracker import NullTracker
 
-    run = build_run(compose(*overrides), Launch(overrides=list(overrides), choices={}))
+    run = build_run(compose(*overrides), Launch(overrides=list(overrides), choices={}), Console())
     run.trainer.tracker = NullTracker()
     return run
 

@@ -20,6 +20,7 @@ from vit_train.composed import GROUPS, Augmentation, Launch, Root, check_config,
 from vit_train.construct import TARGET, check, is_node, locate, make, parameters, with_defaults
 from vit_train.errors import ConfigError, DataError
 from vit_train.models import ViT
+from vit_train.report.console import Console
 from vit_train.resume import STORED_CODE
 
 # Numbers that need no bound of their own, and why; infinity and NaN are refused here as well
@@ -171,7 +172,7 @@ def test_what_is_taken_builds_and_makes_a_step(choice: str, in_tmp: Any) -> None
 def refusal(cfg: Any) -> str | None:
     """The error of building a run and making its first step, None where it goes well."""
     try:
-        trainer = build_run(cfg, Launch()).trainer
+        trainer = build_run(cfg, Launch(), Console()).trainer
     except (ConfigError, DataError) as error:
         return str(error)
     batch = next(iter(trainer.train_loader))

@@ -18,6 +18,7 @@ from vit_train.build import build_run
 from vit_train.checkpoint import Checkpointer, checkpoint_directories, load, resolve_link
 from vit_train.cli import train
 from vit_train.composed import Launch
+from vit_train.report.console import Console
 from vit_train.state import TrainState
 from vit_train.trainer import Trainer
 
@@ -54,7 +55,7 @@ def go(*settings, folder):
     settings = (*settings, f"run_dir={folder}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "_draw", lambda _: None)
-        train.execute(build_run(compose(*settings), Launch(overrides=list(settings), choices={})))
+        train.execute(build_run(compose(*settings), Launch(overrides=list(settings), choices={}), Console()))
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +237,7 @@ def test_what_cannot_have_been_before_a_cut_is_refused(before) -> None:
 # ---------------------------------------------------------------------------------------- the jump of the rate
 def notes(*settings, folder):
     settings = (*settings, f"run_dir={folder}")
-    return build_run(compose(*settings), Launch(overrides=list(settings), choices={})).notes
+    return build_run(compose(*settings), Launch(overrides=list(settings), choices={}), Console()).notes
 
 
 @pytest.fixture(scope="module")

@@ -144,8 +144,8 @@ def _adopt(cfg: DictConfig, stored: Mapping[str, Any], overrides: list[str]) -> 
 
 
 # ------------------------------------------------------------------------------------------------- building
-def build_run(cfg: DictConfig, launch: Launch, signals: Signals | None = None) -> Run | Path:
-    """Builds everything a run needs. Writes nothing.
+def build_run(cfg: DictConfig, launch: Launch, console: Any, signals: Signals | None = None) -> Run | Path:
+    """Builds everything a run needs, with a tracker that speaks through `console`. Writes nothing.
 
     Returns the run, or the directory of a run that is finished already.
 
@@ -154,13 +154,13 @@ def build_run(cfg: DictConfig, launch: Launch, signals: Signals | None = None) -
     """
     check_launch(launch, cfg)
     if cfg.resume is None:
-        return _build_run(cfg, launch, signals)
+        return _build_run(cfg, launch, console, signals)
     # whatever goes wrong while a stored configuration is built is a mistake in it, whoever wrote it
     with blame(CheckpointError, f"resume={cfg.resume}: what is stored does not make a run"):
-        return _build_run(cfg, launch, signals)
+        return _build_run(cfg, launch, console, signals)
 
 
-def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run | Path:
+def _build_run(cfg: DictConfig, launch: Launch, console: Any, signals: Signals | None) -> Run | Path:
     allow = named = None
     notes: list[str] = []
     stored: dict[str, Any] = {}
@@ -209,6 +209,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
     return _build(
         cfg,
         launch,
+        console,
         run_dir,
         stored=stored,
         allow=allow,
@@ -223,6 +224,7 @@ def _build_run(cfg: DictConfig, launch: Launch, signals: Signals | None) -> Run 
 def _build(
     cfg: DictConfig,
     launch: Launch,
+    console: Any,
     run_dir: Path,
     *,
     stored: Mapping[str, Any],
@@ -240,7 +242,6 @@ def _build(
     from vit_train.memory import fit_micro_batch
     from vit_train.optim import Schedule
     from vit_train.precision import resolve_precision
-    from vit_train.report.console import Console
     from vit_train.report.record import read_facts
     from vit_train.rng import seed_device
     from vit_train.state import Parts
@@ -269,7 +270,7 @@ def _build(
     notes += doubts(cfg.trainer.precision, strategy.device)
     config = plain(cfg)
 
-    console, has_ema = Console(), config["trainer"]["ema_decay"] is not None
+    has_ema = config["trainer"]["ema_decay"] is not None
     outlined = cache(lambda: outline(config, allow))
 
     def fits(path: Path, _: Any, shapes: checkpoint.Shapes) -> None:

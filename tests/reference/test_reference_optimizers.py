@@ -23,6 +23,7 @@ from vit_train.models import DeiT, HybridEmbed, Swin, ViT
 from vit_train.muon import Muon
 from vit_train.objective import CrossEntropy
 from vit_train.optim import adamw, muon, sgd
+from vit_train.report.console import Console
 from vit_train.tracker import NullTracker
 
 
@@ -218,7 +219,7 @@ def trained(folder, *chosen, steps):
     )
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("train", overrides=list(typed))
-    trainer = build_run(cfg, Launch(overrides=list(typed), choices={})).trainer
+    trainer = build_run(cfg, Launch(overrides=list(typed), choices={}), Console()).trainer
     trainer.tracker = NullTracker()
     trainer.model.double()  # in place: the optimizer holds the same parameters
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}

@@ -22,6 +22,7 @@ from vit_train.composed import Launch, config_dir
 from vit_train.layers import PatchEmbed
 from vit_train.models import ViT
 from vit_train.optim import Constant, Cosine, MultiStep, ReduceOnPlateau, adamw, set_lr
+from vit_train.report.console import Console
 from vit_train.state import TrainState
 from vit_train.tracker import NullTracker
 
@@ -228,7 +229,7 @@ def run(folder, *settings):
     )
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("train", overrides=list(settings))
-    trainer = build_run(cfg, Launch(overrides=list(settings), choices={})).trainer
+    trainer = build_run(cfg, Launch(overrides=list(settings), choices={}), Console()).trainer
     trainer.tracker = Rates()
     bases = [group["lr"] for group in trainer.optimizer.param_groups]
     assert bases == pytest.approx([base for base in BASES for _ in "dn"])

@@ -122,7 +122,7 @@ def test_the_summary_says_what_is_about_to_happen(in_tmp, said) -> None:
         "run_dir=here/run",
         "trainer.precision=fp32",
     ]
-    run = build_run(compose(*overrides), Launch(overrides=overrides, choices=CHOICES))
+    run = build_run(compose(*overrides), Launch(overrides=overrides, choices=CHOICES), Console())
     rows = rows_of(said(summary(run)))
     model, data = run.trainer.model, run.trainer.parts.data
     parameters = sum(p.numel() for p in model.parameters())

@@ -153,8 +153,10 @@ def _describe(cfg: DictConfig) -> None:
 
 
 def _build(cfg: DictConfig, signals: Signals) -> Run | Path:
+    from vit_train.report.console import Console
+
     try:
-        return build_run(cfg, _launch(), signals)
+        return build_run(cfg, _launch(), Console(), signals)
     except KeyboardInterrupt as error:
         if not signals.arrived():
             raise
