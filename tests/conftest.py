@@ -191,7 +191,7 @@ class Forked:
     Args:
         arguments: as typed.
         cwd: where.
-        fault: what VIT_TRAIN_FAULT would hold, see vit_train/faults.py.
+        fault: what VIT_TRAIN_FAULT would hold, see vit_train/system/faults.py.
         prepare: called in the child before anything else.
     """
 
@@ -209,8 +209,8 @@ class Forked:
 
         from tqdm import tqdm
 
-        from vit_train import faults
         from vit_train.cli.train import main
+        from vit_train.system import faults
 
         tqdm.set_lock(RLock())  # the one that all forks share would stay locked by one that is killed
         code: Any = 70  # a bug in this very function

@@ -31,7 +31,6 @@ from vit_train.composed import (
 )
 from vit_train.construct import as_config_error, foreign_code, make, with_defaults
 from vit_train.errors import CheckpointError, ConfigError, DataError, blame
-from vit_train.places import as_typed, expanded
 from vit_train.report.origins import origins
 from vit_train.resume import (
     allowed,
@@ -47,6 +46,7 @@ from vit_train.resume import (
     trusted,
 )
 from vit_train.run_dir import check_free, choose_run_dir, find_run, holds_run
+from vit_train.system.places import as_typed, expanded
 from vit_train.taught import find_teacher, make_teacher, measure
 
 if TYPE_CHECKING:

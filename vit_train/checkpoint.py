@@ -26,8 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from vit_train import durable, faults
 from vit_train.errors import CheckpointError, SaveError, blame, count, ran_out
+from vit_train.system import durable, faults
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

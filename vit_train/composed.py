@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vit_train.construct import Few, Seed, check, is_node
 from vit_train.errors import UNFIT, ConfigError, blame, suggest
-from vit_train.places import WEIGHT_FILES, expanded, open_plain
+from vit_train.system.places import WEIGHT_FILES, expanded, open_plain
 
 if TYPE_CHECKING:
     from vit_train.weights import Pretrained

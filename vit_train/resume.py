@@ -17,10 +17,11 @@ from unicodedata import normalize
 
 import yaml
 
-from vit_train import checkpoint, durable, places
+from vit_train import checkpoint
 from vit_train.construct import foreign_code
 from vit_train.errors import UNFIT, CheckpointError, ConfigError, DataError, ran_out
 from vit_train.run_dir import CONFIG, check_entries
+from vit_train.system import durable, places
 
 _MAX_CONFIG_BYTES = 2**20
 _MAX_CONFIG_VALUES = 100_000  # aliases let a few bytes of YAML stand for billions

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vit_train.checkpoint import checkpoint_directories, must_be_readable
 from vit_train.errors import CheckpointError, ConfigError
-from vit_train.places import as_typed
+from vit_train.system.places import as_typed
 
 CONFIG = "config.yaml"
 # Beside its checkpoints

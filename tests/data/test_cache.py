@@ -13,7 +13,7 @@ from vit_train.data.cache import CachedLoader
 from vit_train.data.loaders import SampleLoader
 from vit_train.data.sample_transforms import resized_crop
 from vit_train.errors import DataError
-from vit_train.memory import available_memory
+from vit_train.system.memory import available_memory
 
 CPU = torch.device("cpu")
 CROP = partial(resized_crop, scale=(0.3, 1.0))

@@ -505,7 +505,7 @@ CONFIG_ATTACKS = {
     "ours, in a place they are not for": [
         *named("vit_train.checkpoint.Checkpointer", run_dir="elsewhere")[:2],
         *named("vit_train.cli.train.main")[:2],
-        *named("vit_train.durable.write", path="canary", data="x")[:2],
+        *named("vit_train.system.durable.write", path="canary", data="x")[:2],
         *named("vit_train.report.tracker.Tracker", run_dir="elsewhere", console=None),
         *named("vit_train.data.loaders._detach_worker", worker_id=1)[:2],
         at("model", {"_target_": "vit_train.data.Cifar10", "root": "elsewhere"}),

@@ -1,5 +1,5 @@
 """One small module per command: parse, build, call, print."""
 
-from vit_train import streams
+from vit_train.system import streams
 
 streams.stand()  # before anything else is opened

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vit_train import streams
 from vit_train.checkpoint import MANIFEST
 from vit_train.errors import ConfigError, ran_out, told
-from vit_train.places import expanded, require_here
 from vit_train.run_dir import OWN_FILES, holds_run
+from vit_train.system import streams
+from vit_train.system.places import expanded, require_here
 
 if TYPE_CHECKING:
     import torch

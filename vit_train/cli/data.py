@@ -16,7 +16,7 @@ from typing import Any
 
 from vit_train.cli import command
 from vit_train.errors import DataError, WorkerLostError, count
-from vit_train.places import as_argument, as_typed, expanded
+from vit_train.system.places import as_argument, as_typed, expanded
 
 _STDOUT = "-"
 
@@ -143,7 +143,7 @@ def _write_json(out: Path | str, content: dict[str, Any]) -> None:
     if isinstance(out, str):
         sys.stdout.write(text)
         return
-    from vit_train import durable
+    from vit_train.system import durable
 
     with command.writing(f"--json {out}"):
         durable.make_directory(out.parent)

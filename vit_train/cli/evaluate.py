@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vit_train.cli import command
 from vit_train.errors import UNFIT, ConfigError, DataError, blame, suggest
-from vit_train.places import expanded, is_text
+from vit_train.system.places import expanded, is_text
 
 if TYPE_CHECKING:
     import torch
@@ -258,8 +258,8 @@ def _write(place: Place, json: Path | None, evaluated: Evaluated, mistakes: Tens
     Raises:
         ConfigError: it cannot be written.
     """
-    from vit_train import durable
     from vit_train.report import evaluation_files as files
+    from vit_train.system import durable
 
     written = []
     if json is not None:

@@ -13,7 +13,7 @@ from unicodedata import normalize
 
 from vit_train.cli import command
 from vit_train.errors import ConfigError, DataError, one_line, suggest
-from vit_train.places import expanded
+from vit_train.system.places import expanded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -222,8 +222,8 @@ def write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    from vit_train import durable
     from vit_train.report.overlay import png
+    from vit_train.system import durable
 
     with command.writing(path, "; type --out DIR"):
         durable.replace(path, png(pixels))
@@ -231,7 +231,8 @@ def write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
 
 def _folder(arguments: argparse.Namespace) -> Path:
     """Where the pictures go: RUN/explain, for a single checkpoint ./explain."""
-    from vit_train import checkpoint, durable
+    from vit_train import checkpoint
+    from vit_train.system import durable
 
     run = Path(arguments.run)
     is_run = not (run / checkpoint.MANIFEST).is_file()

@@ -47,8 +47,8 @@ def export(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from vit_train import durable
     from vit_train import export as exporting
+    from vit_train.system import durable
 
     trained = command.load_run("vit-export", arguments, torch.device("cpu"))
     model = trained.model.float()

@@ -104,7 +104,7 @@ def _output(out: str | None) -> Iterator[IO[str]]:
     Raises:
         ConfigError: it cannot be written.
     """
-    from vit_train import durable
+    from vit_train.system import durable
 
     if out is None:
         yield sys.stdout

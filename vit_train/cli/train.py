@@ -22,7 +22,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vit_train import durable, places, streams
 from vit_train.build import Run, build_run
 from vit_train.cli.typed import for_hydra, is_group
 from vit_train.composed import Launch, config_dir, plain
@@ -38,6 +37,7 @@ from vit_train.errors import (
     told,
 )
 from vit_train.resume import packages_of, trust_options, trusted
+from vit_train.system import durable, places, streams
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,7 +15,7 @@ from hydra._internal.utils import get_args_parser
 
 from vit_train.composed import config_dir
 from vit_train.errors import ConfigError
-from vit_train.places import expanded, is_text, quoted
+from vit_train.system.places import expanded, is_text, quoted
 
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
 

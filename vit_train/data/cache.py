@@ -29,7 +29,7 @@ from vit_train.data.batch import Batch, Failure, Sample
 from vit_train.data.decode import EXTENT
 from vit_train.data.loaders import Batches, EvalBatches, Loader, SampleLoader, Samples, Source
 from vit_train.errors import DataError
-from vit_train.memory import available_memory
+from vit_train.system.memory import available_memory
 
 Cache: TypeAlias = Literal["auto", "none", "ram", "device"]
 

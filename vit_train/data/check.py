@@ -32,7 +32,7 @@ from vit_train.data.listing import LEFT_BY, images_below, is_folder, is_image, i
 from vit_train.data.pool import Crash, each_file
 from vit_train.data.stats import unusual
 from vit_train.errors import DataError, count, printable, ran_out, suggest
-from vit_train.places import open_plain
+from vit_train.system.places import open_plain
 
 _DIGEST_BYTES = 16
 _DARK = 3  # levels

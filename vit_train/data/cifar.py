@@ -16,7 +16,7 @@ from vit_train.construct import Positive, Side
 from vit_train.data.arrays import ArraySource
 from vit_train.data.base import Found, ImageData, Split
 from vit_train.errors import DataError, ran_out
-from vit_train.places import expanded
+from vit_train.system.places import expanded
 
 
 class Cifar10(ImageData):

@@ -36,7 +36,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from vit_train.construct import Level
 from vit_train.errors import DataError, passing_over, ran_out
-from vit_train.places import open_plain
+from vit_train.system.places import open_plain
 
 RGB: TypeAlias = tuple[Level, Level, Level]
 ValueRange: TypeAlias = tuple[float, float]  # black, white

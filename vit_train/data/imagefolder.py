@@ -28,7 +28,7 @@ from vit_train.data.loaders import Source
 from vit_train.data.names import Names
 from vit_train.data.sample_transforms import SampleTransform, plain
 from vit_train.errors import DataError, count, passing_over
-from vit_train.places import as_argument, open_plain
+from vit_train.system.places import as_argument, open_plain
 
 # The size to train at is read from the headers of a few files: enough to see whether they are all alike.
 _NUM_HEADERS = 64

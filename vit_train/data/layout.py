@@ -15,7 +15,7 @@ from unicodedata import normalize
 from vit_train.data.base import Split
 from vit_train.data.listing import is_folder, is_image, is_visible
 from vit_train.errors import DataError, count, suggest
-from vit_train.places import as_argument, as_typed, expanded
+from vit_train.system.places import as_argument, as_typed, expanded
 
 _SPLITS: dict[str, Split] = {
     "train": "train",

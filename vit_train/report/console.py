@@ -12,8 +12,8 @@ import rich.console
 from rich.console import RenderableType
 from tqdm import tqdm
 
-from vit_train import streams
 from vit_train.errors import ConfigError, printable
+from vit_train.system import streams
 
 _PLAIN_WIDTH = 110  # columns where the output is no terminal, so that logs do not wrap at 80
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_train import durable
 from vit_train.errors import ConfigError
 from vit_train.report.charts import confusion_chart, reliability_chart
 from vit_train.report.evaluated import Evaluated, confusion_csv, evaluation_json, predictions_csv
 from vit_train.report.evaluation_page import evaluation_page
 from vit_train.report.overlay import png
 from vit_train.report.pictures import mistake_sheet
+from vit_train.system import durable
 
 if TYPE_CHECKING:
     from torch import Tensor

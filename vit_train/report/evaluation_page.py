@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vit_train.errors import printable
-from vit_train.places import expanded
 from vit_train.report.evaluated import ClassFigures, Evaluated, worst_first
 from vit_train.report.summary import percent
+from vit_train.system.places import expanded
 
 _CONFUSIONS = 20  # most frequent ones listed
 _OPEN_CLASSES, _WORST = 30, 15  # of more classes than this the worst are shown, and all folded up

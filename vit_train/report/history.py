@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vit_train import durable
+from vit_train.system import durable
 
 _LARGEST = 2**63
 _MAX_BYTES = 2**30  # ten million steps that log every tenth make 150 MB

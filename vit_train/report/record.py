@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from vit_train import durable
+from vit_train.system import durable
 
 _MAX_FACTS_BYTES = 16 * 2**20
 _PACKAGES = ("vit-train", "torch", "torchvision", "numpy", "pillow", "safetensors", "hydra-core")

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from vit_train import durable
 from vit_train.construct import Positive
 from vit_train.report import pictures
 from vit_train.report.console import Console
 from vit_train.report.history import read_events
+from vit_train.system import durable
 from vit_train.tracker import NullTracker, Plan
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vit_train import checkpoint
 from vit_train.errors import CheckpointError, ConfigError, ran_out, suggest
-from vit_train.places import expanded
+from vit_train.system.places import expanded
 from vit_train.weights.names import common_front, models_in, recognise, to_ours
 
 TORCHVISION = "torchvision:"

@@ -10,8 +10,8 @@ import errno
 import os
 from pathlib import Path
 
-from vit_train import faults
-from vit_train.places import open_plain
+from vit_train.system import faults
+from vit_train.system.places import open_plain
 
 
 def write(path: Path, data: bytes) -> None:

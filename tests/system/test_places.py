@@ -23,7 +23,7 @@ from PIL import Image
 
 from vit_train.cli import data, evaluate, explain, export, predict
 from vit_train.cli.typed import for_hydra
-from vit_train.places import as_argument, as_typed
+from vit_train.system.places import as_argument, as_typed
 
 NAMES = (
     "Bär & Söhne",

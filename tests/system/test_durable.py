@@ -11,7 +11,7 @@ from threading import Event, Thread
 
 import pytest
 
-from vit_train import durable
+from vit_train.system import durable
 
 
 @pytest.fixture
