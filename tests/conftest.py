@@ -196,7 +196,7 @@ class Forked:
     """
 
     def __init__(self, *arguments, cwd, fault=None, prepare=lambda: None):
-        import vit_train.saver
+        import vit_train.checkpoint.saver
         import vit_train.trainer  # noqa: F401 - so that the child has them
 
         self.out, self.err = cwd / f"out_{os.urandom(4).hex()}", cwd / f"err_{os.urandom(4).hex()}"

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from vit_train.checkpoint import Checkpointer
+from vit_train.checkpoint.saver import Saver, Snapshot
 from vit_train.data import Batch
 from vit_train.ema import Ema
 from vit_train.errors import CheckpointError, NonFiniteError
 from vit_train.nonfinite import MAX_SCALED_IN_A_ROW, NonFinite
-from vit_train.saver import Saver, Snapshot
 from vit_train.state import TrainState
 from vit_train.strategy import SingleDevice
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vit_train.checkpoint import fits_model
+from vit_train.checkpoint.saver import Saver
 from vit_train.data import Batch
 from vit_train.ema import Ema
 from vit_train.errors import NonFiniteError
 from vit_train.optim import named_state
-from vit_train.saver import Saver
 from vit_train.state import TrainState
 from vit_train.strategy import SingleDevice
 

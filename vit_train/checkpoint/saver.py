@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vit_train.checkpoint import Checkpoint, Checkpointer, Fits, directory_name, load, load_run, newest_valid
+from vit_train.checkpoint.layout import directory_name
+from vit_train.checkpoint.read import Checkpoint, Fits, load, load_run, newest_valid
+from vit_train.checkpoint.write import Checkpointer
 from vit_train.errors import CheckpointError, SaveError
 
 MAX_FAILED_SAVES = 3
