@@ -21,7 +21,7 @@ from vit_train.construct import TARGET, check, is_node, locate, make, parameters
 from vit_train.errors import ConfigError, DataError
 from vit_train.models import ViT
 from vit_train.report.console import Console
-from vit_train.resume import STORED_CODE
+from vit_train.runs.stored import STORED_CODE
 
 # Numbers that need no bound of their own, and why; infinity and NaN are refused here as well
 UNBOUNDED = {

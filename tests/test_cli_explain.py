@@ -323,7 +323,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path) -> None:
 
 
 def test_how_often_is_free_to_change_on_a_resume() -> None:
-    from vit_train.resume import compare
+    from vit_train.runs.resume import compare
 
     found = compare({"tracker": {}}, {"tracker": {"attention_every_epochs": 3}}, cadence_matters=True)
     assert not found["identity"] + found["grown"] + found["hardware"]

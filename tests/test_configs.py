@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from vit_train.build import without_memory
 from vit_train.composed import check_config
 from vit_train.errors import ConfigError
-from vit_train.resume import flat
+from vit_train.runs.resume import flat
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

@@ -16,7 +16,7 @@ from vit_train.evaluation import evaluate
 from vit_train.guard import Guard, Signals, Stop
 from vit_train.objective import CrossEntropy
 from vit_train.report.history import read_events
-from vit_train.report.record import open_run_dir
+from vit_train.runs.record import open_run_dir
 from vit_train.state import TrainState
 from vit_train.tracker import NullTracker
 

@@ -30,7 +30,7 @@ from sklearn.datasets import load_digits
 
 from vit_train.cli import evaluate, explain, export, predict
 from vit_train.composed import GROUPS, config_dir
-from vit_train.resume import packages_of
+from vit_train.runs.stored import packages_of
 
 MINE = '''
 import os

@@ -32,8 +32,7 @@ from vit_train.composed import (
 from vit_train.construct import as_config_error, foreign_code, make, with_defaults
 from vit_train.errors import CheckpointError, ConfigError, DataError, blame
 from vit_train.report.origins import origins
-from vit_train.resume import (
-    allowed,
+from vit_train.runs.resume import (
     check_budget,
     check_continuation,
     check_data,
@@ -42,10 +41,9 @@ from vit_train.resume import (
     flat,
     grown,
     rate_jump,
-    read_config,
-    trusted,
 )
-from vit_train.run_dir import check_free, choose_run_dir, find_run, holds_run
+from vit_train.runs.run_dir import check_free, choose_run_dir, find_run, holds_run
+from vit_train.runs.stored import allowed, read_config, trusted
 from vit_train.system.places import as_typed, expanded
 from vit_train.taught import find_teacher, make_teacher, measure
 
@@ -242,8 +240,8 @@ def _build(
     from vit_train.memory import fit_micro_batch
     from vit_train.optim import Schedule
     from vit_train.precision import resolve_precision
-    from vit_train.report.record import read_facts
     from vit_train.rng import seed_device
+    from vit_train.runs.record import read_facts
     from vit_train.state import Parts
     from vit_train.strategy import SingleDevice
     from vit_train.tracker import NullTracker

@@ -24,7 +24,7 @@ from vit_train.data.decode import RGB, WHITE, ValueRange
 from vit_train.data.sample_transforms import Steps, plain
 from vit_train.errors import UNFIT, CheckpointError, ConfigError, blame
 from vit_train.precision import Precision, inference_precision
-from vit_train.resume import Packages, allowed, check_stored
+from vit_train.runs.stored import Packages, allowed, check_stored
 
 Weights = Literal["auto", "raw", "ema"]
 

@@ -23,7 +23,7 @@ from vit_train.checkpoint import (
     resolve_link,
 )
 from vit_train.errors import CheckpointError, SaveError
-from vit_train.resume import compare
+from vit_train.runs.resume import compare
 
 STATE = {"train": {"step": 3, "sums": [0.1, 2.0, 1e300, 5e-324]}, "config": {"name": "größe"}}
 

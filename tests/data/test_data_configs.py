@@ -11,7 +11,8 @@ from vit_train import construct
 from vit_train.composed import check_config, plain
 from vit_train.data import Cifar10, Normalize
 from vit_train.data.batch_transforms import auto_crop_scale
-from vit_train.resume import STORED_CODE, flat
+from vit_train.runs.resume import flat
+from vit_train.runs.stored import STORED_CODE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))

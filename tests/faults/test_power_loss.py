@@ -28,7 +28,7 @@ from conftest import stale_files
 
 from vit_train.checkpoint import Checkpointer, load_run, newest_valid, resolve_link
 from vit_train.errors import CheckpointError
-from vit_train.report.record import open_run_dir, write_facts
+from vit_train.runs.record import open_run_dir, write_facts
 from vit_train.system import durable
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the record needs /proc/self/fd")

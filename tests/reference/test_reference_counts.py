@@ -24,7 +24,7 @@ from torchvision.models import get_model
 from vit_train.layers import PatchEmbed, TrunkEmbed
 from vit_train.models import DeiT, HybridEmbed, Swin, ViT, cost
 from vit_train.models.cost import multiply_adds
-from vit_train.report.record import closing_figures
+from vit_train.runs.record import closing_figures
 
 
 # ------------------------------------------------------------------------------------------------- the formulas

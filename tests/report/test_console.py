@@ -15,8 +15,8 @@ from vit_train.composed import Launch
 from vit_train.construct import make
 from vit_train.models.cost import multiply_adds
 from vit_train.report.console import Console
-from vit_train.report.record import open_run_dir
 from vit_train.report.summary import closing_table, summary
+from vit_train.runs.record import open_run_dir
 
 
 @pytest.fixture

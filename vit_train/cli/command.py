@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vit_train.checkpoint import MANIFEST
 from vit_train.errors import ConfigError, ran_out, told
-from vit_train.run_dir import OWN_FILES, holds_run
+from vit_train.runs.run_dir import OWN_FILES, holds_run
 from vit_train.system import streams
 from vit_train.system.places import expanded, require_here
 
@@ -120,7 +120,7 @@ def read_run(command: str, arguments: argparse.Namespace) -> tuple[Checkpoint, t
         CheckpointError, ConfigError: there is none that can be used, or no package to trust.
     """
     from vit_train import checkpoint
-    from vit_train.resume import trusted
+    from vit_train.runs.stored import trusted
     from vit_train.trained import fits
 
     trust = trusted(arguments.trust)

@@ -311,7 +311,7 @@ def build_data(config: dict[str, Any], trust: tuple[str, ...] = ()) -> tuple[Any
     """
     from vit_train.construct import check, make
     from vit_train.precision import Precision
-    from vit_train.resume import allowed
+    from vit_train.runs.stored import allowed
 
     # the classes may be fewer or in another order; they are matched by name
     unused = {key: None for key in ("num_classes", "sample_transform") if key in config["data"]}

@@ -36,7 +36,7 @@ from vit_train.errors import (
     suggest,
     told,
 )
-from vit_train.resume import packages_of, trust_options, trusted
+from vit_train.runs.stored import packages_of, trust_options, trusted
 from vit_train.system import durable, places, streams
 
 if TYPE_CHECKING:
@@ -193,8 +193,8 @@ def execute(run: Run) -> dict[str, Any] | None:
     import yaml
 
     from vit_train.guard import Stop
-    from vit_train.report.record import driver_version, open_run_dir, write_facts
     from vit_train.report.summary import summary
+    from vit_train.runs.record import driver_version, open_run_dir, write_facts
 
     trainer, run_dir = run.trainer, run.run_dir
     data, strategy = trainer.parts.data, trainer.strategy
@@ -321,8 +321,8 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
 
     from vit_train.errors import count
     from vit_train.report.pictures import sheet_of_attention, sheet_of_predictions
-    from vit_train.report.record import closing_figures
     from vit_train.report.summary import closing_table, hyperparameters
+    from vit_train.runs.record import closing_figures
 
     trainer, run_dir = run.trainer, run.run_dir
     result = closing_figures(
