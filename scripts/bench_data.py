@@ -33,7 +33,8 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 from torchvision.transforms import v2
 
-from vit_train.data import Augment, Cifar10, ImageFolder
+from vit_train.data import Cifar10, ImageFolder
+from vit_train.data.transforms.batch_transforms import Augment
 
 MEAN, STD = Cifar10.default_mean, Cifar10.default_std
 _PART = 10_000  # images in each of CIFAR-10's files

@@ -50,9 +50,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from vit_train.data import ImageFolder
-from vit_train.data.batch_transforms import Augment
-from vit_train.data.decode import decode
-from vit_train.data.sample_transforms import plain, resized_crop, shorter_side
+from vit_train.data.transforms.batch_transforms import Augment
+from vit_train.data.transforms.decode import decode
+from vit_train.data.transforms.sample_transforms import plain, resized_crop, shorter_side
 
 SIZES = {(500, 375): 1024, (1024, 768): 512, (4000, 3000): 128}  # and how many files of that size
 IMG_SIZE = 224

@@ -31,7 +31,7 @@ from PIL import Image
 from vit_train.composed import config_dir
 from vit_train.construct import make
 from vit_train.data import ImageFolder
-from vit_train.data.base import num_cores
+from vit_train.data.image_data import num_cores
 from vit_train.evaluation import evaluate
 from vit_train.objective import CrossEntropy
 from vit_train.prediction import predict

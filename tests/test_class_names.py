@@ -18,7 +18,7 @@ from PIL import Image
 from vit_train.cli import data as data_command
 from vit_train.cli import evaluate, explain, predict
 from vit_train.data import ImageFolder
-from vit_train.data.check import check_folder
+from vit_train.data.folder.check import check_folder
 from vit_train.errors import DataError
 from vit_train.objective import CrossEntropy
 

@@ -17,7 +17,7 @@ from conftest import command, compose, environment, everything_in, typed_here
 from PIL import Image
 
 from vit_train.cli.data import main
-from vit_train.data.check import check_folder
+from vit_train.data.folder.check import check_folder
 from vit_train.report.dataset import check_tables
 
 

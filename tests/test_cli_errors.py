@@ -373,7 +373,10 @@ def test_a_stored_configuration_chooses_no_code(refused, run, in_tmp, monkeypatc
     # behind a prefix of ours
     (run / "config.yaml").write_text(
         yaml.safe_dump(
-            {**stored, "model": {"_target_": "vit_train.data.base.os.system", "command": "touch called"}}
+            {
+                **stored,
+                "model": {"_target_": "vit_train.data.image_data.os.system", "command": "touch called"},
+            }
         )
     )
     refused("resume=run", code=4)

@@ -14,8 +14,9 @@ from sklearn.metrics import (
 )
 from torch import nn
 
-from vit_train.data import Batch, Chosen, Digits
-from vit_train.data.batch_transforms import Normalize
+from vit_train.data import Batch, Digits
+from vit_train.data.loading.chosen import Chosen
+from vit_train.data.transforms.batch_transforms import Normalize
 from vit_train.evaluation import Collector, Evaluation, MirrorMean, evaluate, hits
 from vit_train.objective import CrossEntropy
 from vit_train.strategy import DataParallel, SingleDevice

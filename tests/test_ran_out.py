@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vit_train.data import Cifar10
-from vit_train.data.decode import find_range
+from vit_train.data.transforms.decode import find_range
 from vit_train.errors import CheckpointError, SaveError
 from vit_train.export import make_file
 from vit_train.runs.stored import read_config

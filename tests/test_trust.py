@@ -403,7 +403,7 @@ def test_what_a_run_trusts_is_neither_used_nor_stored(lib, tmp_path) -> None:
     assert not [path for path in stored if "trust" in path.read_text()]
 
 
-@pytest.mark.parametrize("target", ["os.system", "vit_train.data.download.download"])
+@pytest.mark.parametrize("target", ["os.system", "vit_train.inference.download.download"])
 def test_what_is_not_the_users_is_not_offered(lib, copied, target) -> None:
     def change(config):
         config["data"]["_target_"] = target

@@ -235,7 +235,7 @@ def _build(
 ) -> Run | Path:
     import torch
 
-    from vit_train.data.batch_transforms import Normalize
+    from vit_train.data.transforms.batch_transforms import Normalize
     from vit_train.guard import Signals
     from vit_train.memory import fit_micro_batch
     from vit_train.optim import Schedule
@@ -449,7 +449,7 @@ def _put_back(
 
 def resolve_auto(cfg: DictConfig, overrides: list[str], model: nn.Module) -> list[str]:
     """The crops and the learning rate that were left to `auto` become numbers; returns why, a line each."""
-    from vit_train.data.batch_transforms import auto_crop_scale
+    from vit_train.data.transforms.batch_transforms import auto_crop_scale
     from vit_train.optim import auto_lr
 
     notes = []

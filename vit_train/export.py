@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vit_train.data.sample_transforms import shorter_side
+from vit_train.data.transforms.sample_transforms import shorter_side
 from vit_train.errors import ConfigError, SaveError, ran_out
 from vit_train.runs.record import package_versions
 from vit_train.trained import Trained, without_download

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from vit_train.data.batch import Failure, Sample
-from vit_train.data.download import download, is_url
-from vit_train.data.imagefolder import FileSource
-from vit_train.data.loaders import EvalBatches, SampleLoader, Samples
-from vit_train.data.names import Names
+from vit_train.data.folder.file_names import Names
+from vit_train.data.folder.image_folder import FileSource
+from vit_train.data.loading.loaders import EvalBatches, SampleLoader, Samples
+from vit_train.inference.download import download, is_url
 from vit_train.precision import autocast
 from vit_train.trained import Trained
 

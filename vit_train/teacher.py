@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_train import checkpoint
-from vit_train.data.layout import some
+from vit_train.data.folder.layout import some
 from vit_train.errors import CheckpointError, ConfigError, DataError, VitTrainError, ran_out, suggest
 from vit_train.models.cost import multiply_adds
 from vit_train.precision import Precision, autocast, inference_precision

@@ -19,9 +19,9 @@ from torch import nn
 
 from vit_train import checkpoint
 from vit_train.construct import is_node, make
-from vit_train.data import Normalize
-from vit_train.data.decode import RGB, WHITE, ValueRange
-from vit_train.data.sample_transforms import Steps, plain
+from vit_train.data.transforms.batch_transforms import Normalize
+from vit_train.data.transforms.decode import RGB, WHITE, ValueRange
+from vit_train.data.transforms.sample_transforms import Steps, plain
 from vit_train.errors import UNFIT, CheckpointError, ConfigError, blame
 from vit_train.precision import Precision, inference_precision
 from vit_train.runs.stored import Packages, allowed, check_stored

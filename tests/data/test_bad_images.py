@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from vit_train.data import ImageFolder
-from vit_train.data.imagefolder import FileSource
+from vit_train.data.folder.image_folder import FileSource
 from vit_train.errors import DataError
 
 SETTINGS = (
@@ -159,7 +159,7 @@ class Slow(ImageFolder):
     def usable(self, sources):
         Path("reading").touch()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("vit_train.data.bad_files.decode", _wait)
+            patch.setattr("vit_train.data.folder.bad_files.decode", _wait)
             return super().usable(sources)
 
     def load(self):

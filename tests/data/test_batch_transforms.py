@@ -7,8 +7,17 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as one
 
-from vit_train.data import Augment, Batch, Normalize
-from vit_train.data.batch_transforms import BOX_DRAWS, cutmix, erase, random_boxes, resized_crop, shift_flip
+from vit_train.data import Batch
+from vit_train.data.transforms.batch_transforms import (
+    BOX_DRAWS,
+    Augment,
+    Normalize,
+    cutmix,
+    erase,
+    random_boxes,
+    resized_crop,
+    shift_flip,
+)
 from vit_train.rng import uniform
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

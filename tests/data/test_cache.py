@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_train.data import ArraySource, Digits, Found, ImageFolder, cache
-from vit_train.data.cache import CachedLoader
-from vit_train.data.loaders import SampleLoader
-from vit_train.data.sample_transforms import resized_crop
+from vit_train.data import ArraySource, Digits, Found, ImageFolder
+from vit_train.data.loading import cache
+from vit_train.data.loading.cache import CachedLoader
+from vit_train.data.loading.loaders import SampleLoader
+from vit_train.data.transforms.sample_transforms import resized_crop
 from vit_train.errors import DataError
 from vit_train.system.memory import available_memory
 

@@ -15,8 +15,8 @@ from odd_images import EACH, KINDS, heic, picture
 from PIL import Image
 
 from vit_train.data import ImageFolder
-from vit_train.data.bad_files import bad_files
-from vit_train.data.check import _look, check_folder
+from vit_train.data.folder.bad_files import bad_files
+from vit_train.data.folder.check import _look, check_folder
 from vit_train.errors import DataError
 
 

@@ -9,8 +9,8 @@ from conftest import compose
 
 from vit_train import construct
 from vit_train.composed import check_config, plain
-from vit_train.data import Cifar10, Normalize
-from vit_train.data.batch_transforms import auto_crop_scale
+from vit_train.data import Cifar10
+from vit_train.data.transforms.batch_transforms import Normalize, auto_crop_scale
 from vit_train.runs.resume import flat
 from vit_train.runs.stored import STORED_CODE
 
@@ -139,9 +139,9 @@ def test_an_augment_node_builds_and_trains_on_digits(name):
 @pytest.mark.parametrize(
     "target",
     [
-        "vit_train.data.download.download",
-        "vit_train.data.pool.each_file",
-        "vit_train.data.check.check_folder",
+        "vit_train.inference.download.download",
+        "vit_train.data.folder.pool.each_file",
+        "vit_train.data.folder.check.check_folder",
     ],
 )
 def test_a_stored_run_cannot_fetch_urls_or_start_processes(target):

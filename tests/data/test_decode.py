@@ -8,10 +8,10 @@ import pytest
 from odd_images import EACH, KINDS, STORED, heic, oriented, picture, saved
 from PIL import Image
 
-from vit_train.data.decode import decode
-from vit_train.data.imagefolder import FileSource
-from vit_train.data.names import Names
-from vit_train.data.sample_transforms import plain, shorter_side
+from vit_train.data.folder.file_names import Names
+from vit_train.data.folder.image_folder import FileSource
+from vit_train.data.transforms.decode import decode
+from vit_train.data.transforms.sample_transforms import plain, shorter_side
 from vit_train.errors import DataError
 
 

@@ -6,9 +6,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from vit_train.data import download
-from vit_train.data.inputs import find_images
 from vit_train.errors import ConfigError, DataError
+from vit_train.inference import download
+from vit_train.inference.images import find_images
 
 MB = 1_000_000
 IMAGE = b"the bytes of an image"

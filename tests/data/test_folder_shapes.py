@@ -12,9 +12,9 @@ from odd_images import heic
 from PIL import Image
 
 from vit_train.data import ImageFolder
-from vit_train.data.check import check_folder
-from vit_train.data.inputs import find_images
+from vit_train.data.folder.check import check_folder
 from vit_train.errors import DataError
+from vit_train.inference.images import find_images
 
 SETTINGS = (
     *(setting for setting in TINY if not setting.startswith("data.limit")),

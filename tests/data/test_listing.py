@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vit_train.data import ImageFolder
-from vit_train.data.listing import images_below, list_images
+from vit_train.data.folder.listing import images_below, list_images
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from vit_train import rng
-from vit_train.data import ArraySource, Found, ImageData, loaders
-from vit_train.data.sample_transforms import resized_crop
+from vit_train.data import ArraySource, Found, ImageData
+from vit_train.data.loading import loaders
+from vit_train.data.transforms.sample_transforms import resized_crop
 from vit_train.errors import DataError, WorkerLostError
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import pytest
 
-from vit_train.data.names import Names
+from vit_train.data.folder.file_names import Names
 
 ODD = [
     "plain.jpg",

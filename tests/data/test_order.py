@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from vit_train.data.order import epoch_order
+from vit_train.data.loading.epoch_order import epoch_order
 
 TARGETS = np.array([0] * 70 + [1] * 20 + [2] * 10)
 

@@ -11,8 +11,8 @@ from contextlib import suppress
 import pytest
 from PIL import Image
 
-from vit_train.data.bad_files import reason_unreadable
-from vit_train.data.pool import Crash, each_file
+from vit_train.data.folder.bad_files import reason_unreadable
+from vit_train.data.folder.pool import Crash, each_file
 
 NAMES = [f"name {number}" for number in range(203)]
 

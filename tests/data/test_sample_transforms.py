@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vit_train import rng
-from vit_train.data.sample_transforms import plain, resized_crop
+from vit_train.data.transforms.sample_transforms import plain, resized_crop
 
 POLICIES = [None, "rand", "trivial", "auto"]
 

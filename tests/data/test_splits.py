@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vit_train.data.splits import hold_out, keep, keep_share
+from vit_train.data.loading.splits import hold_out, keep, keep_share
 
 
 def targets_of(*counts: int) -> np.ndarray:

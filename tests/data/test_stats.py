@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from vit_train.data import ImageFolder
-from vit_train.data.stats import channel_stats
+from vit_train.data.transforms.stats import channel_stats
 from vit_train.errors import DataError
 
 

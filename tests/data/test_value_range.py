@@ -15,7 +15,7 @@ from vit_train.cli import evaluate
 from vit_train.cli import export as vit_export
 from vit_train.cli import predict as vit_predict
 from vit_train.data import ImageFolder
-from vit_train.data.check import check_folder
+from vit_train.data.folder.check import check_folder
 
 SETTINGS = (
     *(setting for setting in TINY if not setting.startswith(("data.limit", "data.batch_size"))),

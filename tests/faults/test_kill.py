@@ -20,7 +20,7 @@ import pytest
 from conftest import EIGHTEEN, Forked, stale_files, vit_train_forked, whole_state
 
 from vit_train.checkpoint import Checkpointer, checkpoint_directories, newest_valid
-from vit_train.data.loaders import _detach_worker
+from vit_train.data.loading.loaders import _detach_worker
 from vit_train.objective import CrossEntropy
 from vit_train.report.history import read_events
 from vit_train.report.tracker import Tracker

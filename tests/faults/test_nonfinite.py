@@ -18,7 +18,7 @@ from conftest import EIGHTEEN, build, vit_train_forked, whole_state
 from torch import nn
 
 from vit_train.checkpoint import checkpoint_directories, load, resolve_link
-from vit_train.data.batch_transforms import Augment
+from vit_train.data.transforms.batch_transforms import Augment
 from vit_train.objective import CrossEntropy
 from vit_train.rng import seed_device
 

@@ -24,8 +24,8 @@ from PIL import Image
 from test_signals import Descendants, children_of, paused, until
 
 from vit_train.data import ImageFolder
-from vit_train.data.imagefolder import FileSource
-from vit_train.data.sample_transforms import resized_crop
+from vit_train.data.folder.image_folder import FileSource
+from vit_train.data.transforms.sample_transforms import resized_crop
 from vit_train.errors import DataError
 from vit_train.objective import CrossEntropy
 

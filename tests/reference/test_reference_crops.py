@@ -13,7 +13,7 @@ from torchvision.transforms import RandomErasing, RandomResizedCrop
 
 from vit_train import rng
 from vit_train.data.batch import Batch
-from vit_train.data.batch_transforms import BOX_DRAWS, Augment, random_boxes
+from vit_train.data.transforms.batch_transforms import BOX_DRAWS, Augment, random_boxes
 
 ERASED = {
     "scale": (0.02, 1 / 3),

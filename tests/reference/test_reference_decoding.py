@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from vit_train.data.decode import decode, find_range
-from vit_train.data.sample_transforms import plain, resized_crop, shorter_side
+from vit_train.data.transforms.decode import decode, find_range
+from vit_train.data.transforms.sample_transforms import plain, resized_crop, shorter_side
 
 BILINEAR, BICUBIC = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vit_train.data.batch import Batch
-from vit_train.data.batch_transforms import Augment
+from vit_train.data.transforms.batch_transforms import Augment
 from vit_train.objective import CrossEntropy
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}

@@ -19,11 +19,18 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as one
 
-from vit_train.data import Augment, Batch, Normalize
-from vit_train.data.batch_transforms import cutmix, erase, resized_crop, shift_flip
-from vit_train.data.sample_transforms import plain, seen_box
-from vit_train.data.sample_transforms import resized_crop as sample_crop
-from vit_train.data.stats import channel_stats
+from vit_train.data import Batch
+from vit_train.data.transforms.batch_transforms import (
+    Augment,
+    Normalize,
+    cutmix,
+    erase,
+    resized_crop,
+    shift_flip,
+)
+from vit_train.data.transforms.sample_transforms import plain, seen_box
+from vit_train.data.transforms.sample_transforms import resized_crop as sample_crop
+from vit_train.data.transforms.stats import channel_stats
 
 LEVELS = 1.3
 BICUBIC = v2.InterpolationMode.BICUBIC

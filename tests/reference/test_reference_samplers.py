@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vit_train.data.loaders import TrainSteps
-from vit_train.data.order import epoch_order
+from vit_train.data.loading.epoch_order import epoch_order
+from vit_train.data.loading.loaders import TrainSteps
 
 SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=7)  # images of each class
 REPEATS, SEED, EPOCH = st.integers(1, 5), st.integers(0, 2**31), st.integers(0, 400)

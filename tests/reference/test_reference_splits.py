@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vit_train.data import Found, ImageData, ImageFolder
-from vit_train.data.arrays import ArraySource
+from vit_train.data.loading.array_source import ArraySource
 
 PLACES = {"flat": "", "split": "train"}
 FRACTIONS = ("0.001", "0.05", "0.1", "0.125", "0.25", "0.29", "0.3", "0.5", "0.7", "0.99")

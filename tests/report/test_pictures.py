@@ -9,7 +9,7 @@ from conftest import TINY, build, with_trained_head
 
 from vit_train.cli.train import pictured
 from vit_train.data import Batch
-from vit_train.data.batch_transforms import Normalize
+from vit_train.data.transforms.batch_transforms import Normalize
 from vit_train.report.fonts import fonts_for
 from vit_train.report.pictures import batch_grid, prediction_sheet, sheet_of_predictions
 

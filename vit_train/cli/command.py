@@ -145,7 +145,7 @@ def output_file(option: str, path: str) -> Path:
         ConfigError: it is a directory, a device, a pipe or a link, which a rename would destroy, an image, or
             a file of a run; or there can be no file.
     """
-    from vit_train.data.listing import is_image
+    from vit_train.data.folder.listing import is_image
 
     target = expanded(path)
     if is_image(path):

@@ -35,8 +35,8 @@ def check(arguments: argparse.Namespace) -> int:
         DataError: there is no such folder.
     """
     out = _json_file(arguments.json)
-    from vit_train.data.base import num_cores
-    from vit_train.data.check import check_folder
+    from vit_train.data.folder.check import check_folder
+    from vit_train.data.image_data import num_cores
     from vit_train.report.console import Console
     from vit_train.report.dataset import check_tables
 
@@ -64,8 +64,8 @@ def stats(arguments: argparse.Namespace) -> None:
     import torch
 
     from vit_train.data import ImageFolder
-    from vit_train.data.layout import some
-    from vit_train.data.stats import ChannelStats, channel_stats, unusual
+    from vit_train.data.folder.layout import some
+    from vit_train.data.transforms.stats import ChannelStats, channel_stats, unusual
     from vit_train.report.console import Console
     from vit_train.report.dataset import stats_tables
 

@@ -114,7 +114,7 @@ def _evaluate(
 
     from tqdm import tqdm
 
-    from vit_train.data import Chosen
+    from vit_train.data.loading.chosen import Chosen
     from vit_train.evaluation import Collector, MirrorMean, evaluate
     from vit_train.objective import CrossEntropy
     from vit_train.report.evaluated import evaluated
@@ -285,7 +285,7 @@ def class_map(data_classes: list[str], model_classes: list[str]) -> Any:
     """
     import torch
 
-    from vit_train.data.layout import some
+    from vit_train.data.folder.layout import some
 
     ids = {name: i for i, name in enumerate(model_classes)}
     unknown = [name for name in data_classes if name not in ids]

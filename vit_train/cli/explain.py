@@ -43,7 +43,7 @@ def explain(arguments: argparse.Namespace) -> None:
     """
     from tqdm import tqdm
 
-    from vit_train.data.inputs import find_images
+    from vit_train.inference.images import find_images
     from vit_train.report.attention import NAMES
     from vit_train.report.overlay import SHEET, Sheet, picture
 
@@ -97,8 +97,8 @@ def explain_image(
     """
     import torch
 
-    from vit_train.data.decode import decode
-    from vit_train.data.sample_transforms import seen_box
+    from vit_train.data.transforms.decode import decode
+    from vit_train.data.transforms.sample_transforms import seen_box
     from vit_train.precision import autocast
     from vit_train.prediction import fetched
     from vit_train.report import attention

@@ -33,7 +33,7 @@ def predict(arguments: argparse.Namespace) -> None:
         CheckpointError, ConfigError, DataError, WorkerLostError: see the messages. DataError also after
             everything else was written, where an image could not be read.
     """
-    from vit_train.data.inputs import find_images
+    from vit_train.inference.images import find_images
 
     names = find_images(arguments.images, stdin=command.stdin_lines(), allow_url=arguments.allow_url)
     with _output(arguments.out) as file:
@@ -48,7 +48,7 @@ def _write(arguments: argparse.Namespace, trained: Trained, names: list[str], fi
     from tqdm import tqdm
 
     from vit_train import prediction
-    from vit_train.data.base import ImageData, num_cores
+    from vit_train.data.image_data import ImageData, num_cores
 
     workers = arguments.num_workers
     if workers is None:

@@ -1,20 +1,32 @@
-"""Data: datasets, splits, loaders, and the transforms of samples (CPU) and batches (device)."""
+"""Data: what the trainer knows of it, and the datasets, which are imported when they are named."""
 
-from vit_train.data.arrays import ArraySource
-from vit_train.data.base import DataModule, Found, ImageData, Split
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from vit_train.data.batch import Batch
-from vit_train.data.batch_transforms import Augment, Normalize
-from vit_train.data.chosen import Chosen
-from vit_train.data.cifar import Cifar10, Cifar100
-from vit_train.data.digits import Digits
-from vit_train.data.imagefolder import ImageFolder
-from vit_train.data.loaders import Loader, Source
+from vit_train.data.contract import DataModule, Loader, Source, Split
 
+if TYPE_CHECKING:
+    from vit_train.data.cifar import Cifar10, Cifar100
+    from vit_train.data.digits import Digits
+    from vit_train.data.folder.image_folder import ImageFolder
+    from vit_train.data.image_data import Found, ImageData
+    from vit_train.data.loading.array_source import ArraySource
+
+_DEFINED_IN = {
+    "ArraySource": "loading.array_source",
+    "Cifar10": "cifar",
+    "Cifar100": "cifar",
+    "Digits": "digits",
+    "Found": "image_data",
+    "ImageData": "image_data",
+    "ImageFolder": "folder.image_folder",
+}
 __all__ = [
     "ArraySource",
-    "Augment",
     "Batch",
-    "Chosen",
     "Cifar10",
     "Cifar100",
     "DataModule",
@@ -23,7 +35,17 @@ __all__ = [
     "ImageData",
     "ImageFolder",
     "Loader",
-    "Normalize",
     "Source",
     "Split",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`vit_train.data.ImageFolder` without torchvision for those who want a Batch only."""
+    if name in _DEFINED_IN:
+        return getattr(importlib.import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

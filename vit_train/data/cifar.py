@@ -13,8 +13,9 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from vit_train.construct import Positive, Side
-from vit_train.data.arrays import ArraySource
-from vit_train.data.base import Found, ImageData, Split
+from vit_train.data.contract import Split
+from vit_train.data.image_data import Found, ImageData
+from vit_train.data.loading.array_source import ArraySource
 from vit_train.errors import DataError, ran_out
 from vit_train.system.places import expanded
 

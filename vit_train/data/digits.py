@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from vit_train.construct import Side
-from vit_train.data.arrays import ArraySource
-from vit_train.data.base import Found, ImageData
+from vit_train.data.image_data import Found, ImageData
+from vit_train.data.loading.array_source import ArraySource
 
 _NUM_TEST = 360
 _MAX_VALUE = 16  # scikit-learn's pixels count ink from 0 to 16

@@ -11,8 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vit_train.data.check import Finding, Item, Report
-from vit_train.data.stats import ChannelStats
+from vit_train.data.folder.check import Finding, Item, Report
+from vit_train.data.transforms.stats import ChannelStats
 from vit_train.errors import count, one_line
 
 _MOST_ITEMS = 20  # of one finding; and classes

@@ -115,8 +115,11 @@ Packages: TypeAlias = tuple[str, ...]
 # The code each group may name; of the data not what fetches URLs and starts processes
 STORED_CODE: Mapping[str, Packages] = {
     "model": ("vit_train.models", "vit_train.layers"),
-    "data": tuple(f"vit_train.data.{m}" for m in ("cifar", "digits", "imagefolder", "sample_transforms")),
-    "augment": ("vit_train.data.sample_transforms", "vit_train.data.batch_transforms"),
+    "data": tuple(
+        f"vit_train.data.{module}"
+        for module in ("cifar", "digits", "folder.image_folder", "transforms.sample_transforms")
+    ),
+    "augment": ("vit_train.data.transforms.sample_transforms", "vit_train.data.transforms.batch_transforms"),
     "objective": ("vit_train.objective",),
     "optimizer": ("vit_train.optim",),
     "schedule": ("vit_train.optim",),

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import TypeAlias
 
-from vit_train.data.decode import NOT_READ, decode
-from vit_train.data.pool import each_file
+from vit_train.data.folder.pool import each_file
+from vit_train.data.transforms.decode import NOT_READ, decode
 from vit_train.errors import DataError
 
 Progress: TypeAlias = Callable[[int], object]

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vit_train.data.base import DataModule, Split
 from vit_train.data.batch import Batch
+from vit_train.data.contract import DataModule, Split
 
 
 class Chosen:

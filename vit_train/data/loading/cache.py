@@ -26,8 +26,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from vit_train.data.batch import Batch, Failure, Sample
-from vit_train.data.decode import EXTENT
-from vit_train.data.loaders import Batches, EvalBatches, Loader, SampleLoader, Samples, Source
+from vit_train.data.contract import Loader, Source
+from vit_train.data.loading.loaders import Batches, EvalBatches, SampleLoader, Samples
+from vit_train.data.transforms.decode import EXTENT
 from vit_train.errors import DataError
 from vit_train.system.memory import available_memory
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vit_train.data.names import Names
+from vit_train.data.folder.file_names import Names
 
 # What decode reads. AVIF takes Pillow 11.3: with an older one such a file is an error that names it.
 SUFFIXES = (

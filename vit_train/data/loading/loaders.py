@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import errno
-import hashlib
 import multiprocessing
 import multiprocessing.queues
 import os
@@ -23,7 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -35,8 +34,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vit_train import rng
 from vit_train.data.batch import Batch, Failure, Sample, collate
-from vit_train.data.order import Order, Sampling, epoch_order
-from vit_train.data.sample_transforms import SampleTransform
+from vit_train.data.contract import Loader, Source
+from vit_train.data.loading.epoch_order import Order, Sampling, epoch_order
+from vit_train.data.transforms.sample_transforms import SampleTransform
 from vit_train.errors import DataError, WorkerLostError, ran_out
 
 Key: TypeAlias = tuple[int, int, int]  # (epoch, index, draw)
@@ -58,29 +58,6 @@ _SHORT = {
     errno.ENFILE: "too many open files on this machine",
     errno.EAGAIN: "no more processes may be started (ulimit -u)",
 }
-
-
-class Source(Protocol):
-    """The samples of one split, in a fixed order. Small to pickle, or held in tensors that workers share."""
-
-    @property
-    def targets(self) -> NDArray[np.int64]:
-        """(n,) class ids."""
-
-    def read(self, index: int) -> Image.Image:
-        """The decoded image; raises DataError, naming it, where that fails."""
-
-    def name(self, index: int) -> str:
-        """Where the sample comes from, for messages."""
-
-    def keys(self) -> Iterator[str]:
-        """What each sample is called within its class: decides which ones are held out."""
-
-    def select(self, indices: NDArray[np.int64]) -> Source:
-        """The samples at `indices`, in that order."""
-
-    def update(self, digest: hashlib._Hash) -> None:
-        """Adds what identifies these samples to a fingerprint."""
 
 
 class Samples(Dataset[Sample | Failure]):
@@ -276,31 +253,6 @@ class EvalBatches(Batches):
             part = self.indices[start : start + self.batch_size]
             index = torch.arange(part.start, part.stop, part.step)
             yield Order(index, torch.zeros_like(index))
-
-
-class Loader(Protocol):
-    """Batches of one split: what `DataModule.loader` gives.
-
-    Attributes:
-        should_stop: asked where iterating may have to wait; it then ends early.
-    """
-
-    should_stop: Callable[[], bool]
-
-    def __len__(self) -> int:
-        """Optimizer steps of a whole epoch for training, whatever the position; batches otherwise."""
-
-    def set_position(self, epoch: int, step: int) -> None:
-        """See `Batches.set_position`; training only."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yields batches."""
-
-    def read_by(self, error: BaseException) -> str:
-        """What the worker process that `error` names was reading, or nothing."""
-
-    def close(self) -> None:
-        """Ends worker processes."""
 
 
 class SampleLoader(Loader):

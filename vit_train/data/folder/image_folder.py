@@ -19,14 +19,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from vit_train.construct import Side
-from vit_train.data import layout
-from vit_train.data.bad_files import bad_files, unreadable
-from vit_train.data.base import Found, ImageData, Split
-from vit_train.data.decode import HEIC, NOT_READ, RGB, WHITE, ValueRange, decode, find_range
-from vit_train.data.listing import SUFFIXES, Listing, list_images
-from vit_train.data.loaders import Source
-from vit_train.data.names import Names
-from vit_train.data.sample_transforms import SampleTransform, plain
+from vit_train.data.contract import Source, Split
+from vit_train.data.folder import layout
+from vit_train.data.folder.bad_files import bad_files, unreadable
+from vit_train.data.folder.file_names import Names
+from vit_train.data.folder.listing import SUFFIXES, Listing, list_images
+from vit_train.data.image_data import Found, ImageData
+from vit_train.data.transforms.decode import HEIC, NOT_READ, RGB, WHITE, ValueRange, decode, find_range
+from vit_train.data.transforms.sample_transforms import SampleTransform, plain
 from vit_train.errors import DataError, count, passing_over
 from vit_train.system.places import as_argument, open_plain
 

@@ -6,10 +6,10 @@ import glob
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vit_train.data.decode import NOT_READ
-from vit_train.data.download import is_url, shown
-from vit_train.data.listing import SUFFIXES, images_below
+from vit_train.data.folder.listing import SUFFIXES, images_below
+from vit_train.data.transforms.decode import NOT_READ
 from vit_train.errors import ConfigError, DataError
+from vit_train.inference.download import is_url, shown
 
 STDIN = "-"
 

@@ -1,4 +1,4 @@
-"""The contract of a data module, and what all of ours share: splits, limit, loaders, fingerprint.
+"""What all data modules of ours share: splits, limit, loaders, fingerprint.
 
 A dataset of your own is a subclass of `ImageData` with a `load` method, named in `data._target_`.
 """
@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 from unicodedata import normalize
 
 import numpy as np
@@ -20,83 +20,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_train.construct import Few, Fraction, Positive, PositiveFloat, Seconds, Seed, Share, Side, Workers
-from vit_train.data.arrays import ArraySource
-from vit_train.data.bad_files import unreadable
 from vit_train.data.batch import Batch, Failure, collate
-from vit_train.data.cache import Cache, CachedLoader, Filling, Untransformed, choose_place
-from vit_train.data.loaders import (
+from vit_train.data.contract import SPLITS, DataModule, Flag, Loader, Source, Split
+from vit_train.data.folder.bad_files import unreadable
+from vit_train.data.loading.array_source import ArraySource
+from vit_train.data.loading.cache import Cache, CachedLoader, Filling, Untransformed, choose_place
+from vit_train.data.loading.epoch_order import Sampling
+from vit_train.data.loading.loaders import (
     Batches,
     EvalBatches,
-    Loader,
     SampleLoader,
     Samples,
-    Source,
     TrainSteps,
     worker_lost,
 )
-from vit_train.data.order import Sampling
-from vit_train.data.sample_transforms import SampleTransform, plain
-from vit_train.data.splits import hold_out, keep, keep_share
+from vit_train.data.loading.splits import hold_out, keep, keep_share
+from vit_train.data.transforms.sample_transforms import SampleTransform, plain
 from vit_train.errors import DataError, WorkerLostError
 
-Split: TypeAlias = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
-Flag: TypeAlias = Callable[[], bool]
 S = TypeVar("S", bound=Samples)
-
-
-class DataModule(Protocol):
-    """What the trainer and the commands know about data. The attributes hold from `setup` on.
-
-    Attributes:
-        num_classes, class_names: the classes, in the order of their ids, composed (NFC).
-        class_counts: training images of each class.
-        img_size, in_channels: shape of the images.
-        mean, std: normalisation per channel, on the 0 to 1 scale.
-        sizes: images per split, 0 where a split is absent.
-        holds_out: whether val is a part of train that was held out.
-        notes: things to tell the user.
-    """
-
-    num_classes: int
-    class_names: list[str]
-    class_counts: list[int]
-    img_size: int
-    in_channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    sizes: dict[str, int]
-    holds_out: bool
-    notes: list[str]
-
-    def setup(
-        self, *, device: torch.device, rank: int, world_size: int, training: bool = True, should_stop: Flag
-    ) -> None:
-        """Finds the data; `should_stop` ends what takes long, `training` is False for evaluation alone."""
-
-    def loader(self, split: Split) -> Loader:
-        """The loader of one split, the same one at every call; raises DataError where the data lacks it."""
-
-    def eval_loader(self, split: Split) -> Loader:
-        """Every image of a split once and in order, as evaluation sees them: also of train. As `loader`."""
-
-    def examples(self, split: Split, count: int) -> Batch:
-        """Up to `count` samples spread evenly over a split; otherwise as `pick`."""
-
-    def pick(self, split: Split, indices: Sequence[int]) -> Batch:
-        """These samples, as evaluation sees them; raises DataError, which names one that cannot be read."""
-
-    def source(self, split: Split, index: int) -> str:
-        """File path or name of a sample, for messages."""
-
-    def fingerprint(self) -> str:
-        """Hash of classes, splits and samples: equal for equal data."""
-
-    def worker_lost(self, error: BaseException) -> WorkerLostError | None:
-        """The one line for an exception that means a worker process died, None for any other."""
-
-    def close(self) -> None:
-        """Ends worker processes."""
 
 
 @dataclass

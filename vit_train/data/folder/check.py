@@ -23,14 +23,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from vit_train.data import layout
-from vit_train.data.bad_files import Progress, reason_in
-from vit_train.data.base import SPLITS, Split
-from vit_train.data.decode import HEIC, NOT_READ, ValueRange, decode, find_range
-from vit_train.data.imagefolder import ImageFolder, sample_of
-from vit_train.data.listing import LEFT_BY, images_below, is_folder, is_image, is_visible
-from vit_train.data.pool import Crash, each_file
-from vit_train.data.stats import unusual
+from vit_train.data.contract import SPLITS, Split
+from vit_train.data.folder import layout
+from vit_train.data.folder.bad_files import Progress, reason_in
+from vit_train.data.folder.image_folder import ImageFolder, sample_of
+from vit_train.data.folder.listing import LEFT_BY, images_below, is_folder, is_image, is_visible
+from vit_train.data.folder.pool import Crash, each_file
+from vit_train.data.transforms.decode import HEIC, NOT_READ, ValueRange, decode, find_range
+from vit_train.data.transforms.stats import unusual
 from vit_train.errors import DataError, count, printable, ran_out, suggest
 from vit_train.system.places import open_plain
 

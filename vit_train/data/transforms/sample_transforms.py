@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from vit_train.construct import Probability, Ratios, Shares
-from vit_train.data.decode import EXTENT
+from vit_train.data.transforms.decode import EXTENT
 
 SampleTransform: TypeAlias = Callable[[Image.Image], Image.Image | Tensor]
 

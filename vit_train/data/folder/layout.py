@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
 
-from vit_train.data.base import Split
-from vit_train.data.listing import is_folder, is_image, is_visible
+from vit_train.data.contract import Split
+from vit_train.data.folder.listing import is_folder, is_image, is_visible
 from vit_train.errors import DataError, count, suggest
 from vit_train.system.places import as_argument, as_typed, expanded
 

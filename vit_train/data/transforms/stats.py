@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vit_train.data.base import DataModule, Split
+from vit_train.data.contract import DataModule, Split
 
 _CONSTANT_LEVELS = 2  # between the darkest and the brightest pixel
 _TIMES = 100
