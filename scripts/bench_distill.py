@@ -30,9 +30,9 @@ from hydra import compose, initialize_config_dir
 
 from vit_train.build import build_run
 from vit_train.composed import Launch, config_dir
-from vit_train.guard import Guard, Signals
 from vit_train.report.console import Console
-from vit_train.tracker import NullTracker
+from vit_train.training.guard import Guard, Signals
+from vit_train.training.tracker import NullTracker
 
 DEFAULTS = ["data=digits", "data.img_size=32", "data.in_channels=3", "data.val_fraction=0", "trainer=cifar"]
 HEAD = ("teacher", "precision", "batch", "taught ms", "alone ms", "teacher ms", "ratio", "min max")

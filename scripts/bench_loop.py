@@ -34,11 +34,11 @@ from PIL import Image
 from vit_train.build import build_run
 from vit_train.composed import Launch, config_dir
 from vit_train.data import Batch
-from vit_train.guard import Guard, Signals
-from vit_train.optim import adamw
 from vit_train.precision import autocast
 from vit_train.report.console import Console
-from vit_train.tracker import NullTracker
+from vit_train.training.guard import Guard, Signals
+from vit_train.training.optimizers import adamw
+from vit_train.training.tracker import NullTracker
 
 
 def make_folder(root: Path, size: int = 32, classes: int = 10, images: int = 16) -> None:

@@ -23,9 +23,9 @@ from hydra import compose, initialize_config_dir
 from vit_train.build import build_run
 from vit_train.checkpoint.saver import Saver
 from vit_train.composed import Launch, config_dir
-from vit_train.guard import Guard, Signals
 from vit_train.report.console import Console
-from vit_train.tracker import NullTracker
+from vit_train.training.guard import Guard, Signals
+from vit_train.training.tracker import NullTracker
 
 DEFAULTS = ["model=vit_small", "trainer=cifar", "data=digits", "data.img_size=224", "data.batch_size=2"]
 

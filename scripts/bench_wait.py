@@ -28,9 +28,9 @@ from hydra import compose, initialize_config_dir
 
 from vit_train.build import build_run
 from vit_train.composed import Launch, config_dir
-from vit_train.guard import Guard, Signals
 from vit_train.report.console import Console
-from vit_train.tracker import NullTracker
+from vit_train.training.guard import Guard, Signals
+from vit_train.training.tracker import NullTracker
 
 DEFAULTS = ["model=swin_cifar", "data.img_size=32", "data.in_channels=3", "augment=light"]
 DEFAULTS += ["trainer=cifar", "optimizer=adamw", "strategy=auto", "data.batch_size=128"]

@@ -197,7 +197,7 @@ class Forked:
 
     def __init__(self, *arguments, cwd, fault=None, prepare=lambda: None):
         import vit_train.checkpoint.saver
-        import vit_train.trainer  # noqa: F401 - so that the child has them
+        import vit_train.training.trainer  # noqa: F401 - so that the child has them
 
         self.out, self.err = cwd / f"out_{os.urandom(4).hex()}", cwd / f"err_{os.urandom(4).hex()}"
         self.pid = os.fork()
@@ -314,7 +314,7 @@ def build(*overrides: str) -> Any:
     from vit_train.build import build_run
     from vit_train.composed import Launch
     from vit_train.report.console import Console
-    from vit_train.tracker import NullTracker
+    from vit_train.training.tracker import NullTracker
 
     run = build_run(compose(*overrides), Launch(overrides=list(overrides), choices={}), Console())
     run.trainer.tracker = NullTracker()

@@ -66,8 +66,8 @@ def violations(paths, allowed):
 def test_the_reading_itself():
     """The rules below mean something only if imports are seen."""
     assert len(MODULES) > 30
-    assert "vit_train.trainer" in NAMES
-    assert "torch.nn" in imports_of(PACKAGE / "strategy.py")
+    assert "vit_train.training.trainer" in NAMES
+    assert "torch.nn" in imports_of(PACKAGE / "training/strategy.py")
     assert "vit_train.checkpoint" in imports_of(PACKAGE / "build.py")
     assert inside("vit_train.cli.train", *imports_of(PACKAGE / "__main__.py"))
     assert violations([PACKAGE / "build.py"], lambda name: not inside(name, "omegaconf")) != []
@@ -126,7 +126,7 @@ LOWER_ROOMS = (
 @pytest.mark.parametrize("room", [room for room in LOWER_ROOMS if modules_in(room)])
 def test_lower_rooms_do_not_know_what_stands_on_them(room):
     above = (
-        "vit_train.trainer",
+        "vit_train.training.trainer",
         "vit_train.build",
         "vit_train.composed",
         "vit_train.describe",
@@ -151,7 +151,7 @@ def test_nobody_below_knows_the_commands():
 
 
 def test_distribution_lives_in_strategy():
-    others = [path for path in MODULES if path != PACKAGE / "strategy.py"]
+    others = [path for path in MODULES if path != PACKAGE / "training/strategy.py"]
     assert violations(others, lambda name: not inside(name, "torch.distributed")) == []
     for path in others:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -190,7 +190,7 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_the_trainer_sees_contracts_only():
-    path = PACKAGE / "trainer.py"
+    path = PACKAGE / "training/trainer.py"
     concrete = ("vit_train.models", "vit_train.layers", "vit_train.build", "vit_train.cli", "torchvision")
     assert violations([path], lambda name: not inside(name, *concrete)) == []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -20,7 +20,7 @@ from vit_train.cli import evaluate, explain, predict
 from vit_train.data import ImageFolder
 from vit_train.data.folder.check import check_folder
 from vit_train.errors import DataError
-from vit_train.objective import CrossEntropy
+from vit_train.training.objective import CrossEntropy
 
 COMPOSED, APART = "B\u00e4r", "Ba\u0308r"  # as Linux and Windows type it, and as a Mac's zip unpacks
 SETTINGS = (

@@ -307,7 +307,7 @@ def attention_steps(run: Path) -> list[int]:
 def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path) -> None:
     from vit_train.report.console import Console
     from vit_train.report.tracker import Tracker
-    from vit_train.tracker import Plan
+    from vit_train.training.tracker import Plan
 
     def fails():
         raise RuntimeError("out of\nmemory")

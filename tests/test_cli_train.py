@@ -43,7 +43,7 @@ def test_asking_imports_no_torch_and_writes_nothing(tmp_path, arguments):
     assert done.returncode == 0
     imported = re.findall(r"^import time:.*\|\s*(\S+)$", done.stderr, flags=re.MULTILINE)
     assert "vit_train.cli.train" in imported or "vit_train.build" in imported, "importtime says nothing"
-    heavy = {"torch", "torchvision", "sklearn", "matplotlib", "tensorboard", "vit_train.trainer"}
+    heavy = {"torch", "torchvision", "sklearn", "matplotlib", "tensorboard", "vit_train.training.trainer"}
     assert not heavy & set(imported)
     assert list(tmp_path.iterdir()) == []
     if arguments == ["--help"]:

@@ -166,7 +166,7 @@ SWIN_TUTORIAL = {
     "data.sample_transform": None,
     "augment.sample": None,
     "objective.label_smoothing": 0.0,
-    "schedule._target_": "vit_train.optim.ReduceOnPlateau",
+    "schedule._target_": "vit_train.training.schedules.ReduceOnPlateau",
     "schedule.monitor": "train/loss",
     "schedule.mode": "min",
     "trainer.epochs": 20,
@@ -182,7 +182,7 @@ def test_the_swin_tutorial():
     assert_holds(
         config,
         {
-            "optimizer._target_": "vit_train.optim.adam",
+            "optimizer._target_": "vit_train.training.optimizers.adam",
             "optimizer.lr": 1e-4,
             "optimizer.betas": [0.5, 0.999],
             "optimizer.weight_decay": 0.0,
@@ -199,7 +199,7 @@ def test_the_swin_tutorial_with_sgd():
     assert_holds(
         config,
         {
-            "optimizer._target_": "vit_train.optim.sgd",
+            "optimizer._target_": "vit_train.training.optimizers.sgd",
             "optimizer.momentum": 0.9,
             "optimizer.nesterov": False,
             "schedule.factor": 0.5,
@@ -225,10 +225,10 @@ def test_the_image_folder_tutorial():
             "data.resize": "squash",
             "data.batch_size": 32,
             "augment.sample": None,
-            "optimizer._target_": "vit_train.optim.adam",
+            "optimizer._target_": "vit_train.training.optimizers.adam",
             "optimizer.lr": 1e-4,
             "optimizer.weight_decay": 0.0,
-            "schedule._target_": "vit_train.optim.Constant",
+            "schedule._target_": "vit_train.training.schedules.Constant",
             "trainer.epochs": 25,
             "trainer.precision": "fp32",
             "trainer.ema_decay": None,

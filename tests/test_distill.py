@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vit_train.objective import Distill
+from vit_train.training.objective import Distill
 
 K, B = 7, 13
 NAMES, COUNTS = [f"class {k}" for k in range(K)], [10 * (k + 1) for k in range(K)]

@@ -11,9 +11,9 @@ from conftest import TINY, build, checkpoint_hashes, vit_train_here, whole_state
 from safetensors.torch import save_file
 
 from vit_train.checkpoint import load, resolve_link
-from vit_train.guard import Guard
 from vit_train.layers import Block
-from vit_train.optim import adamw, freeze_parts, layer_ids, set_lr
+from vit_train.training.guard import Guard
+from vit_train.training.optimizers import adamw, freeze_parts, layer_ids, set_lr
 from vit_train.weights import state_dict_named
 
 SWIN = (

@@ -19,8 +19,8 @@ from vit_train.checkpoint import Checkpointer, checkpoint_directories, load, res
 from vit_train.cli import train
 from vit_train.composed import Launch
 from vit_train.report.console import Console
-from vit_train.state import TrainState
-from vit_train.trainer import Trainer
+from vit_train.training.state import TrainState
+from vit_train.training.trainer import Trainer
 
 STEPS = 5  # an epoch of TINY
 PLATEAU = (

@@ -13,7 +13,7 @@ from torch import nn
 from vit_train.report.console import Console
 from vit_train.report.history import read_events
 from vit_train.report.tracker import Tracker, duration
-from vit_train.tracker import NullTracker, Plan
+from vit_train.training.tracker import NullTracker, Plan
 
 
 def plan(first_step=0, total_steps=100) -> Plan:

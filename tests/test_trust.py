@@ -44,9 +44,9 @@ from torch import nn
 
 from vit_train.data import Digits
 from vit_train.models import ViT
-from vit_train.objective import CrossEntropy
-from vit_train.optim import Schedule
-from vit_train.trainer import Trainer
+from vit_train.training.objective import CrossEntropy
+from vit_train.training.schedules import Schedule
+from vit_train.training.trainer import Trainer
 
 HOME = Path(__file__).parent
 with (HOME / "imported").open("a") as marker:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from vit_train.guard import Signals
+    from vit_train.training.guard import Signals
 
 # What may be left open in a command and is known once a run exists
 _RESOLVED_KEYS = (
@@ -236,17 +236,17 @@ def _build(
     import torch
 
     from vit_train.data.transforms.batch_transforms import Normalize
-    from vit_train.guard import Signals
-    from vit_train.memory import fit_micro_batch
-    from vit_train.optim import Schedule
     from vit_train.precision import resolve_precision
     from vit_train.rng import seed_device
     from vit_train.runs.record import read_facts
-    from vit_train.state import Parts
-    from vit_train.strategy import SingleDevice
-    from vit_train.tracker import NullTracker
     from vit_train.trained import check_sizes
-    from vit_train.trainer import Trainer
+    from vit_train.training.guard import Signals
+    from vit_train.training.memory import fit_micro_batch
+    from vit_train.training.schedules import Schedule
+    from vit_train.training.state import Parts
+    from vit_train.training.strategy import SingleDevice
+    from vit_train.training.tracker import NullTracker
+    from vit_train.training.trainer import Trainer
     from vit_train.weights import load_pretrained, read_pretrained
 
     signals = signals or Signals()
@@ -450,7 +450,7 @@ def _put_back(
 def resolve_auto(cfg: DictConfig, overrides: list[str], model: nn.Module) -> list[str]:
     """The crops and the learning rate that were left to `auto` become numbers; returns why, a line each."""
     from vit_train.data.transforms.batch_transforms import auto_crop_scale
-    from vit_train.optim import auto_lr
+    from vit_train.training.optimizers import auto_lr
 
     notes = []
     scale = OmegaConf.select(cfg, "augment.batch.crop_scale")

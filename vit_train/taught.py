@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from vit_train.state import Parts
     from vit_train.teacher import Found, Teacher
+    from vit_train.training.state import Parts
 
 
 def find_teacher(cfg: DictConfig, trust: tuple[str, ...], *, download: bool) -> Found | None:
@@ -146,7 +146,7 @@ def measure(teacher: Teacher, parts: Parts, facts: Any) -> dict[str, Any]:
 
 def _top1(teacher: Teacher, parts: Parts) -> float | None:
     """On the validation split, as the student sees it; None without one."""
-    from vit_train.evaluation import evaluate
+    from vit_train.training.evaluation import evaluate
 
     if not parts.data.sizes["val"]:
         return None

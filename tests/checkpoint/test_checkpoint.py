@@ -422,7 +422,7 @@ STORED = {
     "name": "a",
     "model": {"depth": 2, "patch_embed": {"patch_size": 2}},
     "data": {"root": "a", "num_workers": 0, "mean": [0.5], "batch_size": 16},
-    "strategy": {"_target_": "vit_train.strategy.auto", "device": "cpu"},
+    "strategy": {"_target_": "vit_train.training.strategy.auto", "device": "cpu"},
     "tracker": {"tensorboard": True},
     "trainer": {"epochs": 3, "max_steps": None, "stop_at_step": None, "eval_every_epochs": 1, "precision": "fp32"},
 }  # fmt: skip

@@ -13,8 +13,8 @@ from conftest import TINY, build
 from vit_train.checkpoint import Checkpointer, checkpoint_directories, load, resolve_link
 from vit_train.checkpoint.saver import Saver, Snapshot
 from vit_train.errors import CheckpointError, SaveError
-from vit_train.guard import Guard, Signals
 from vit_train.system import faults
+from vit_train.training.guard import Guard, Signals
 
 SOON = 30  # seconds after which a test fails instead of waiting for ever
 

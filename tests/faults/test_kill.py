@@ -21,9 +21,9 @@ from conftest import EIGHTEEN, Forked, stale_files, vit_train_forked, whole_stat
 
 from vit_train.checkpoint import Checkpointer, checkpoint_directories, newest_valid
 from vit_train.data.loading.loaders import _detach_worker
-from vit_train.objective import CrossEntropy
 from vit_train.report.history import read_events
 from vit_train.report.tracker import Tracker
+from vit_train.training.objective import CrossEntropy
 
 # Saves inside epochs and at their ends; everything is logged at every step, so that a gap or a repetition shows
 SETTINGS = (*EIGHTEEN, "tracker.tensorboard=true", "tracker.log_every_steps=1", "trainer.save_every_steps=4")

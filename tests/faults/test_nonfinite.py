@@ -19,8 +19,8 @@ from torch import nn
 
 from vit_train.checkpoint import checkpoint_directories, load, resolve_link
 from vit_train.data.transforms.batch_transforms import Augment
-from vit_train.objective import CrossEntropy
 from vit_train.rng import seed_device
+from vit_train.training.objective import CrossEntropy
 
 slow = pytest.mark.faults
 BAD = 9  # in the middle of the second epoch; the last due checkpoint is that of step 6

@@ -20,7 +20,7 @@ from conftest import EIGHTEEN, PATCHES, vit_train_forked, whole_state
 from PIL import Image
 
 from vit_train.data.loading.loaders import SampleLoader, Samples, TrainSteps
-from vit_train.trainer import Trainer
+from vit_train.training.trainer import Trainer
 
 slow = pytest.mark.faults
 

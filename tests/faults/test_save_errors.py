@@ -20,8 +20,8 @@ import pytest
 from conftest import EIGHTEEN, environment, everything_in, stale_files, vit_train_forked, whole_state
 
 from vit_train.checkpoint import MANIFEST, checkpoint_directories, directory_name, load, newest_valid
-from vit_train.objective import CrossEntropy
 from vit_train.system import durable
+from vit_train.training.objective import CrossEntropy
 
 SETTINGS = (*EIGHTEEN, "trainer.save_every_steps=4")
 SAVED = (4, 6, 8, 12, 16, 18)

@@ -32,8 +32,8 @@ from torch.utils.data import get_worker_info
 
 from vit_train.data import ArraySource, Digits
 from vit_train.models import ViT
-from vit_train.objective import CrossEntropy
 from vit_train.report.tracker import Tracker
+from vit_train.training.objective import CrossEntropy
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 

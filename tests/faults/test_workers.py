@@ -27,7 +27,7 @@ from vit_train.data import ImageFolder
 from vit_train.data.folder.image_folder import FileSource
 from vit_train.data.transforms.sample_transforms import resized_crop
 from vit_train.errors import DataError
-from vit_train.objective import CrossEntropy
+from vit_train.training.objective import CrossEntropy
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 

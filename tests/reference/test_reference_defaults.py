@@ -14,7 +14,7 @@ from torch import nn
 from vit_train.composed import Launch, plain
 from vit_train.construct import make
 from vit_train.describe import describe
-from vit_train.optim import auto_lr
+from vit_train.training.optimizers import auto_lr
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))

@@ -12,7 +12,7 @@ from torch import nn
 from vit_train.layers import Attention, Mlp, PatchEmbed, TrunkEmbed, WindowAttention
 from vit_train.models import DeiT, HybridEmbed, Swin, ViT
 from vit_train.models.swin import PatchMerging
-from vit_train.objective import CrossEntropy
+from vit_train.training.objective import CrossEntropy
 from vit_train.weights import load_pretrained
 
 

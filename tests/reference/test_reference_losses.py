@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vit_train.data.batch import Batch
 from vit_train.data.transforms.batch_transforms import Augment
-from vit_train.objective import CrossEntropy
+from vit_train.training.objective import CrossEntropy
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 

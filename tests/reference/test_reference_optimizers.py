@@ -17,14 +17,14 @@ from torch import nn
 
 from vit_train.build import build_run
 from vit_train.composed import Launch, config_dir
-from vit_train.guard import Guard, Signals
 from vit_train.layers import PatchEmbed
 from vit_train.models import DeiT, HybridEmbed, Swin, ViT
-from vit_train.muon import Muon
-from vit_train.objective import CrossEntropy
-from vit_train.optim import adamw, muon, sgd
 from vit_train.report.console import Console
-from vit_train.tracker import NullTracker
+from vit_train.training.guard import Guard, Signals
+from vit_train.training.muon import Muon
+from vit_train.training.objective import CrossEntropy
+from vit_train.training.optimizers import adamw, muon, sgd
+from vit_train.training.tracker import NullTracker
 
 
 def patches(embed_dim=12, **settings):

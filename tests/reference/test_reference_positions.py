@@ -17,10 +17,10 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from torch import nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from vit_train.ema import Ema
 from vit_train.layers import Attention, Block, DropPath, PatchEmbed, WindowAttention
 from vit_train.layers.init import sincos_positions
 from vit_train.models import DeiT, Swin, ViT
+from vit_train.training.ema import Ema
 from vit_train.weights import Pretrained, load_pretrained
 from vit_train.weights.load import resize_bias_table, resize_positions
 

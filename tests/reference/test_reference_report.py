@@ -19,15 +19,15 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
-from vit_train import evaluation as evaluation_module
 from vit_train.checkpoint import load_run
 from vit_train.cli import evaluate as command
 from vit_train.data import Batch
-from vit_train.evaluation import Collector, MirrorMean, evaluate
-from vit_train.objective import CrossEntropy
 from vit_train.report.evaluated import evaluated, evaluation_json
-from vit_train.strategy import SingleDevice
 from vit_train.trained import fits, from_checkpoint
+from vit_train.training import evaluation as evaluation_module
+from vit_train.training.evaluation import Collector, MirrorMean, evaluate
+from vit_train.training.objective import CrossEntropy
+from vit_train.training.strategy import SingleDevice
 
 NUM_BINS, MISTAKES = 15, 25
 

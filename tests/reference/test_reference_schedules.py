@@ -21,10 +21,11 @@ from vit_train.build import build_run
 from vit_train.composed import Launch, config_dir
 from vit_train.layers import PatchEmbed
 from vit_train.models import ViT
-from vit_train.optim import Constant, Cosine, MultiStep, ReduceOnPlateau, adamw, set_lr
 from vit_train.report.console import Console
-from vit_train.state import TrainState
-from vit_train.tracker import NullTracker
+from vit_train.training.optimizers import adamw, set_lr
+from vit_train.training.schedules import Constant, Cosine, MultiStep, ReduceOnPlateau
+from vit_train.training.state import TrainState
+from vit_train.training.tracker import NullTracker
 
 LR, LAYER_DECAY, DEPTH = 0.003, 0.7, 2
 BASES = [LR * LAYER_DECAY**n for n in range(DEPTH + 2)]  # head, the two blocks, patches

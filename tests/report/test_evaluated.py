@@ -12,12 +12,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from vit_train.evaluation import Evaluation, Predictions
 from vit_train.report.charts import confusion_chart, reliability_chart
 from vit_train.report.evaluated import calibration, evaluated, evaluation_json, evaluation_tables
 from vit_train.report.evaluation_files import draw, write_report
 from vit_train.report.evaluation_page import evaluation_page
 from vit_train.report.pictures import mistake_sheet
+from vit_train.training.evaluation import Evaluation, Predictions
 
 HOSTILE = '<b>&"x'
 ABOUT = {

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from vit_train import optim
 from vit_train.layers import PatchEmbed
 from vit_train.layers.window import _cached_window_tables
 from vit_train.models import DeiT, HybridEmbed, ResNet, Swin, ViT
 from vit_train.models.cost import kept_for_backward, layers_of, memory_of, multiply_adds
 from vit_train.precision import autocast
 from vit_train.report.layers import layer_table
+from vit_train.training import optimizers
 
 CPU = torch.device("cpu")
 
@@ -151,12 +151,12 @@ def test_what_real_models_remember_does_not_disturb_the_count():
 
 
 def test_a_frozen_start_keeps_nothing():
-    model = optim.freeze_parts(on_meta(vit), ["patch_embed", "cls_token", "pos_embed", "blocks.0"])
+    model = optimizers.freeze_parts(on_meta(vit), ["patch_embed", "cls_token", "pos_embed", "blocks.0"])
     rows = {layer.name: layer for layer in rows_of(model, 16, batch_size=4)}
     assert rows["blocks.0"].frozen == rows["blocks.0"].parameters > 0
     assert rows["blocks.1"].frozen == 0
     assert rows["blocks.0"].activation_bytes == 0 < rows["blocks.1"].activation_bytes
-    real = optim.freeze_parts(vit(), ["patch_embed", "cls_token", "pos_embed", "blocks.0"])
+    real = optimizers.freeze_parts(vit(), ["patch_embed", "cls_token", "pos_embed", "blocks.0"])
     expected = really_kept(real, torch.randn(4, 3, 16, 16), "fp32")
     assert sum(row.activation_bytes for row in rows.values()) == expected
     assert "frozen" in [column.header for column in layer_table(list(rows.values())).columns]
@@ -175,23 +175,23 @@ def test_micro_batches_keep_less():
 
 
 OPTIMIZERS = {
-    "adamw": partial(optim.adamw, lr=1e-3),
-    "adam": partial(optim.adam, lr=1e-3),
-    "muon": partial(optim.muon, lr=1e-3),
-    "sgd": partial(optim.sgd, lr=1e-3),
-    "sgd_without_momentum": partial(optim.sgd, lr=1e-3, momentum=0.0),
+    "adamw": partial(optimizers.adamw, lr=1e-3),
+    "adam": partial(optimizers.adam, lr=1e-3),
+    "muon": partial(optimizers.muon, lr=1e-3),
+    "sgd": partial(optimizers.sgd, lr=1e-3),
+    "sgd_without_momentum": partial(optimizers.sgd, lr=1e-3, momentum=0.0),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_memory_is_that_of_the_real_one_after_a_step(name):
-    real = optim.freeze_parts(vit(), ["patch_embed"])
+    real = optimizers.freeze_parts(vit(), ["patch_embed"])
     optimizer = OPTIMIZERS[name](real)
     real(torch.randn(2, 3, 16, 16)).sum().backward()
     optimizer.step()
     slots = [slot for state in optimizer.state.values() for slot in state.values()]
     expected = sum(slot.nbytes for slot in slots if isinstance(slot, torch.Tensor))
-    model = optim.freeze_parts(on_meta(vit), ["patch_embed"])
+    model = optimizers.freeze_parts(on_meta(vit), ["patch_embed"])
     memory = memory_of(model, rows_of(model, 16), make_optimizer=OPTIMIZERS[name], has_ema=True)
     assert memory.optimizer == expected
     trained = sum(p.nbytes for p in real.parameters() if p.requires_grad)

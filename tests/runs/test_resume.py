@@ -18,7 +18,7 @@ import torch
 from conftest import TINY, checkpoint_hashes, vit_train_forked
 
 from vit_train.checkpoint import Checkpointer, load, resolve_link
-from vit_train.objective import CrossEntropy
+from vit_train.training.objective import CrossEntropy
 
 
 def numbers(run_dir: Path) -> list[tuple]:

@@ -97,7 +97,7 @@ def device(name: str) -> torch.device:
     Raises:
         ConfigError: there is none of that name here.
     """
-    from vit_train.strategy import resolve_device
+    from vit_train.training.strategy import resolve_device
 
     try:
         return resolve_device(name)

@@ -115,9 +115,9 @@ def _evaluate(
     from tqdm import tqdm
 
     from vit_train.data.loading.chosen import Chosen
-    from vit_train.evaluation import Collector, MirrorMean, evaluate
-    from vit_train.objective import CrossEntropy
     from vit_train.report.evaluated import evaluated
+    from vit_train.training.evaluation import Collector, MirrorMean, evaluate
+    from vit_train.training.objective import CrossEntropy
 
     chosen, collector = Chosen(data, splits), Collector()
     evaluation = evaluate(

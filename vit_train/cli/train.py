@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vit_train.data import DataModule
-    from vit_train.guard import Signals, Stop
     from vit_train.precision import Precision
-    from vit_train.state import Transform
-    from vit_train.strategy import SingleDevice
-    from vit_train.tracker import Plan
-    from vit_train.trainer import Trainer
+    from vit_train.training.guard import Signals, Stop
+    from vit_train.training.state import Transform
+    from vit_train.training.strategy import SingleDevice
+    from vit_train.training.tracker import Plan
+    from vit_train.training.trainer import Trainer
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -124,7 +124,7 @@ def train(cfg: DictConfig) -> float | None:
         return None
     streams.mend()  # a launcher of sweeps may run this in a process of its own
     streams.only_say()
-    from vit_train.guard import Signals
+    from vit_train.training.guard import Signals
 
     with Signals() as signals:
         built = _build(cfg, signals)
@@ -192,9 +192,9 @@ def execute(run: Run) -> dict[str, Any] | None:
     """
     import yaml
 
-    from vit_train.guard import Stop
     from vit_train.report.summary import summary
     from vit_train.runs.record import driver_version, open_run_dir, write_facts
+    from vit_train.training.guard import Stop
 
     trainer, run_dir = run.trainer, run.run_dir
     data, strategy = trainer.parts.data, trainer.strategy
@@ -251,7 +251,7 @@ def _failure(run: Run, error: Exception) -> Exception:
     if lost is not None:
         return lost
     if ran_out_of_memory(error) and not isinstance(error, VitTrainError):
-        from vit_train.memory import advice
+        from vit_train.training.memory import advice
 
         model = type(run.trainer.model).__name__
         return OutOfMemoryError(advice(run.config, model, run.trainer.strategy.device, error))
@@ -289,7 +289,7 @@ def pictured(trainer: Trainer) -> tuple[nn.Module, DataModule, Transform, Single
 
 def _plan(run: Run) -> Plan:
     from vit_train.report.pictures import sheet_of_attention
-    from vit_train.tracker import Plan
+    from vit_train.training.tracker import Plan
 
     trainer = run.trainer
     data, evaluations = trainer.parts.data, 1 if trainer.ema is None else 2

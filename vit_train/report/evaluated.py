@@ -18,9 +18,9 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import precision_recall_fscore_support
 
 from vit_train.errors import printable
-from vit_train.evaluation import Evaluation, Predictions
 from vit_train.report.predictions import csv_text
 from vit_train.report.summary import percent
+from vit_train.training.evaluation import Evaluation, Predictions
 
 NUM_BINS = 15
 _NUM_MISTAKES = 25

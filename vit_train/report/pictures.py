@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vit_train.data import DataModule, Split
-    from vit_train.state import Transform
-    from vit_train.strategy import SingleDevice
+    from vit_train.training.state import Transform
+    from vit_train.training.strategy import SingleDevice
 
 _SHOWN, _EXPLAINED = 64, 8
 _MIN_SIDE = 64  # pixels a picture is enlarged to, so that 8-pixel digits can be looked at

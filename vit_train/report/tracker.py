@@ -30,7 +30,7 @@ from vit_train.report import pictures
 from vit_train.report.console import Console
 from vit_train.report.history import read_events
 from vit_train.system import durable
-from vit_train.tracker import NullTracker, Plan
+from vit_train.training.tracker import NullTracker, Plan
 
 if TYPE_CHECKING:
     import numpy as np

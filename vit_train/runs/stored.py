@@ -120,11 +120,11 @@ STORED_CODE: Mapping[str, Packages] = {
         for module in ("cifar", "digits", "folder.image_folder", "transforms.sample_transforms")
     ),
     "augment": ("vit_train.data.transforms.sample_transforms", "vit_train.data.transforms.batch_transforms"),
-    "objective": ("vit_train.objective",),
-    "optimizer": ("vit_train.optim",),
-    "schedule": ("vit_train.optim",),
-    "strategy": ("vit_train.strategy",),
-    "trainer": ("vit_train.trainer",),
+    "objective": ("vit_train.training.objective",),
+    "optimizer": ("vit_train.training.optimizers",),
+    "schedule": ("vit_train.training.schedules",),
+    "strategy": ("vit_train.training.strategy",),
+    "trainer": ("vit_train.training.trainer",),
     "tracker": ("vit_train.report.tracker",),
 }
 

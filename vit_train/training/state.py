@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from vit_train.checkpoint import Checkpointer
 from vit_train.data import Batch, DataModule
-from vit_train.guard import Signals
-from vit_train.optim import Schedule
-from vit_train.strategy import SingleDevice
-from vit_train.tracker import NullTracker
+from vit_train.training.guard import Signals
+from vit_train.training.schedules import Schedule
+from vit_train.training.strategy import SingleDevice
+from vit_train.training.tracker import NullTracker
 
 Transform = Callable[[Batch, int, int], tuple[Tensor, Tensor]]
 

@@ -12,11 +12,11 @@ from torch import nn
 from vit_train.checkpoint import Checkpointer
 from vit_train.checkpoint.saver import Saver, Snapshot
 from vit_train.data import Batch
-from vit_train.ema import Ema
 from vit_train.errors import CheckpointError, NonFiniteError
-from vit_train.nonfinite import MAX_SCALED_IN_A_ROW, NonFinite
-from vit_train.state import TrainState
-from vit_train.strategy import SingleDevice
+from vit_train.training.ema import Ema
+from vit_train.training.nonfinite import MAX_SCALED_IN_A_ROW, NonFinite
+from vit_train.training.state import TrainState
+from vit_train.training.strategy import SingleDevice
 
 
 class Net(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vit_train.data import Batch
 from vit_train.precision import Precision, autocast
-from vit_train.strategy import SingleDevice
+from vit_train.training.strategy import SingleDevice
 
 TOP_K = 5
 

@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from vit_train.checkpoint import fits_model
 from vit_train.checkpoint.saver import Saver
 from vit_train.data import Batch
-from vit_train.ema import Ema
 from vit_train.errors import NonFiniteError
-from vit_train.optim import named_state
-from vit_train.state import TrainState
-from vit_train.strategy import SingleDevice
+from vit_train.training.ema import Ema
+from vit_train.training.optimizers import named_state
+from vit_train.training.state import TrainState
+from vit_train.training.strategy import SingleDevice
 
 OnNonFinite = Literal["abort", "skip", "rollback"]
 MAX_IN_A_ROW = 10  # steps left out by "skip"

@@ -12,13 +12,13 @@ from torch import nn
 
 from vit_train.checkpoint import load, resolve_link
 from vit_train.errors import ConfigError, NonFiniteError
-from vit_train.evaluation import evaluate
-from vit_train.guard import Guard, Signals, Stop
-from vit_train.objective import CrossEntropy
 from vit_train.report.history import read_events
 from vit_train.runs.record import open_run_dir
-from vit_train.state import TrainState
-from vit_train.tracker import NullTracker
+from vit_train.training.evaluation import evaluate
+from vit_train.training.guard import Guard, Signals, Stop
+from vit_train.training.objective import CrossEntropy
+from vit_train.training.state import TrainState
+from vit_train.training.tracker import NullTracker
 
 # Nothing draws but the data's own augmentation, and the update is linear in the gradient
 PLAIN = (

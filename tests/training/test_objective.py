@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vit_train.objective import CrossEntropy
+from vit_train.training.objective import CrossEntropy
 
 NAMES, COUNTS = ["cat", "dog", "owl"], [60, 30, 10]
 

@@ -8,11 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vit_train.optim import (
-    Constant,
-    Cosine,
-    MultiStep,
-    ReduceOnPlateau,
+from vit_train.training.optimizers import (
     adam,
     adamw,
     decay_groups,
@@ -22,6 +18,7 @@ from vit_train.optim import (
     set_lr,
     sgd,
 )
+from vit_train.training.schedules import Constant, Cosine, MultiStep, ReduceOnPlateau
 
 
 class Small(nn.Module):

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from vit_train.guard import Answer, Guard, Signals
-from vit_train.strategy import SingleDevice
+from vit_train.training.guard import Answer, Guard, Signals
+from vit_train.training.strategy import SingleDevice
 
 FINE, BAD = torch.tensor(False), torch.tensor(True)
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]

@@ -20,12 +20,12 @@ import yaml
 from conftest import TINY, build, vit_train_forked, vit_train_here, whole_state
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from vit_train import memory
 from vit_train.checkpoint import load, resolve_link
 from vit_train.cli import command
 from vit_train.errors import ran_out_of_memory
-from vit_train.memory import advice
 from vit_train.models import ViT
+from vit_train.training import memory
+from vit_train.training.memory import advice
 
 PROBE = (*TINY, "trainer.grad_accum_steps=1", "trainer.epochs=1")  # 5 steps of 16 images
 AUTO = (*PROBE, "trainer.auto_batch=true", "run_dir=run")

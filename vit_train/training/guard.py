@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vit_train.strategy import SingleDevice
+from vit_train.training.strategy import SingleDevice
 
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 

@@ -20,15 +20,15 @@ from vit_train.checkpoint import Checkpoint, fits_model
 from vit_train.checkpoint.saver import Saver, Snapshot
 from vit_train.construct import Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat, TwoOrMore
 from vit_train.data import Batch
-from vit_train.ema import Ema
 from vit_train.errors import ConfigError
-from vit_train.evaluation import evaluate, hits, means, wide
-from vit_train.guard import Guard, Stop
-from vit_train.nonfinite import NonFinite, OnNonFinite
-from vit_train.optim import freeze_parts, set_lr
 from vit_train.precision import Precision, autocast, grad_scaler
 from vit_train.rng import seed_device, use_deterministic_operators
-from vit_train.state import Parts, TrainState, check_listeners
+from vit_train.training.ema import Ema
+from vit_train.training.evaluation import evaluate, hits, means, wide
+from vit_train.training.guard import Guard, Stop
+from vit_train.training.nonfinite import NonFinite, OnNonFinite
+from vit_train.training.optimizers import freeze_parts, set_lr
+from vit_train.training.state import Parts, TrainState, check_listeners
 
 _FIRST_PART = 4  # of the sums: behind loss, top-1 hits, top-5 hits and images
 

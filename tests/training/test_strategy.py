@@ -12,7 +12,7 @@ from torch import nn
 
 from vit_train.construct import make
 from vit_train.errors import ConfigError
-from vit_train.strategy import DataParallel, SingleDevice, auto, gather, resolve_device, scatter
+from vit_train.training.strategy import DataParallel, SingleDevice, auto, gather, resolve_device, scatter
 
 CPU = torch.device("cpu")
 
@@ -116,7 +116,7 @@ def test_auto_keeps_the_threads_on_several_gpus(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with monkeypatch.context() as named_only:
-        named_only.setattr("vit_train.strategy.resolve_device", torch.device)
+        named_only.setattr("vit_train.training.strategy.resolve_device", torch.device)
         chosen = auto(num_threads=3)
     assert isinstance(chosen, DataParallel)
     assert (chosen.devices, chosen.num_threads) == ([torch.device("cuda:0"), torch.device("cuda:1")], 3)

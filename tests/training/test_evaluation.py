@@ -17,9 +17,9 @@ from torch import nn
 from vit_train.data import Batch, Digits
 from vit_train.data.loading.chosen import Chosen
 from vit_train.data.transforms.batch_transforms import Normalize
-from vit_train.evaluation import Collector, Evaluation, MirrorMean, evaluate, hits
-from vit_train.objective import CrossEntropy
-from vit_train.strategy import DataParallel, SingleDevice
+from vit_train.training.evaluation import Collector, Evaluation, MirrorMean, evaluate, hits
+from vit_train.training.objective import CrossEntropy
+from vit_train.training.strategy import DataParallel, SingleDevice
 
 CPU = torch.device("cpu")
 N = 101

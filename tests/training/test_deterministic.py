@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY, vit_train_forked, whole_state
 
-from vit_train.objective import CrossEntropy
+from vit_train.training.objective import CrossEntropy
 
 ONE = (*TINY, "trainer.epochs=1")
 PUTS = (*TINY, "trainer.epochs=1", "objective._target_=test_deterministic.Puts")

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from vit_train.construct import Threads
 from vit_train.data import Batch
-from vit_train.ema import Ema
-from vit_train.optim import load_named_state, named_state
+from vit_train.training.ema import Ema
+from vit_train.training.optimizers import load_named_state, named_state
 
 Outputs = Tensor | tuple[Tensor, ...]
 
