@@ -6,8 +6,8 @@
 Writes 32-pixel JPEG files into a temporary folder (or takes those of FOLDER/test/<class>/), makes a vit_cifar
 of random weights, and in one process alternates
 
-    evaluate   vit_train.training.evaluation.evaluate over the loader of a folder: loss, hits, confusion matrix
-    predict    vit_train.prediction.predict over the files' names, written as JSON Lines to a file
+    evaluate   vit_train.training.evaluation.evaluate over a loader: loss, hits, confusion matrix
+    predict    vit_train.inference.prediction.predict over the files' names, written as JSON Lines to a file
 
 Prints medians over the rounds in images per second, and the median of the ratios of neighbouring rounds.
 """
@@ -32,9 +32,9 @@ from vit_train.composed import config_dir
 from vit_train.construct import make
 from vit_train.data import ImageFolder
 from vit_train.data.image_data import num_cores
-from vit_train.prediction import predict
+from vit_train.inference.prediction import predict
+from vit_train.inference.trained import Trained
 from vit_train.report.predictions import JsonLines
-from vit_train.trained import Trained
 from vit_train.training.evaluation import evaluate
 from vit_train.training.objective import CrossEntropy
 from vit_train.training.strategy import SingleDevice

@@ -74,7 +74,7 @@ def with_trained_head(model: Any) -> Any:
 def load_trained(run: Path, *, device: torch.device, weights: str = "auto") -> Any:
     """A trained model as every command loads it."""
     from vit_train import checkpoint
-    from vit_train.trained import fits, from_checkpoint
+    from vit_train.inference.trained import fits, from_checkpoint
 
     return from_checkpoint(checkpoint.load_run(run, fits)[0], device=device, weights=weights)
 

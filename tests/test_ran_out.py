@@ -12,7 +12,7 @@ from PIL import Image
 from vit_train.data import Cifar10
 from vit_train.data.transforms.decode import find_range
 from vit_train.errors import CheckpointError, SaveError
-from vit_train.export import make_file
+from vit_train.inference.export import make_file
 from vit_train.runs.stored import read_config
 from vit_train.weights import read_pretrained
 

@@ -21,9 +21,9 @@ from torch import nn
 from vit_train import errors
 from vit_train.checkpoint import Checkpointer, load_run
 from vit_train.checkpoint import load as load_checkpoint
+from vit_train.inference.trained import without_download
 from vit_train.precision import autocast, grad_scaler, resolve_precision
 from vit_train.rng import mix, seed_cpu, seed_device
-from vit_train.trained import without_download
 from vit_train.training.ema import Ema
 
 CPU = torch.device("cpu")

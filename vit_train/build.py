@@ -236,10 +236,10 @@ def _build(
     import torch
 
     from vit_train.data.transforms.batch_transforms import Normalize
+    from vit_train.inference.trained import check_sizes
     from vit_train.precision import resolve_precision
     from vit_train.rng import seed_device
     from vit_train.runs.record import read_facts
-    from vit_train.trained import check_sizes
     from vit_train.training.guard import Signals
     from vit_train.training.memory import fit_micro_batch
     from vit_train.training.schedules import Schedule
@@ -411,7 +411,7 @@ def _make_model(
         ConfigError: it cannot be built.
         CheckpointError: what is stored would start a download or name a file.
     """
-    from vit_train.trained import without_download
+    from vit_train.inference.trained import without_download
 
     offline = without_download(config["model"])
     if allow is not None:
@@ -534,7 +534,7 @@ def without_memory(config: Mapping[str, Any], allow: Mapping[str, tuple[str, ...
     """
     import torch
 
-    from vit_train.trained import without_download
+    from vit_train.inference.trained import without_download
 
     node, data = without_download(config["model"]), config["data"]
     try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from vit_train.teacher import Found, Teacher
+    from vit_train.inference.teacher import Found, Teacher
     from vit_train.training.state import Parts
 
 
@@ -36,7 +36,7 @@ def find_teacher(cfg: DictConfig, trust: tuple[str, ...], *, download: bool) -> 
     node = cfg.objective
     if node.get("teacher") is None:
         return None
-    from vit_train.teacher import read_teacher
+    from vit_train.inference.teacher import read_teacher
 
     try:
         found = read_teacher(
@@ -68,12 +68,12 @@ def _make_model(name: str, *, mask_padding: bool | None, **sizes: int) -> nn.Mod
     Raises:
         ConfigError: no config has this name.
     """
-    from vit_train.trained import without_download
+    from vit_train.inference.trained import without_download
 
     folder = config_dir() / "model"
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
-        from vit_train.teacher import in_library
+        from vit_train.inference.teacher import in_library
 
         guess = in_library(name) or suggest(name, known)
         raise ConfigError(f"objective.teacher_model={name}: no such model{guess}")
@@ -98,7 +98,7 @@ def make_teacher(found: Found, cfg: DictConfig, data: Any, device: torch.device)
     Raises:
         ConfigError, DataError: its images or classes are not those of the data.
     """
-    from vit_train.teacher import Teacher
+    from vit_train.inference.teacher import Teacher
 
     about = {"class_names": data.class_names, "mean": data.mean, "std": data.std}
     teacher = Teacher(found, **about, device=device, precision=cfg.trainer.precision)

@@ -23,10 +23,10 @@ from conftest import EIGHTEEN, vit_train_forked
 
 from vit_train.checkpoint import checkpoint_directories, load
 from vit_train.errors import VitTrainError
+from vit_train.inference.trained import fits, from_checkpoint
 from vit_train.report.history import draw_history, read_events
 from vit_train.runs.record import read_facts
 from vit_train.runs.stored import allowed, read_config
-from vit_train.trained import fits, from_checkpoint
 from vit_train.weights import read_pretrained
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are set and read as Linux has them")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from vit_train.checkpoint import Checkpoint
-    from vit_train.trained import Trained
+    from vit_train.inference.trained import Trained
 
 
 def run(
@@ -107,7 +107,7 @@ def device(name: str) -> torch.device:
 
 def load_run(command: str, arguments: argparse.Namespace, device: torch.device) -> Trained:
     """The model of RUN; see `read_run`."""
-    from vit_train.trained import from_checkpoint
+    from vit_train.inference.trained import from_checkpoint
 
     stored, trust = read_run(command, arguments)
     return from_checkpoint(stored, device=device, weights=arguments.weights, trust=trust)
@@ -120,8 +120,8 @@ def read_run(command: str, arguments: argparse.Namespace) -> tuple[Checkpoint, t
         CheckpointError, ConfigError: there is none that can be used, or no package to trust.
     """
     from vit_train import checkpoint
+    from vit_train.inference.trained import fits
     from vit_train.runs.stored import trusted
-    from vit_train.trained import fits
 
     trust = trusted(arguments.trust)
     stored, problems = checkpoint.load_run(Path(arguments.run), partial(fits, trust=trust))

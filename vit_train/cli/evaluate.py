@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vit_train.data import Split
+    from vit_train.inference.trained import Trained
     from vit_train.precision import Precision
     from vit_train.report.evaluated import Evaluated
-    from vit_train.trained import Trained
 
 _OVERRIDABLE = ("data", "strategy", "trainer.precision")
 _FOLDER = "vit_train.data.ImageFolder"
@@ -56,10 +56,10 @@ def report(arguments: argparse.Namespace) -> None:
         CheckpointError, ConfigError, DataError: see the messages.
     """
     json = None if arguments.json is None else command.output_file("--json", arguments.json)
+    from vit_train.inference.trained import from_checkpoint
     from vit_train.report.console import Console
     from vit_train.report.evaluated import evaluation_tables
     from vit_train.report.evaluation_files import check_place
-    from vit_train.trained import from_checkpoint
 
     stored, trust = command.read_run("vit-eval", arguments)
     config = with_overrides(stored.state["config"], arguments.overrides, stored.state["inference"])

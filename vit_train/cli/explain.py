@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from vit_train.report.attention import Method
+    from vit_train.inference.attention import Method
+    from vit_train.inference.trained import Trained
     from vit_train.report.overlay import Explained
-    from vit_train.trained import Trained
 
 _SHOWN_CHOICES = 20
 _NOTHING = "nothing speaks for it here"
@@ -43,8 +43,8 @@ def explain(arguments: argparse.Namespace) -> None:
     """
     from tqdm import tqdm
 
+    from vit_train.inference.attention import NAMES
     from vit_train.inference.images import find_images
-    from vit_train.report.attention import NAMES
     from vit_train.report.overlay import SHEET, Sheet, picture
 
     found = find_images(arguments.images, stdin=command.stdin_lines(), allow_url=arguments.allow_url)
@@ -99,9 +99,9 @@ def explain_image(
 
     from vit_train.data.transforms.decode import decode
     from vit_train.data.transforms.sample_transforms import seen_box
+    from vit_train.inference import attention
+    from vit_train.inference.prediction import fetched
     from vit_train.precision import autocast
-    from vit_train.prediction import fetched
-    from vit_train.report import attention
     from vit_train.report.overlay import Explained, shown_name
 
     device = next(trained.model.parameters()).device
@@ -156,7 +156,7 @@ def choose_method(trained: Trained, arguments: argparse.Namespace) -> Method:
     Raises:
         ConfigError: they contradict each other or the model.
     """
-    from vit_train.report.attention import NAMES, methods
+    from vit_train.inference.attention import NAMES, methods
 
     known, family = methods(trained.model), type(trained.model).__name__
     if not known:

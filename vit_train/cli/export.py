@@ -14,7 +14,7 @@ from vit_train.cli import command
 from vit_train.errors import ConfigError, SaveError, printable
 
 if TYPE_CHECKING:
-    from vit_train.trained import Trained
+    from vit_train.inference.trained import Trained
     from vit_train.weights import Layout
 
 FORMATS = {
@@ -47,7 +47,7 @@ def export(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from vit_train import export as exporting
+    from vit_train.inference import export as exporting
     from vit_train.system import durable
 
     trained = command.load_run("vit-export", arguments, torch.device("cpu"))

@@ -15,8 +15,8 @@ from vit_train.cli import command
 from vit_train.errors import DataError, WorkerLostError, one_line
 
 if TYPE_CHECKING:
+    from vit_train.inference.trained import Trained
     from vit_train.report.predictions import Csv, JsonLines, PredictionTable
-    from vit_train.trained import Trained
 
 _FEW = 32  # images that are read before worker processes would have started
 
@@ -47,8 +47,8 @@ def _write(arguments: argparse.Namespace, trained: Trained, names: list[str], fi
     """Returns how many images could not be read."""
     from tqdm import tqdm
 
-    from vit_train import prediction
     from vit_train.data.image_data import ImageData, num_cores
+    from vit_train.inference import prediction
 
     workers = arguments.num_workers
     if workers is None:

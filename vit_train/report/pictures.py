@@ -14,8 +14,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from vit_train.errors import printable
+from vit_train.inference.attention import NAMES, explain, methods, unchanged
 from vit_train.precision import Precision, autocast
-from vit_train.report.attention import NAMES, explain, methods, unchanged
 from vit_train.report.fonts import fonts_for
 from vit_train.report.overlay import INK, RIGHT, WRONG, Explained, Page, Sheet, shown_name
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vit_train.errors import one_line, printable
-from vit_train.prediction import Prediction
+from vit_train.inference.prediction import Prediction
 
 _PLAIN_WIDTH = 110  # columns where the output is no terminal
 _BAR_WIDTH = 12

@@ -190,7 +190,7 @@ def test_nothing_bad_is_nothing_left_out(photos):
 def test_the_background_is_under_what_is_transparent_in_training_and_prediction(photos, in_tmp):
     from conftest import load_trained
 
-    from vit_train.prediction import Pictures
+    from vit_train.inference.prediction import Pictures
 
     clear = Image.new("LA", (8, 8), (200, 0))
     clear.save(photos / "train/cat/0.png")
@@ -209,7 +209,7 @@ def test_large_jpegs_are_read_alike_in_training_evaluation_and_prediction(photos
     """Reduced while decoding; the same pixels wherever the model sees the file."""
     from conftest import load_trained
 
-    from vit_train.prediction import Pictures
+    from vit_train.inference.prediction import Pictures
 
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 256, (20, 30), dtype=np.uint8))

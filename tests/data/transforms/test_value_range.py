@@ -9,13 +9,13 @@ import yaml
 from conftest import TINY, load_trained, vit_train_here
 from PIL import Image
 
-from vit_train import trained
 from vit_train.cli import data as vit_data
 from vit_train.cli import evaluate
 from vit_train.cli import export as vit_export
 from vit_train.cli import predict as vit_predict
 from vit_train.data import ImageFolder
 from vit_train.data.folder.check import check_folder
+from vit_train.inference import trained
 
 SETTINGS = (
     *(setting for setting in TINY if not setting.startswith(("data.limit", "data.batch_size"))),

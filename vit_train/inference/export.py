@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from vit_train.data.transforms.sample_transforms import shorter_side
 from vit_train.errors import ConfigError, SaveError, ran_out
+from vit_train.inference.trained import Trained, without_download
 from vit_train.runs.record import package_versions
-from vit_train.trained import Trained, without_download
 from vit_train.weights import Layout, differs_in_timm, state_dict_named
 from vit_train.weights.names import to_ours
 

@@ -16,9 +16,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vit_train.cli.train import pictured
 from vit_train.data.transforms.sample_transforms import plain, seen_box
+from vit_train.inference.attention import each_attention, explain, methods, rollout
 from vit_train.layers import PatchEmbed, TrunkEmbed
 from vit_train.models import DeiT, HybridEmbed, ResNet, Swin, ViT
-from vit_train.report.attention import each_attention, explain, methods, rollout
 from vit_train.report.fonts import fonts_for
 from vit_train.report.overlay import Explained, Sheet, overlay, picture, place
 from vit_train.report.pictures import sheet_of_attention

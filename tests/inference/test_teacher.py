@@ -14,7 +14,7 @@ from conftest import TINY, environment, load_trained, vit_train_here, with_train
 from torch import Tensor, nn
 
 from vit_train.errors import CheckpointError, ConfigError, DataError
-from vit_train.teacher import Found, Teacher, match_classes, read_teacher
+from vit_train.inference.teacher import Found, Teacher, match_classes, read_teacher
 
 CPU = torch.device("cpu")
 NAMES = [f"class {k}" for k in range(5)]
@@ -313,7 +313,7 @@ IN_A_PROCESS = """
 import sys
 from vit_train.errors import VitTrainError
 from vit_train.taught import _make_model
-from vit_train.teacher import read_teacher
+from vit_train.inference.teacher import read_teacher
 sizes = {"num_classes": 5, "img_size": 224, "in_channels": 3}
 for name in ("vit_huge", "torchvision:vit_h_14", "timm:vit_huge_patch14_224"):
     try:
