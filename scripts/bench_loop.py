@@ -31,8 +31,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from vit_train.build import build_run
-from vit_train.composed import Launch, config_dir
+from vit_train.config.build import build_run
+from vit_train.config.check import Launch, config_dir
 from vit_train.data import Batch
 from vit_train.precision import autocast
 from vit_train.report.console import Console

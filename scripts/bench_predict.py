@@ -28,7 +28,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vit_train.composed import config_dir
+from vit_train.config.check import config_dir
 from vit_train.construct import make
 from vit_train.data import ImageFolder
 from vit_train.data.image_data import num_cores

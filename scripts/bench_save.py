@@ -20,9 +20,9 @@ from collections.abc import Callable
 import torch
 from hydra import compose, initialize_config_dir
 
-from vit_train.build import build_run
 from vit_train.checkpoint.saver import Saver
-from vit_train.composed import Launch, config_dir
+from vit_train.config.build import build_run
+from vit_train.config.check import Launch, config_dir
 from vit_train.report.console import Console
 from vit_train.training.guard import Guard, Signals
 from vit_train.training.tracker import NullTracker

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from vit_train.build import build_run
-from vit_train.composed import Launch, config_dir
+from vit_train.config.build import build_run
+from vit_train.config.check import Launch, config_dir
 from vit_train.report.console import Console
 from vit_train.training.guard import Guard, Signals
 from vit_train.training.tracker import NullTracker

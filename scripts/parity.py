@@ -33,7 +33,7 @@ from timm.models import swin_transformer, vision_transformer
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from vit_train.composed import config_dir, plain
+from vit_train.config.check import config_dir, plain
 from vit_train.construct import make
 from vit_train.weights import load_pretrained, state_dict_named
 

@@ -303,7 +303,7 @@ def compose(*overrides: str) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    from vit_train.composed import config_dir
+    from vit_train.config.check import config_dir
 
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         return hydra_compose("train", overrides=list(overrides))
@@ -311,8 +311,8 @@ def compose(*overrides: str) -> Any:
 
 def build(*overrides: str) -> Any:
     """A run built inside this process, as `vit-train` would build it, that logs nothing."""
-    from vit_train.build import build_run
-    from vit_train.composed import Launch
+    from vit_train.config.build import build_run
+    from vit_train.config.check import Launch
     from vit_train.report.console import Console
     from vit_train.training.tracker import NullTracker
 

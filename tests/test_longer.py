@@ -14,10 +14,10 @@ import shutil
 import pytest
 from conftest import TINY, compose, vit_train_here
 
-from vit_train.build import build_run
 from vit_train.checkpoint import Checkpointer, checkpoint_directories, load, resolve_link
 from vit_train.cli import train
-from vit_train.composed import Launch
+from vit_train.config.build import build_run
+from vit_train.config.check import Launch
 from vit_train.report.console import Console
 from vit_train.training.state import TrainState
 from vit_train.training.trainer import Trainer

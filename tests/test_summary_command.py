@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY, compose, everything_in, vit_train_here
 
-from vit_train.composed import Launch
-from vit_train.describe import describe
+from vit_train.config.check import Launch
+from vit_train.config.describe import describe
 from vit_train.errors import ConfigError
 from vit_train.models.cost import multiply_adds
 

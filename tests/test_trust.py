@@ -29,7 +29,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vit_train.cli import evaluate, explain, export, predict
-from vit_train.composed import GROUPS, config_dir
+from vit_train.config.check import GROUPS, config_dir
 from vit_train.runs.stored import packages_of
 
 MINE = '''

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import vit_train
 from hydra import compose, initialize_config_dir
-from vit_train.composed import check_config, config_dir
+from vit_train.config.check import check_config, config_dir
 
 home = Path(sys.argv[1])
 assert Path(vit_train.__file__).is_relative_to(home), vit_train.__file__

@@ -8,7 +8,7 @@ import yaml
 from conftest import compose
 
 from vit_train import construct
-from vit_train.composed import check_config, plain
+from vit_train.config.check import check_config, plain
 from vit_train.data import Cifar10
 from vit_train.data.transforms.batch_transforms import Normalize, auto_crop_scale
 from vit_train.runs.resume import flat

@@ -100,7 +100,7 @@ def test_a_model_of_one_size_sees_images_of_that_size(tmp_path) -> None:
 
 
 def test_a_file_of_weights_in_one_of_our_models(tmp_path) -> None:
-    from vit_train.taught import _make_model
+    from vit_train.config.teacher import _make_model
 
     theirs = timms("vit_tiny_patch16_224")
     torch.save(theirs.state_dict(), tmp_path / "vit.pth")
@@ -312,7 +312,7 @@ def test_one_line_says_what_to_type(tmp_path, monkeypatch, source, model, error,
 IN_A_PROCESS = """
 import sys
 from vit_train.errors import VitTrainError
-from vit_train.taught import _make_model
+from vit_train.config.teacher import _make_model
 from vit_train.inference.teacher import read_teacher
 sizes = {"num_classes": 5, "img_size": 224, "in_channels": 3}
 for name in ("vit_huge", "torchvision:vit_h_14", "timm:vit_huge_patch14_224"):

@@ -11,9 +11,9 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from torch import nn
 
-from vit_train.composed import Launch, plain
+from vit_train.config.check import Launch, plain
+from vit_train.config.describe import describe
 from vit_train.construct import make
-from vit_train.describe import describe
 from vit_train.training.optimizers import auto_lr
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -15,8 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from vit_train.build import build_run
-from vit_train.composed import Launch, config_dir
+from vit_train.config.build import build_run
+from vit_train.config.check import Launch, config_dir
 from vit_train.layers import PatchEmbed
 from vit_train.models import DeiT, HybridEmbed, Swin, ViT
 from vit_train.report.console import Console

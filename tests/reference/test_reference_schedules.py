@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
 
-from vit_train.build import build_run
-from vit_train.composed import Launch, config_dir
+from vit_train.config.build import build_run
+from vit_train.config.check import Launch, config_dir
 from vit_train.layers import PatchEmbed
 from vit_train.models import ViT
 from vit_train.report.console import Console

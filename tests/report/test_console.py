@@ -10,8 +10,8 @@ from conftest import TINY, build, compose
 from omegaconf import OmegaConf
 from rich.table import Table
 
-from vit_train.build import build_run
-from vit_train.composed import Launch
+from vit_train.config.build import build_run
+from vit_train.config.check import Launch
 from vit_train.construct import make
 from vit_train.models.cost import multiply_adds
 from vit_train.report.console import Console

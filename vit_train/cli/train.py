@@ -22,10 +22,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vit_train.build import Run, build_run
 from vit_train.cli.typed import for_hydra, is_group
-from vit_train.composed import Launch, config_dir, plain
-from vit_train.describe import describe
+from vit_train.config.build import Run, build_run
+from vit_train.config.check import Launch, config_dir, plain
+from vit_train.config.describe import describe
 from vit_train.errors import (
     ConfigError,
     Interrupted,

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 
-from vit_train.composed import config_dir
+from vit_train.config.check import config_dir
 from vit_train.errors import ConfigError
 from vit_train.system.places import expanded, is_text, quoted
 

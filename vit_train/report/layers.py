@@ -14,7 +14,7 @@ from vit_train.models.cost import Layer, Shape
 from vit_train.report.summary import key_value_table
 
 if TYPE_CHECKING:
-    from vit_train.describe import Described
+    from vit_train.config.describe import Described
 
 
 def layer_table(layers: list[Layer]) -> Table:

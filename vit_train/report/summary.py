@@ -12,7 +12,7 @@ from vit_train.errors import count, printable
 from vit_train.report.tracker import duration
 
 if TYPE_CHECKING:
-    from vit_train.build import Run
+    from vit_train.config.build import Run
 
 _CLASSES_SHOWN = 12
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vit_train.build import doubts, make_part, outline, resolve_auto
-from vit_train.composed import Launch, check_config, check_launch, check_values, plain, read_class_weights
+from vit_train.config.build import doubts, make_part, outline, resolve_auto
+from vit_train.config.check import Launch, check_config, check_launch, check_values, plain, read_class_weights
+from vit_train.config.teacher import find_teacher
 from vit_train.construct import as_config_error, locate, with_defaults
 from vit_train.errors import ConfigError, VitTrainError
 from vit_train.runs.stored import trusted
-from vit_train.taught import find_teacher
 
 if TYPE_CHECKING:
     from vit_train.models.cost import Layer, Memory

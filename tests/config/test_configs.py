@@ -11,12 +11,12 @@ import yaml
 from conftest import compose
 from omegaconf import OmegaConf
 
-from vit_train.build import without_memory
-from vit_train.composed import check_config
+from vit_train.config.build import without_memory
+from vit_train.config.check import check_config
 from vit_train.errors import ConfigError
 from vit_train.runs.resume import flat
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vit_train.composed import config_dir
+from vit_train.config.check import config_dir
 from vit_train.construct import make
 from vit_train.errors import CheckpointError, ConfigError, suggest
 

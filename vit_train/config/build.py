@@ -1,6 +1,6 @@
 """From a composed configuration to a run.
 
-Once `composed.check_config` has nothing to say, `build_run` decides where the run lives and what it
+Once `check.check_config` has nothing to say, `build_run` decides where the run lives and what it
 continues, sets the data up, writes what only the data knows (class count, image size) into the configuration,
 and builds the rest. Nothing is written to disk before all of it succeeded.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from vit_train import checkpoint
-from vit_train.composed import (
+from vit_train.config.check import (
     GROUPS,
     Launch,
     as_pretrained,
@@ -29,9 +29,10 @@ from vit_train.composed import (
     plain,
     read_class_weights,
 )
+from vit_train.config.origins import origins
+from vit_train.config.teacher import find_teacher, make_teacher, measure
 from vit_train.construct import as_config_error, foreign_code, make, with_defaults
 from vit_train.errors import CheckpointError, ConfigError, DataError, blame
-from vit_train.report.origins import origins
 from vit_train.runs.resume import (
     check_budget,
     check_continuation,
@@ -45,7 +46,6 @@ from vit_train.runs.resume import (
 from vit_train.runs.run_dir import check_free, choose_run_dir, find_run, holds_run
 from vit_train.runs.stored import allowed, read_config, trusted
 from vit_train.system.places import as_typed, expanded
-from vit_train.taught import find_teacher, make_teacher, measure
 
 if TYPE_CHECKING:
     import torch

@@ -1,7 +1,6 @@
 """A composed configuration, before anything is built from it: what is wrong with it, where configs are found.
 
-`check_config` reports every error at once, with its full key. One of the modules that know Hydra, beside
-build.py, describe.py, cli/typed.py (what the command line says) and the command itself.
+`check_config` reports every error at once, with its full key.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 def config_dir() -> Path:
     """The folder of configs: inside the package in a wheel, beside it in a checkout."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     for folder in (here / "configs", here.parent / "configs"):
         if (folder / "train.yaml").is_file():
             return folder
@@ -98,8 +97,8 @@ def check_config(cfg: DictConfig) -> None:
     errors = [*broken.values(), *_unknown(tree)]
     root = {name: value for name, value in tree.items() if name in _ROOT}
     if isinstance(augment := tree.get("augment"), dict):
-        root["augment"] = {"_target_": "vit_train.composed.Augmentation", **augment}
-    errors += check({"_target_": "vit_train.composed.Root", **root}, pending=frozenset(pending))
+        root["augment"] = {"_target_": "vit_train.config.check.Augmentation", **augment}
+    errors += check({"_target_": "vit_train.config.check.Root", **root}, pending=frozenset(pending))
     folder = r"\1; type data=imagefolder as well, for a folder of images"
     errors = [re.sub(r"^(data\.root: \w+ has no such key).*", folder, error) for error in errors]
     keys = {error.partition(": ")[0] for error in errors}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from vit_train.composed import config_dir
-from vit_train.report.origins import origins
+from vit_train.config.check import config_dir
+from vit_train.config.origins import origins
 
 CHOICES = {
     "model": "vit_cifar",
