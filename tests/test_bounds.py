@@ -14,7 +14,8 @@ from conftest import TINY, build, compose, vit_train_here
 from omegaconf import OmegaConf
 from test_configs import CHOICES, EXPERIMENTS
 
-from vit_train.cli import data, predict
+from vit_train.cli import data_command as data
+from vit_train.cli import predict
 from vit_train.config.build import build_run
 from vit_train.config.check import GROUPS, Augmentation, Launch, Root, check_config, plain
 from vit_train.construct import TARGET, check, is_node, locate, make, parameters, with_defaults

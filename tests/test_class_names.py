@@ -15,7 +15,7 @@ import torch
 from conftest import TINY, change_states, load_trained, typed_here, vit_train_here, whole_state
 from PIL import Image
 
-from vit_train.cli import data as data_command
+from vit_train.cli import data_command as data_command
 from vit_train.cli import evaluate, explain, predict
 from vit_train.data import ImageFolder
 from vit_train.data.folder.check import check_folder

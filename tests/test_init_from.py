@@ -68,7 +68,7 @@ def test_a_run_starts_from_another_ones_averaged_weights(pretrained, in_tmp):
 
 
 def test_other_classes_another_size_and_its_report(pretrained, in_tmp):
-    from vit_train.cli import data
+    from vit_train.cli import data_command as data
 
     assert data.main(["digits", str(in_tmp / "digits")]) == 0
     for split in ("train", "val", "test"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_train.cli.data import main
+from vit_train.cli.data_command import main
 from vit_train.data import Digits, ImageFolder
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_wrong_arguments_exit_with_2():
 
 def test_help_answers_without_importing_torch():
     code = (
-        "import sys; from vit_train.cli.data import main\n"
+        "import sys; from vit_train.cli.data_command import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: print('torch' in sys.modules, 'sklearn' in sys.modules)"
     )

@@ -27,7 +27,7 @@ MODULES = {
     "vit-predict": "vit_train.cli.predict",
     "vit-explain": "vit_train.cli.explain",
     "vit-export": "vit_train.cli.export",
-    "vit-data": "vit_train.cli.data",
+    "vit-data": "vit_train.cli.data_command",
 }
 OTHERS = {
     "vit-eval": ("run", "data.num_workers=0"),

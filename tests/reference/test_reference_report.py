@@ -23,7 +23,7 @@ from vit_train.checkpoint import load_run
 from vit_train.cli import evaluate as command
 from vit_train.data import Batch
 from vit_train.inference.trained import fits, from_checkpoint
-from vit_train.report.evaluated import evaluated, evaluation_json
+from vit_train.report.evaluation_figures import evaluated, evaluation_json
 from vit_train.training import evaluation as evaluation_module
 from vit_train.training.evaluation import Collector, MirrorMean, evaluate
 from vit_train.training.objective import CrossEntropy

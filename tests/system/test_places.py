@@ -21,7 +21,8 @@ from conftest import TINY, command, environment, vit_train_here
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
-from vit_train.cli import data, evaluate, explain, export, predict
+from vit_train.cli import data_command as data
+from vit_train.cli import evaluate, explain, export, predict
 from vit_train.cli.typed import for_hydra
 from vit_train.system.places import as_argument, as_typed
 
@@ -216,9 +217,11 @@ def test_folders_that_may_not_be_read_or_written_are_named(stranger, in_tmp):
     (in_tmp / "run").chmod(0o700)
 
 
-@pytest.mark.parametrize("module", ["vit_train", "vit_train.cli.evaluate", "vit_train.cli.data"])
+@pytest.mark.parametrize("module", ["vit_train", "vit_train.cli.evaluate", "vit_train.cli.data_command"])
 def test_a_working_directory_that_was_deleted_is_said(in_tmp, module):
-    arguments = {"vit_train": ["--cfg", "job"], "vit_train.cli.data": ["check", "x"]}.get(module, ["run"])
+    arguments = {"vit_train": ["--cfg", "job"], "vit_train.cli.data_command": ["check", "x"]}.get(
+        module, ["run"]
+    )
     program = ["sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh"]
     done = subprocess.run(
         [*program, *command(module, *arguments)],

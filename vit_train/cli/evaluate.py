@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vit_train.data import Split
     from vit_train.inference.trained import Trained
     from vit_train.precision import Precision
-    from vit_train.report.evaluated import Evaluated
+    from vit_train.report.evaluation_figures import Evaluated
 
 _OVERRIDABLE = ("data", "strategy", "trainer.precision")
 _FOLDER = "vit_train.data.ImageFolder"
@@ -58,7 +58,7 @@ def report(arguments: argparse.Namespace) -> None:
     json = None if arguments.json is None else command.output_file("--json", arguments.json)
     from vit_train.inference.trained import from_checkpoint
     from vit_train.report.console import Console
-    from vit_train.report.evaluated import evaluation_tables
+    from vit_train.report.evaluation_figures import evaluation_tables
     from vit_train.report.evaluation_files import check_place
 
     stored, trust = command.read_run("vit-eval", arguments)
@@ -115,7 +115,7 @@ def _evaluate(
     from tqdm import tqdm
 
     from vit_train.data.loading.chosen import Chosen
-    from vit_train.report.evaluated import evaluated
+    from vit_train.report.evaluation_figures import evaluated
     from vit_train.training.evaluation import Collector, MirrorMean, evaluate
     from vit_train.training.objective import CrossEntropy
 

@@ -145,7 +145,7 @@ def _describe(cfg: DictConfig) -> None:
     described = describe(cfg, _launch())
 
     from vit_train.report.console import Console
-    from vit_train.report.layers import description
+    from vit_train.report.model_cost import description
 
     console = Console()
     for part in description(described):

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_train.errors import ConfigError
-from vit_train.report.charts import confusion_chart, reliability_chart
-from vit_train.report.evaluated import Evaluated, confusion_csv, evaluation_json, predictions_csv
+from vit_train.report.evaluation_charts import confusion_chart, reliability_chart
+from vit_train.report.evaluation_figures import Evaluated, confusion_csv, evaluation_json, predictions_csv
 from vit_train.report.evaluation_page import evaluation_page
 from vit_train.report.overlay import png
 from vit_train.report.pictures import mistake_sheet

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_train.errors import printable
-from vit_train.report.evaluated import ClassFigures, Evaluated, worst_first
+from vit_train.report.evaluation_figures import ClassFigures, Evaluated, worst_first
 from vit_train.report.summary import percent
 from vit_train.system.places import expanded
 

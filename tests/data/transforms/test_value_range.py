@@ -9,7 +9,7 @@ import yaml
 from conftest import TINY, load_trained, vit_train_here
 from PIL import Image
 
-from vit_train.cli import data as vit_data
+from vit_train.cli import data_command as vit_data
 from vit_train.cli import evaluate
 from vit_train.cli import export as vit_export
 from vit_train.cli import predict as vit_predict

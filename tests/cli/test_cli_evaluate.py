@@ -29,7 +29,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_train.cli import data as data_command
+from vit_train.cli import data_command as data_command
 from vit_train.cli import evaluate
 from vit_train.errors import ConfigError, DataError
 from vit_train.report.evaluation_files import FILES

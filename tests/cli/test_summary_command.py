@@ -15,7 +15,7 @@ from vit_train.config.describe import describe
 from vit_train.errors import ConfigError
 from vit_train.models.cost import multiply_adds
 
-MODELS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs/model").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/model").glob("*.yaml"))
 PARAMETERS = {
     "vit_tiny": 5_717_416,
     "deit_tiny_distilled": 5_910_800,

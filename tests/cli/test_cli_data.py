@@ -16,7 +16,7 @@ import rich.console
 from conftest import command, compose, environment, everything_in, typed_here
 from PIL import Image
 
-from vit_train.cli.data import main
+from vit_train.cli.data_command import main
 from vit_train.data.folder.check import check_folder
 from vit_train.report.dataset import check_tables
 
@@ -237,7 +237,7 @@ def test_ctrl_c_ends_it_with_130_and_leaves_no_process(root, tmp_path):
     for i in range(2000):
         (root / "train/a" / f"link_{i}.png").symlink_to(large)
     process = subprocess.Popen(
-        command("vit_train.cli.data", "check", str(root), "--num-workers", "2"),
+        command("vit_train.cli.data_command", "check", str(root), "--num-workers", "2"),
         env=environment(),
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -263,7 +263,7 @@ def test_ctrl_c_ends_it_with_130_and_leaves_no_process(root, tmp_path):
 
 def test_help_answers_at_once():
     code = (
-        "import sys; from vit_train.cli.data import main\n"
+        "import sys; from vit_train.cli.data_command import main\n"
         "try: main(['check', '--help'])\n"
         "except SystemExit: print('torch' in sys.modules, 'rich' in sys.modules, 'numpy' in sys.modules)"
     )

@@ -20,7 +20,7 @@ from conftest import TINY, command, environment, everything_in, typed_here, vit_
 from odd_images import EACH, KINDS, heic, picture, saved
 
 from vit_train.cli import command as shared
-from vit_train.cli import data as data_command
+from vit_train.cli import data_command as data_command
 from vit_train.cli import predict
 from vit_train.errors import ConfigError
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from vit_train.report.charts import confusion_chart, reliability_chart
-from vit_train.report.evaluated import calibration, evaluated, evaluation_json, evaluation_tables
+from vit_train.report.evaluation_charts import confusion_chart, reliability_chart
+from vit_train.report.evaluation_figures import calibration, evaluated, evaluation_json, evaluation_tables
 from vit_train.report.evaluation_files import draw, write_report
 from vit_train.report.evaluation_page import evaluation_page
 from vit_train.report.pictures import mistake_sheet

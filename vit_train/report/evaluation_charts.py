@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vit_train.errors import printable
-from vit_train.report.evaluated import NUM_BINS, Calibration
+from vit_train.report.evaluation_figures import NUM_BINS, Calibration
 from vit_train.report.fonts import fonts_for
 from vit_train.report.pictures import short
 
