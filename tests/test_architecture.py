@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -47,12 +48,6 @@ def inside(name, *rooms):
     return any(name == room or name.startswith(f"{room}.") for room in rooms)
 
 
-def modules_in(*rooms):
-    """Modules of the rooms that exist; a rule about a room that does not is no rule yet."""
-    rooms = [f"vit_train.{room}" for room in rooms]
-    return [path for path in MODULES if inside(name_of(path), *rooms)]
-
-
 def violations(paths, allowed):
     """`module imports name` for each import `allowed` refuses."""
     return [
@@ -63,94 +58,98 @@ def violations(paths, allowed):
     ]
 
 
+def in_room(room):
+    found = [path for path in MODULES if inside(name_of(path), f"vit_train.{room}")]
+    assert found, f"a rule speaks of {room}, which is gone"
+    return found
+
+
+# From the ground up; a room knows those before it, and nothing of those behind it
+HOUSE_ORDER = (
+    "errors",
+    "rng",
+    "precision",
+    "system",
+    "construct",
+    "layers",
+    "models",
+    "checkpoint",
+    "weights",
+    "data",
+    "runs",
+    "training",
+    "inference",
+    "config",
+    "report",
+    "cli",
+)
+GROUND = {"__init__", "__main__", "errors", "rng", "precision", "construct"}
+
+
 def test_the_reading_itself():
     """The rules below mean something only if imports are seen."""
-    assert len(MODULES) > 30
-    assert "vit_train.training.trainer" in NAMES
     assert "torch.nn" in imports_of(PACKAGE / "training/strategy.py")
     assert "vit_train.checkpoint" in imports_of(PACKAGE / "config/build.py")
     assert inside("vit_train.cli.train", *imports_of(PACKAGE / "__main__.py"))
     assert violations([PACKAGE / "config/build.py"], lambda name: not inside(name, "omegaconf")) != []
 
 
-def test_layers_know_torch_and_bounds_only():
-    rooms = ("torch", "vit_train.layers", "vit_train.construct")
-    paths = modules_in("layers")
-    assert len(paths) > 5
-    assert violations(paths, lambda name: inside(name, *rooms) or name.split(".")[0] in STANDARD) == []
+def test_every_module_is_in_one_room():
+    rooms = [[room for room in HOUSE_ORDER if path in in_room(room)] for path in MODULES]
+    homeless = {path.stem for path, found in zip(MODULES, rooms) if len(found) != 1}
+    assert homeless == {"__init__", "__main__"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == GROUND
 
 
-def test_models_know_layers():
-    rooms = (
+@pytest.mark.parametrize("room", HOUSE_ORDER)
+def test_imports_run_down(room):
+    above = [f"vit_train.{name}" for name in HOUSE_ORDER[HOUSE_ORDER.index(room) + 1 :]]
+    assert violations(in_room(room), lambda name: not inside(name, *above)) == []
+
+
+def test_no_module_imports_itself_through_others():
+    """Inside functions and for types included."""
+    imports = {name_of(path): imports_of(path) & NAMES for path in MODULES}
+
+    def reached(name):
+        found, waiting = set(), [name]
+        while waiting:
+            new = imports[waiting.pop()] - found
+            found |= new
+            waiting += new
+        return found
+
+    assert [name for name in sorted(NAMES) if name in reached(name)] == []
+
+
+CORE = {
+    "layers": ("torch", "vit_train.construct", "vit_train.layers"),
+    "models": (
         "torch",
         "torchvision",
-        *(f"vit_train.{n}" for n in ("layers", "models", "construct", "precision")),
-    )
-    paths = modules_in("models")
-    assert len(paths) > 3
-    assert violations(paths, lambda name: inside(name, *rooms) or name.split(".")[0] in STANDARD) == []
+        "vit_train.construct",
+        "vit_train.layers",
+        "vit_train.models",
+        "vit_train.precision",
+    ),
+}
 
 
-LOWER_ROOMS = (
-    "layers",
-    "models",
-    "data",
-    "weights",
-    "optim",
-    "muon",
-    "ema",
-    "objective",
-    "strategy",
-    "checkpoint",
-    "tracker",
-    "trained",
-    "teacher",
-    "export",
-    "evaluation",
-    "guard",
-    "rng",
-    "errors",
-    "precision",
-    "construct",
-    "state",
-    "saver",
-    "nonfinite",
-    "resume",
-    "run_dir",
-    "memory",
-    "durable",
-    "faults",
-)
-
-
-@pytest.mark.parametrize("room", [room for room in LOWER_ROOMS if modules_in(room)])
-def test_lower_rooms_do_not_know_what_stands_on_them(room):
-    above = (
-        "vit_train.training.trainer",
-        "vit_train.config.build",
-        "vit_train.config.check",
-        "vit_train.config.describe",
-        "vit_train.config.teacher",
-        "vit_train.cli",
-        "hydra",
-        "omegaconf",
-    )
-    assert violations(modules_in(room), lambda name: not inside(name, *above)) == []
+@pytest.mark.parametrize("room", CORE)
+def test_the_core_knows_little(room):
+    """Beside the standard library."""
+    known = violations(in_room(room), lambda name: inside(name, *CORE[room], *STANDARD))
+    assert known == []
 
 
 def test_only_the_top_knows_hydra():
-    top = [*modules_in("config"), PACKAGE / "cli/train.py", PACKAGE / "cli/typed.py"]
+    top = [*in_room("config"), *in_room("cli.train"), *in_room("cli.typed")]
     others = [path for path in MODULES if path not in top]
     assert violations(others, lambda name: not inside(name, "hydra", "omegaconf")) == []
 
 
-def test_nobody_below_knows_the_commands():
-    others = [p for p in MODULES if not inside(name_of(p), "vit_train.cli") and p.name != "__main__.py"]
-    assert violations(others, lambda name: not inside(name, "vit_train.cli")) == []
-
-
 def test_distribution_lives_in_strategy():
-    others = [path for path in MODULES if path != PACKAGE / "training/strategy.py"]
+    others = [path for path in MODULES if path not in in_room("training.strategy")]
     assert violations(others, lambda name: not inside(name, "torch.distributed")) == []
     for path in others:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -173,35 +172,26 @@ def test_functions_are_short():
     assert found == LONG
 
 
-def test_no_module_imports_itself_through_others():
-    """Type-only imports included."""
-    imports = {name_of(path): imports_of(path) & NAMES for path in MODULES}
-
-    def reached(name):
-        found, waiting = set(), [name]
-        while waiting:
-            new = imports[waiting.pop()] - found
-            found |= new
-            waiting += new
-        return found
-
-    assert [name for name in sorted(NAMES) if name in reached(name)] == []
-
-
 def test_the_trainer_sees_contracts_only():
-    path = PACKAGE / "training/trainer.py"
-    concrete = (
-        "vit_train.models",
-        "vit_train.layers",
-        "vit_train.config.build",
-        "vit_train.cli",
-        "torchvision",
+    [path] = in_room("training.trainer")
+    of_data = {name for name in imports_of(path) if inside(name, "vit_train.data")}
+    assert of_data == {"vit_train.data"}
+    assert (
+        violations(
+            [path], lambda name: not inside(name, "vit_train.models", "vit_train.layers", "torchvision")
+        )
+        == []
     )
-    assert violations([path], lambda name: not inside(name, *concrete)) == []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and inside(node.module or "", "vit_train.data"):
-            assert node.module == "vit_train.data"
+        if isinstance(node, ast.ImportFrom) and node.module == "vit_train.data":
             assert {alias.name for alias in node.names} <= {"Batch", "DataModule", "Loader"}
+
+
+def test_the_description_names_every_module():
+    described = (HOUSE / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
+    tree = described.partition("```")[2].partition("```")[0]
+    words = set(re.findall(r"\w+", tree))
+    assert {path.stem for path in MODULES if path.stem[:2] != "__"} - words == set()
 
 
 def test_scripts_are_never_imported():
