@@ -104,7 +104,7 @@ def check(build, rows, *, channels, size):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert multiply_adds(model, in_channels=channels, img_size=size) == products
     with pytest.MonkeyPatch.context() as patch:
-        # what is kept for the backward pass takes most of the time, and is tested in tests/report/test_layers.py
+        # what is kept for the backward pass takes most of the time, and is tested in tests/report/test_model_cost.py
         patch.setattr(cost, "kept_for_backward", lambda *_args, **_kwargs: {})
         sizes = {"in_channels": channels, "img_size": size, "batch_size": 1}
         table = cost.layers_of(model, **sizes, precision="fp32", device=torch.device("cpu"))

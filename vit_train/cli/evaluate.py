@@ -311,20 +311,21 @@ def build_data(config: dict[str, Any], trust: tuple[str, ...] = ()) -> tuple[Any
     """
     from vit_train.construct import check, make
     from vit_train.precision import Precision
-    from vit_train.runs.stored import allowed
+    from vit_train.runs.stored import allowed, moved
 
     # the classes may be fewer or in another order; they are matched by name
     unused = {key: None for key in ("num_classes", "sample_transform") if key in config["data"]}
     node = {**config["data"], **unused}
+    devices = moved(config["strategy"])
     # before `check`, which imports what is named
-    allow = allowed({"data": node, "strategy": config["strategy"]}, trust)
-    errors = check(node, key="data") + check(config["strategy"], key="strategy")
+    allow = allowed({"data": node, "strategy": devices}, trust)
+    errors = check(node, key="data") + check(devices, key="strategy")
     if errors:
         raise ConfigError("; ".join(errors))
     precisions = typing.get_args(Precision)
     if config["trainer"].get("precision") not in precisions:
         raise ConfigError(f"trainer.precision: expected one of {', '.join(precisions)}")
-    strategy = make(config["strategy"], key="strategy", allow=allow["strategy"])
+    strategy = make(devices, key="strategy", allow=allow["strategy"])
     data = make(node, key="data", allow=allow["data"])
     with blame(ConfigError, "data"):
         strategy.start()
