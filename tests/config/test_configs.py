@@ -11,8 +11,8 @@ import yaml
 from conftest import compose
 from omegaconf import OmegaConf
 
-from vit_train.config.build import without_memory
 from vit_train.config.check import check_config
+from vit_train.config.parts import without_memory
 from vit_train.errors import ConfigError
 from vit_train.runs.resume import flat
 

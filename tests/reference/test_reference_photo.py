@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 
-from vit_train.config.build import resolve_auto
 from vit_train.config.check import plain
+from vit_train.config.parts import resolve_auto
 from vit_train.construct import make
 from vit_train.data.batch import Batch
 

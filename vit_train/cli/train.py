@@ -190,39 +190,16 @@ def execute(run: Run) -> dict[str, Any] | None:
         Interrupted: a signal stopped it; everything is saved.
         VitTrainError: it failed.
     """
-    import yaml
-
-    from vit_train.report.summary import summary
-    from vit_train.runs.record import driver_version, open_run_dir, write_facts
     from vit_train.training.guard import Stop
 
     trainer, run_dir = run.trainer, run.run_dir
-    data, strategy = trainer.parts.data, trainer.strategy
     try:
         durable.make_directory(run_dir)
         run.console.log_to(run_dir / "train.log")
     except OSError as error:
         raise SaveError(f"{run_dir} cannot be written: {error.strerror or error}") from error
     try:
-        trainer.parts.checkpointer.remove_partial()
-        trainer.parts.checkpointer.finish_interrupted(
-            step=trainer.state.step, keep=trainer.keep_checkpoints, kept=trainer.state.kept_steps()
-        )
-        trainer.saver.check_space(trainer.model, ema=trainer.ema is not None, keep=trainer.keep_checkpoints)
-        open_run_dir(run_dir, run.config)
-        trainer.parts.checkpointer.make()  # a folder with checkpoints/ and no configuration would be nobody's
-        write_facts(
-            run_dir,
-            config=run.config,
-            device=strategy.describe(),
-            driver=driver_version(),
-            fingerprint=trainer.parts.about["dataset_fingerprint"],
-            world_size=strategy.world_size,
-            teacher=run.teacher,
-        )
-        run.console.say(summary(run))
-        trainer.tracker.start(_plan(run))
-        trainer.tracker.text("config", yaml.safe_dump(run.config, sort_keys=False))
+        _open(run)
         outcome = trainer.fit()
         return _stopped(run, outcome) if isinstance(outcome, Stop) else _finish(run, outcome)
     except Exception as error:
@@ -234,7 +211,7 @@ def execute(run: Run) -> dict[str, Any] | None:
         log_error = partial(_log_error, run, sys.exc_info()[1])
         # data first: until its workers have ended, the death of another one can interrupt anything
         for cleanup in (
-            data.close,
+            trainer.parts.data.close,
             trainer.tracker.close,
             partial(_draw, run_dir),
             log_error,
@@ -242,6 +219,36 @@ def execute(run: Run) -> dict[str, Any] | None:
         ):
             with suppress(OSError):  # a full disk ends in its own error, not in that of the cleaning up
                 cleanup()
+
+
+def _open(run: Run) -> None:
+    """The run directory as a run in progress has it, and the first lines."""
+    import yaml
+
+    from vit_train.report.summary import summary
+    from vit_train.runs.record import driver_version, open_run_dir, write_facts
+
+    trainer, run_dir, strategy = run.trainer, run.run_dir, run.trainer.strategy
+    checkpointer = trainer.parts.checkpointer
+    checkpointer.remove_partial()
+    checkpointer.finish_interrupted(
+        step=trainer.state.step, keep=trainer.keep_checkpoints, kept=trainer.state.kept_steps()
+    )
+    trainer.saver.check_space(trainer.model, ema=trainer.ema is not None, keep=trainer.keep_checkpoints)
+    open_run_dir(run_dir, run.config)
+    checkpointer.make()  # a folder with checkpoints/ and no configuration would be nobody's
+    write_facts(
+        run_dir,
+        config=run.config,
+        device=strategy.describe(),
+        driver=driver_version(),
+        fingerprint=trainer.parts.about["dataset_fingerprint"],
+        world_size=strategy.world_size,
+        teacher=run.teacher,
+    )
+    run.console.say(summary(run))
+    trainer.tracker.start(_plan(run))
+    trainer.tracker.text("config", yaml.safe_dump(run.config, sort_keys=False))
 
 
 def _failure(run: Run, error: Exception) -> Exception:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vit_train.config.build import doubts, make_part, outline, resolve_auto
 from vit_train.config.check import Launch, check_config, check_launch, check_values, plain, read_class_weights
+from vit_train.config.parts import doubts, make_part, outline, resolve_auto
 from vit_train.config.teacher import find_teacher
 from vit_train.construct import as_config_error, locate, with_defaults
 from vit_train.errors import ConfigError, VitTrainError
@@ -60,7 +60,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
     from vit_train.training.optimizers import freeze_parts
     from vit_train.training.strategy import SingleDevice
 
-    strategy = make_part(cfg, "strategy", None, SingleDevice)
+    strategy = make_part(plain(cfg), "strategy", None, SingleDevice)
     with as_config_error("trainer.precision"):
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
     notes += doubts(cfg.trainer.precision, strategy.device)
@@ -87,7 +87,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
         memory = memory_of(
             model,
             layers,
-            make_optimizer=make_part(cfg, "optimizer", None, torch.optim.Optimizer),
+            make_optimizer=make_part(config, "optimizer", None, torch.optim.Optimizer),
             has_ema=cfg.trainer.ema_decay is not None,
             teacher=taught.model if taught else None,
         )
