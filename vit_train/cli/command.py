@@ -100,9 +100,9 @@ def device(name: str) -> torch.device:
     from vit_train.training.strategy import resolve_device
 
     try:
-        return resolve_device(name)
+        return resolve_device(name, advice="--device auto")
     except ValueError as error:
-        raise ConfigError(str(error).replace("strategy.device=auto", "--device auto")) from error
+        raise ConfigError(str(error)) from error
 
 
 def load_run(command: str, arguments: argparse.Namespace, device: torch.device) -> Trained:

@@ -24,8 +24,8 @@ from vit_train.training.optimizers import load_named_state, named_state
 Outputs = Tensor | tuple[Tensor, ...]
 
 
-def resolve_device(device: str) -> torch.device:
-    """`auto` is the accelerator that is there (cuda, mps), else the cpu.
+def resolve_device(device: str, *, advice: str = "strategy.device=auto") -> torch.device:
+    """`auto` is the accelerator that is there (cuda, mps), else the cpu. `advice` is typed for it.
 
     Raises:
         ValueError: the named device is not there.
@@ -42,7 +42,7 @@ def resolve_device(device: str) -> torch.device:
         count = torch.accelerator.device_count() if found else 0
         if found is None or found.type != wanted.type or (wanted.index or 0) >= count:
             has = f"{count} x {found.type}" if found else "no accelerator"
-            raise ValueError(f"device {device!r} is not there: torch sees {has}; type strategy.device=auto")
+            raise ValueError(f"device {device!r} is not there: torch sees {has}; type {advice}")
     return wanted
 
 
