@@ -162,7 +162,7 @@ def test_what_was_measured_before_the_first_step_stands(copied) -> None:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (config_dir() / "model").glob("*.yaml")))
 def test_a_config_of_ours_is_what_hydra_composes(name) -> None:
-    from vit_train.config.teacher import _merged
+    from vit_train.config.shipped import _merged
 
     cfg = compose(f"model={name}")
     ours = OmegaConf.create({"model": _merged(config_dir() / "model", name), "data": cfg.data})

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vit_train.config.check import config_dir
+from vit_train.config.shipped import model_names, model_node
 from vit_train.construct import make
 from vit_train.errors import CheckpointError, ConfigError, suggest
 
@@ -68,28 +67,16 @@ def _make_model(name: str, *, mask_padding: bool | None, **sizes: int) -> nn.Mod
     Raises:
         ConfigError: no config has this name.
     """
-    from vit_train.inference.trained import without_download
-
-    folder = config_dir() / "model"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
+    if name not in model_names():
         from vit_train.inference.teacher import in_library
 
-        guess = in_library(name) or suggest(name, known)
+        guess = in_library(name) or suggest(name, model_names())
         raise ConfigError(f"objective.teacher_model={name}: no such model{guess}")
-    cfg = OmegaConf.create({"model": _merged(folder, name), "data": sizes})
-    node = without_download(OmegaConf.to_container(cfg.model, resolve=True))
+    node = model_node(name, sizes, {})
     if mask_padding is not None and "mask_padding" in node:
         node["mask_padding"] = mask_padding
     made: nn.Module = make(node, key="objective.teacher_model")
     return made
-
-
-def _merged(folder: Path, name: str) -> Any:
-    """A config over those it is a delta of, without Hydra, which is composing the run itself."""
-    cfg: Any = OmegaConf.load(folder / f"{name}.yaml")
-    bases = [base for base in cfg.pop("defaults", []) if base != "_self_"]
-    return OmegaConf.merge(*(_merged(folder, base) for base in bases), cfg)
 
 
 def make_teacher(found: Found, cfg: DictConfig, data: Any, device: torch.device) -> Teacher:

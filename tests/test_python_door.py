@@ -1,0 +1,135 @@
+"""docs/PYTHON.md, and that the door says what the commands say."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import environment, typed_here, vit_train_here
+from PIL import Image
+from torchvision.models import swin_t
+
+import vit_train
+from vit_train.cli import predict
+from vit_train.errors import CheckpointError, ConfigError, DataError
+
+PAGE = Path(__file__).parents[1] / "docs/PYTHON.md"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a run on colour images of odd sizes, some of them with transparency."""
+    folder = tmp_path_factory.mktemp("door")
+    generator = np.random.default_rng(0)
+    for label in ("cat", "dog", "owl"):
+        (folder / "images" / label).mkdir(parents=True)
+        for i in range(6):
+            height, width = generator.integers(17, 70, 2)
+            pixels = generator.integers(0, 256, (height, width, 3 + i % 2), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / label / f"{i}.png")
+    small = "model.depth=1 model.embed_dim=24 model.num_heads=2 model.patch_embed.widths=[8,24]"
+    done = vit_train_here(
+        *["data=imagefolder", "data.root=images", "data.img_size=32", "model=vit_cifar", "augment=medium"],
+        *f"{small} data.batch_size=6 trainer.epochs=1 strategy=one_thread trainer.precision=fp32 run_dir=run".split(),
+        cwd=folder,
+    )
+    assert done.code == 0, done
+    return folder
+
+
+def files_of(folder):
+    return sorted((folder / "images").rglob("*.png"))
+
+
+def test_the_page(tmp_path):
+    """Its blocks one after another, in a new process, beside the run it speaks of."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 6
+    run = functools.partial(subprocess.run, cwd=tmp_path, env=environment(), text=True, timeout=300)
+    run([sys.executable, "-m", "vit_train", "run_dir=runs/digits", "trainer.epochs=20"], check=True)
+    done = run([sys.executable, "-c", "\n".join(blocks)], capture_output=True, check=False)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    answers = [line.split() for line in lines[:5]]
+    # the digits begin with one image of each
+    assert [label for label, _, _ in answers] == [index for _, _, index in answers] == list("01234")
+    assert lines[5] == "torch.Size([5, 64]) [0 1 2 3 4]"
+    assert lines[6] == "0"
+    assert int(lines[7]) == sum(p.numel() for p in swin_t(num_classes=10).parameters())
+    assert "runs/nowhere does not exist" in lines[8]
+
+
+def test_importing_it_loads_no_torch():
+    code = "import sys, vit_train; print('torch' in sys.modules, vit_train.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", vit_train.__version__]
+
+
+def test_it_answers_as_the_command_does(trained):
+    files = files_of(trained)
+    done = typed_here(predict.main, "run", "images", "--top-k", "3", "--format", "jsonl", cwd=trained)
+    said = [json.loads(line)["predictions"] for line in done.out.splitlines()]
+    model = vit_train.load(trained / "run")
+    answers = model.predict(files, batch_size=7)
+    assert len(answers) == len(said) == 18
+    for answer, (best, *_) in zip(answers, said):
+        assert (answer.label, round(answer.probability, 4)) == (best["class"], round(best["probability"], 4))
+        assert answer.label == model.class_names[answer.probabilities.argmax()]
+        assert answer.probabilities.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("form", ["text", "pillow", "array"])
+def test_an_image_in_any_form(trained, form):
+    """Files with transparency included, which an array of three channels cannot show."""
+    files = [file for file in files_of(trained) if form != "array" or Image.open(file).mode == "RGB"]
+    forms = {"text": str, "pillow": Image.open, "array": lambda file: np.asarray(Image.open(file))}
+    model = vit_train.load(trained / "run")
+    given = [forms[form](file) for file in files]
+    for image, file in zip(given, files):
+        assert torch.equal(model.transform(image), model.transform(file))
+    [answer] = model.predict(given[0])
+    assert answer.probabilities.tolist() == model.predict(files[0])[0].probabilities.tolist()
+
+
+def test_features_are_what_the_head_sees(trained):
+    model = vit_train.load(trained / "run", device="cpu")
+    files = files_of(trained)[:5]
+    features = model.features(files, batch_size=2)
+    with torch.inference_mode():
+        logits = model.model.head(features)
+    expected = torch.stack([answer.probabilities for answer in model.predict(files, batch_size=5)])
+    assert features.shape == (5, 24)
+    torch.testing.assert_close(logits.softmax(1), expected, rtol=1e-4, atol=1e-5)
+    assert not model.model.head._forward_pre_hooks
+
+
+def test_what_is_wrong_is_one_line(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    model = vit_train.load("run")
+    (trained / "broken.png").write_bytes(b"not an image")
+    for error, words, call in (
+        (CheckpointError, "nowhere does not exist", lambda: vit_train.load("nowhere")),
+        (ConfigError, 'type device="auto"', lambda: vit_train.load("run", device="cuda:7")),
+        (ConfigError, "no_such_package", lambda: vit_train.load("run", trust="no_such_package")),
+        (DataError, "broken.png is not an image", lambda: model.predict(["broken.png"])),
+        (ConfigError, "swin_cifar, ", lambda: vit_train.make_model("swin_cifr")),
+        (ConfigError, "did you mean 'vit_tiny.depth'?", lambda: vit_train.make_model("vit_tiny", dept=3)),
+        (ConfigError, "does not divide img_size 100", lambda: vit_train.make_model("vit_tiny", img_size=100)),
+    ):
+        with pytest.raises(error) as raised:
+            call()
+        assert words in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_key_reaches_what_refers_to_it():
+    model = vit_train.make_model("vit_cifar", num_classes=3, img_size=32, embed_dim=48, num_heads=3, depth=2)
+    assert model.patch_embed.embed_dim == 48
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
