@@ -30,7 +30,7 @@ def inference_precision(trained_in: object, device: torch.device) -> Precision:
     """The precision a model was trained in, where it is fast on this device; else what `auto` means here.
 
     Args:
-        trained_in: as a configuration holds it; whatever is no precision counts as auto.
+        trained_in: as a configuration holds it; whatever is not a precision counts as auto.
         device: where the model is now, which may not be where it was trained.
     """
     if trained_in == "fp32" or (trained_in == "fp16" and device.type != "cpu"):

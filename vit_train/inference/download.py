@@ -30,8 +30,8 @@ def download(url: str) -> bytes:
     """What an http or https URL answers, where it says that it is an image.
 
     Raises:
-        DataError: there is no answer within 10 seconds, it is an error, no image, longer than 20 MB, or leads
-            elsewhere than to http and https; or the URL holds a name and password.
+        DataError: there is no answer within 10 seconds, it is an error, not an image, longer than 20 MB, or
+            leads elsewhere than to http and https; or the URL holds a name and password.
     """
     answers: list[bytes | Exception] = []
     # A thread, because a socket's own timeout begins anew with every byte. It ends with its process at last.

@@ -36,7 +36,7 @@ class Layer:
 
     Attributes:
         name: of the module, as in `named_modules()`; of parameters that belong to the model itself.
-        input, output: shapes without the batch; None where it is no module.
+        input, output: shapes without the batch; None where it is not a module.
         parameters: how many numbers it learns or keeps frozen.
         frozen: how many of them it keeps.
         multiply_adds: of one image.

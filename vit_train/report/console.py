@@ -15,7 +15,7 @@ from tqdm import tqdm
 from vit_train.errors import ConfigError, printable
 from vit_train.system import streams
 
-_PLAIN_WIDTH = 110  # columns where the output is no terminal, so that logs do not wrap at 80
+_PLAIN_WIDTH = 110  # columns where the output is not a terminal, so that logs do not wrap at 80
 
 
 def _claim(file: IO[str]) -> bool:
@@ -62,7 +62,7 @@ class Console:
 
     def say(self, what: RenderableType = "") -> None:
         """Prints a line, a table or anything else rich renders. Square brackets are not markup, and
-        `:key:` is no emoji.
+        `:key:` is not an emoji.
 
         Lines are not wrapped: a command in them is to be copied.
         """

@@ -14,7 +14,7 @@ _MAX_BYTES = 2**30  # ten million steps that log every tenth make 150 MB
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a metrics.jsonl; a line cut off by a crash, or that is no event, is left out.
+    """The events of a metrics.jsonl; a line cut off by a crash, or that is not an event, is left out.
 
     Raises:
         OSError: it cannot be read, or is not a plain file.

@@ -22,7 +22,7 @@ from rich.text import Text
 from vit_train.errors import one_line, printable
 from vit_train.inference.prediction import Prediction
 
-_PLAIN_WIDTH = 110  # columns where the output is no terminal
+_PLAIN_WIDTH = 110  # columns where the output is not a terminal
 _BAR_WIDTH = 12
 _LONGEST_CLASS = 24  # columns; a longer name is cut
 

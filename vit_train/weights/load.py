@@ -149,7 +149,7 @@ def _other_head(
         return True
     mine = {name: tensor.shape for name, tensor in own.items() if name.startswith(_HEADS)}
     given = {name: tensor.shape for name, tensor in theirs.items() if name.startswith(_HEADS)}
-    # of the layers both have: a second head that only one of them has is no question of classes
+    # of the layers both have: a second head that only one of them has is not a question of classes
     common = mine.keys() & given.keys()
     return not common or any(mine[name] != given[name] for name in common)
 
@@ -184,7 +184,7 @@ def resize_positions(
         align_corners: as torchvision; else antialiased, as timm.
 
     Returns:
-        (1, prefix + h * w, D), or None where the tokens given are no square.
+        (1, prefix + h * w, D), or None where the tokens given are not a square.
     """
     prefix, patches = positions[:, :num_prefix_tokens], positions[:, num_prefix_tokens:]
     side = math.isqrt(patches.shape[1])
@@ -207,7 +207,7 @@ def resize_bias_table(table: Tensor, rows: int) -> Tensor | None:
         rows: the (2 w' - 1) ** 2 wanted.
 
     Returns:
-        (rows, H), or None where the rows of the two are no squares.
+        (rows, H), or None where the rows of the two are not squares.
     """
     side, wanted = math.isqrt(table.shape[0]), math.isqrt(rows)
     if not side or side**2 != table.shape[0] or wanted**2 != rows:

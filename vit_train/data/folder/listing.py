@@ -46,9 +46,9 @@ class Listing:
 
     Attributes:
         names: relative to the root with forward slashes, folder after folder, sorted within each.
-        sizes: (n,) bytes of each file; -1 for what is no file after all.
+        sizes: (n,) bytes of each file; -1 for what is not a file after all.
         counts: (folders,) images below each of the folders that were asked for.
-        others: suffix (or "") -> how many visible files are no images by their names.
+        others: suffix (or "") -> how many visible files are not images by their names.
         links: linked folders below, relative to the root; what is in them is not listed.
     """
 

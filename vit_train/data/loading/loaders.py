@@ -507,7 +507,7 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
 
 
 def _obey(parent: int | None) -> None:
-    """Waits until the parent sends SIGTERM or is gone, then ends this process in peace: it is no error."""
+    """Waits until the parent sends SIGTERM or is gone, then ends this process: it is not an error."""
     while os.getppid() == parent:
         told = signal.sigtimedwait({signal.SIGTERM}, _ORPHAN_SECONDS)
         if told is not None and told.si_pid == parent:
