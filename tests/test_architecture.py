@@ -210,3 +210,14 @@ def test_sources_and_configs_are_ascii():
     assert len(configs) > 30
     wrong = [path for path in (*MODULES, *configs) if not path.read_bytes().isascii()]
     assert wrong == []
+
+
+def test_the_docs_can_be_read_in_an_editor():
+    """Lines of at most 120 characters outside tables; the README is two pages."""
+    pages = [*HOUSE.glob("*.md"), *(HOUSE / "docs").glob("*.md")]
+    lines = {path: path.read_text(encoding="utf-8").splitlines() for path in pages}
+    assert len(lines[HOUSE / "README.md"]) <= 130
+    long = [
+        (p.name, text) for p in pages for text in lines[p] if len(text) > 120 and not text.startswith("|")
+    ]
+    assert long == []
