@@ -7,6 +7,7 @@ non-finite flag, so every rank takes the same branch at the same step.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -87,7 +88,7 @@ class Guard:
         strategy: reduces the flags over ranks.
         signals: what has arrived at this process.
         stop_at_step: stop once this many steps are done.
-        stop_after_minutes: stop once this much wall time has passed since the guard was made.
+        stop_after_minutes: stop once this much wall time has passed since the guard was made, or `start`.
     """
 
     def __init__(
@@ -97,10 +98,17 @@ class Guard:
         stop_at_step: int | None = None,
         stop_after_minutes: float | None = None,
     ) -> None:
-        self.strategy, self.signals = strategy, signals
+        self.strategy = strategy
+        self.signals = signals
         self.stop_at_step = stop_at_step
-        self.deadline = None if stop_after_minutes is None else time.monotonic() + 60 * stop_after_minutes
         self.minutes = stop_after_minutes
+        self.deadline = math.inf
+        self.start()
+
+    def start(self) -> None:
+        """The minutes begin now."""
+        if self.minutes is not None:
+            self.deadline = time.monotonic() + 60 * self.minutes
 
     def answer(self, nonfinite: Tensor, *, step: int, skipped: Tensor | None = None) -> Answer:
         """The one host read of a step.
@@ -111,7 +119,7 @@ class Guard:
             skipped: scalar bool on the device: whether loss scaling will leave the update out.
         """
         skipped = torch.zeros_like(nonfinite) if skipped is None else skipped
-        late = self.deadline is not None and time.monotonic() >= self.deadline
+        late = time.monotonic() >= self.deadline
         asked = torch.full((), 2.0 * self.signals.signum + float(late), device=nonfinite.device)
         flags = torch.stack((nonfinite.float(), skipped.float(), asked))
         bad, left_out, code = self.strategy.max(flags).tolist()

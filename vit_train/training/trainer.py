@@ -89,13 +89,20 @@ class Trainer:
     ) -> None:
         assert precision != "auto", "build.py resolves it"
         use_deterministic_operators(deterministic)
-        self.parts, self.strategy, self.tracker = parts, parts.strategy, parts.tracker
-        self.precision, self.grad_accum_steps = precision, grad_accum_steps
-        self.grad_clip_norm, self.keep_checkpoints = grad_clip_norm, keep_checkpoints
-        self.eval_every_epochs, self.early_stop_patience = eval_every_epochs, early_stop_patience
-        self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
-        self.stop_at_step, self.stop_after_minutes = stop_at_step, stop_after_minutes
+        self.parts = parts
+        self.strategy = parts.strategy
+        self.tracker = parts.tracker
+        self.precision = precision
+        self.grad_accum_steps = grad_accum_steps
+        self.grad_clip_norm = grad_clip_norm
+        self.eval_every_epochs = eval_every_epochs
+        self.early_stop_patience = early_stop_patience
+        self.save_every_epochs = save_every_epochs
+        self.save_every_steps = save_every_steps
+        self.keep_checkpoints = keep_checkpoints
         self.auto_batch = auto_batch
+        self.guard = Guard(parts.strategy, parts.signals, stop_at_step, stop_after_minutes)
+        self.started = time.monotonic()  # less the seconds of the parts before
         self.saver = Saver(parts.checkpointer, background=async_save, say=lambda text: self.tracker.say(text))
         self.train_loader = parts.data.loader("train")
         self.steps_per_epoch = len(self.train_loader)
@@ -118,6 +125,7 @@ class Trainer:
         )
         self.state = TrainState(sums=self._no_sums())
         self.sums = wide(self.strategy.device, self.state.sums)
+        self.norm = torch.zeros((), device=self.strategy.device)  # of the gradient of the last step
         self.reopened = False  # whether a smaller budget had cut the open epoch short
 
     # ------------------------------------------------------------------------------------------- the run
@@ -133,7 +141,7 @@ class Trainer:
             NonFiniteError: the loss or a gradient became NaN or infinite; nothing was updated.
             SaveError: a checkpoint could not be written.
         """
-        self.guard = Guard(self.strategy, self.parts.signals, self.stop_at_step, self.stop_after_minutes)
+        self.guard.start()
         self.train_loader.should_stop = self.guard.stop_waiting
         self.started = time.monotonic() - self.state.seconds
         try:
@@ -181,13 +189,13 @@ class Trainer:
             self.tracker.after_step(self.state.step, self.optimizer, self.sums, self.norm)
             if self.state.step == last:
                 return None  # close_epoch asks again
-            due = bool(self.save_every_steps) and self.state.step % (self.save_every_steps or 1) == 0
+            due = self.save_every_steps is not None and self.state.step % self.save_every_steps == 0
             if stop is not None or due:
                 self.save(best=False, due=due)
             if stop is not None:
                 return stop
         self.save(best=False, due=False)
-        return self.guard.asked(self.state.step)  # the loader ends early for nothing else
+        return self.guard.asked(self.state.step)  # nothing else ends the loader early
 
     def train_step(self, batch: Batch, epoch: int) -> Stop | None:
         """One optimizer step on one batch, however many micro-batches it is cut into."""
@@ -226,7 +234,8 @@ class Trainer:
             ~sums[0].isfinite() | (infinite & ~skipped), skipped=skipped, step=step + 1
         )
         if answer.nonfinite or answer.skipped:
-            loss_seen, scaling = float(sums[0]) / len(images), not answer.nonfinite
+            loss_seen = float(sums[0]) / len(images)
+            scaling = not answer.nonfinite
             self.nonfinite.bad_step(self.state, batch, loss_seen, float(self.norm), scaling=scaling)
         else:
             self.nonfinite.good_step(self.state)
@@ -241,7 +250,8 @@ class Trainer:
 
     def close_epoch(self, epoch: int) -> Stop | None:
         """Evaluates, lets schedule and early stopping see it, saves; the run may then be at its end."""
-        state, last_epoch = self.state, epoch + 1 == self.total_epochs
+        state = self.state
+        last_epoch = epoch + 1 == self.total_epochs
         self.nonfinite.check(self.state)
         metrics = means("train", self.strategy.sum(self.sums), self.parts.data.num_classes, self.loss_parts)
         if state.step % self.steps_per_epoch:  # the budget ends here; a larger one opens the epoch again
@@ -256,7 +266,9 @@ class Trainer:
             is_best = state.judge(metrics, epoch)
         if self.schedule.monitor in metrics:
             self.schedule.observe(metrics)
-        state.last, state.sums, state.closed_epochs = metrics, self._no_sums(), epoch + 1
+        state.last = metrics
+        state.sums = self._no_sums()
+        state.closed_epochs = epoch + 1
         self.sums = wide(self.strategy.device, state.sums)
         self.judge_patience()
         stop = None if self.is_done() else self.guard.asked(self.state.step)
@@ -308,8 +320,8 @@ class Trainer:
         self.tracker.flush()  # what is logged up to here is on disk before the step counts as done
         tensors = self.strategy.snapshot(self.model, self.ema, self.optimizer)
         about = {**self.parts.about, "train": self.stored_state()}
-        keep, kept = self.keep_checkpoints, state.kept_steps()
-        self.saver.save(Snapshot(tensors, about, state.step, best, keep, kept))
+        kept = state.kept_steps()
+        self.saver.save(Snapshot(tensors, about, state.step, best, self.keep_checkpoints, kept))
 
     def _no_sums(self) -> list[float]:
         return [0.0] * (_FIRST_PART + len(self.loss_parts))
@@ -317,9 +329,11 @@ class Trainer:
     def stored_state(self) -> dict[str, Any]:
         """The state as plain data, brought up to date."""
         state = self.state
-        state.steps_per_epoch, state.seconds = self.steps_per_epoch, time.monotonic() - self.started
-        state.sums, state.scaler = self.sums.tolist(), self.scaler.state_dict()
+        state.steps_per_epoch = self.steps_per_epoch
+        state.seconds = time.monotonic() - self.started
+        state.sums = self.sums.tolist()
         state.schedule = self.schedule.state_dict()
+        state.scaler = self.scaler.state_dict()
         return dataclasses.asdict(state)
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -332,7 +346,8 @@ class Trainer:
         self.state = TrainState.from_json(checkpoint.state["train"])
         if self.state.step < self.total_steps:
             if self.state.before_cut is not None:
-                self.state, self.reopened = TrainState.from_json(self.state.before_cut), True
+                self.state = TrainState.from_json(self.state.before_cut)
+                self.reopened = True
             # all that can be taken back in a checkpoint of an older version
             self.state.closed_epochs = min(self.state.closed_epochs, self.state.step // self.steps_per_epoch)
         if len(self.state.sums) != len(self._no_sums()):
