@@ -11,6 +11,7 @@ import difflib
 import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 # Raised by building and running where a stored value, or one typed beside it, makes no sense
 UNFIT = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
@@ -38,12 +39,30 @@ def count(number: int, one: str, many: str = "") -> str:
 
 
 class VitTrainError(Exception):
-    """Base of every error that ends a command with one clear line."""
+    """Base of every error that ends a command with one clear line: `KEY=WHAT; ADVICE`.
+
+    Args:
+        what: what is wrong, and where.
+        key: of the configuration, where `what` begins with its value.
+        advice: what to type instead.
+    """
 
     exit_code = 1
 
+    def __init__(self, what: str, *, key: str = "", advice: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.key = key
+        self.advice = advice
+
     def __str__(self) -> str:
-        return printable(super().__str__())
+        named = f"{self.key}={self.what}" if self.key else self.what
+        return printable(f"{named}; {self.advice}" if self.advice else named)
+
+    def reworded(self, *, key: str | None = None, advice: str | None = None) -> Self:
+        """The same error in the words of another command."""
+        key = self.key if key is None else key
+        return type(self)(self.what, key=key, advice=self.advice if advice is None else advice)
 
 
 class ConfigError(VitTrainError):

@@ -80,11 +80,11 @@ def stats(arguments: argparse.Namespace) -> None:
     try:
         with _typed_root():
             data.setup(device=torch.device("cpu"), rank=0, world_size=1, training=arguments.split == "train")
-        all_bad = f"; vit-data check {as_argument(arguments.root)} lists all"
+        all_bad = f"vit-data check {as_argument(arguments.root)} lists all"
         with _bars() as start, _typed_root(all_bad):  # reading stops at the first
             found = channel_stats(data, arguments.split, progress=start(data.sizes[arguments.split]))
     except WorkerLostError as error:
-        raise WorkerLostError(str(error).replace("data.num_workers=0", "--num-workers 0")) from error
+        raise error.reworded(advice="type --num-workers 0 or a smaller number") from error
     finally:
         data.close()
     rounded = {name: [round(value, 4) for value in getattr(found, name)] for name in ("mean", "std")}
@@ -130,7 +130,7 @@ def _typed_root(more: str = "") -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(str(error).replace("data.root=", "") + more) from error
+        raise error.reworded(key="", advice=more or error.advice) from error
 
 
 def _json_file(path: str | None) -> Path | str | None:

@@ -72,11 +72,7 @@ def _write(arguments: argparse.Namespace, trained: Trained, names: list[str], fi
                 failed += len(errors)
                 bar.update(len(predictions))
         except WorkerLostError as error:
-            raise WorkerLostError(
-                str(error)
-                .replace("data.num_workers=0", "--num-workers 0")
-                .replace(", or type a larger data.worker_timeout_seconds", "")
-            ) from error
+            raise error.reworded(advice="look at that file and its disk, or type --num-workers 0") from error
         finally:
             batches.close()  # ends the workers
     return failed

@@ -234,8 +234,9 @@ def _from_file(
             f"{_KEY}={source} does not hold {name} with {count} classes, as the data has ({reason})"
         ) from error
     except (CheckpointError, ConfigError) as error:
-        said = str(error).replace("init_from=", f"{_KEY}=")
-        raise type(error)(said.replace(", or type init_strict=false to take what fits", "")) from error
+        if not error.key:
+            raise
+        raise error.reworded(key=_KEY) from error
     return Found(model, source, name, given.class_names, *about)
 
 
@@ -260,7 +261,11 @@ def _of_ours(
 ) -> Any:
     """The same of one of our configs."""
     model = make_model(name, **sizes, mask_padding=given.mask_padding).eval()
-    if anew := load_pretrained(model, given).made_anew:
+    try:
+        anew = load_pretrained(model, given).made_anew
+    except ConfigError as error:
+        raise error.reworded(advice="choose the model the weights were trained for") from error
+    if anew:
         raise ConfigError(f"{_KEY}={given.source} has other classes: {', '.join(anew)} would start anew")
     return model, given.mean, given.std, sizes["img_size"], sizes["in_channels"]
 

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from vit_train.errors import ConfigError
 from vit_train.models import ViT
-from vit_train.weights.source import Pretrained, check_tensors, read_pretrained
+from vit_train.weights.source import KEY, Pretrained, check_tensors, read_pretrained
 
 _HEADS = ("head.", "head_dist.")
 _TOKENS = ("cls_token", "dist_token")
+_OR_NOT_STRICT = "choose the model the weights were trained for, or type init_strict=false to take what fits"
 _SHOWN = 5
 
 
@@ -117,16 +118,11 @@ def load_pretrained(
     report.left_over += theirs
     problems += [f"{name} has no place in the model" for name in theirs]
     if not report.loaded:
-        raise ConfigError(
-            f"init_from={pretrained.source}: none of its tensors has a place in {_kind(model)}"
-            f"{pretrained.contents}; type the model= they are of, or rename them as timm does"
-        )
+        said = f"{pretrained.source}: none of its tensors has a place in {_kind(model)}{pretrained.contents}"
+        raise ConfigError(said, key=KEY, advice="type the model= they are of, or rename them as timm does")
     if problems and strict:
-        raise ConfigError(
-            f"init_from={pretrained.source} ({pretrained.whose}) does not fit {_kind(model)}: "
-            f"{_listed(problems)}{_advice(own, pretrained.tensors)}; choose the model the weights were "
-            "trained for, or type init_strict=false to take what fits"
-        )
+        said = f"{pretrained.source} ({pretrained.whose}) does not fit {_kind(model)}: {_listed(problems)}"
+        raise ConfigError(f"{said}{_advice(own, pretrained.tensors)}", key=KEY, advice=_OR_NOT_STRICT)
     return report
 
 

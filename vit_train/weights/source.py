@@ -25,6 +25,7 @@ from vit_train.errors import CheckpointError, ConfigError, ran_out, suggest
 from vit_train.system.places import expanded
 from vit_train.weights.names import common_front, models_in, recognise, to_ours
 
+KEY = "init_from"  # of the configuration, which errors are about
 TORCHVISION = "torchvision:"
 _PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 _INDEX = ".index.json"
@@ -104,12 +105,13 @@ def read_pretrained(source: str) -> Pretrained:
         path = whole[0]
     elif not path.is_file():
         siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise CheckpointError(f"init_from={source}: no such file or run{suggest(str(path), siblings)}")
+        raise CheckpointError(f"{source}: no such file or run{suggest(str(path), siblings)}", key=KEY)
     if path.name.endswith((".safetensors", _INDEX, *_PICKLED)):
         return _from_file(source, path)
     raise ConfigError(
-        f"init_from={source}: weights come from a run directory, a .safetensors, .pth, .pt or .ckpt file, a "
-        f"folder of save_pretrained, or {TORCHVISION}vit_b_16"
+        f"{source}: weights come from a run directory, a .safetensors, .pth, .pt or .ckpt file, a "
+        f"folder of save_pretrained, or {TORCHVISION}vit_b_16",
+        key=KEY,
     )
 
 
@@ -121,8 +123,8 @@ def _from_torchvision(source: str) -> Pretrained:
     known = [n for n in listed if n.startswith(("vit_", "swin_")) and "v2" not in n]
     if name not in known:
         raise ConfigError(
-            f"init_from={source}: no such model in torchvision{suggest(name, known)} "
-            f"(choices: {', '.join(known)})"
+            f"{source}: no such model in torchvision{suggest(name, known)} (choices: {', '.join(known)})",
+            key=KEY,
         )
     try:
         weights = models.get_model_weights(name).DEFAULT
@@ -131,8 +133,9 @@ def _from_torchvision(source: str) -> Pretrained:
         if ran_out(error):
             raise
         raise CheckpointError(
-            f"init_from={source} cannot be downloaded ({' '.join(str(error).split())}); where there is no "
-            "network, copy the file and type init_from=FILE.pth"
+            f"{source} cannot be downloaded ({' '.join(str(error).split())})",
+            key=KEY,
+            advice="where there is no network, copy the file and type where it is",
         ) from error
     return replace(_foreign(source, state), mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
 
@@ -262,7 +265,7 @@ def _exported(source: str, tensors: dict[str, Tensor], about: str) -> Pretrained
     try:
         described = json.loads(about)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"init_from={source}: its description is not JSON") from error
+        raise CheckpointError(f"{source}: its description is not JSON", key=KEY) from error
     described = described if isinstance(described, dict) else {}
     renamed, _ = to_ours(tensors)
     return _own(source, "exported by vit-train", renamed, described, described.get("model"))
@@ -295,11 +298,11 @@ def check_tensors(source: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if not plain or tensor.is_complex() or (tensor.is_floating_point() and tensor.itemsize == 1):
-            raise CheckpointError(f"init_from={source}: {name} is not a plain tensor of real numbers")
+            raise CheckpointError(f"{source}: {name} is not a plain tensor of real numbers", key=KEY)
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise CheckpointError(f"init_from={source}: {name} claims more numbers than the file holds")
+            raise CheckpointError(f"{source}: {name} claims more numbers than the file holds", key=KEY)
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"init_from={source}: {name} is not finite")
+            raise CheckpointError(f"{source}: {name} is not finite", key=KEY)
 
 
 def _numbers(values: Any) -> tuple[float, ...] | None:

@@ -493,8 +493,8 @@ def test_a_test_folder_with_the_classes_of_train_misspelt_is_no_such_folder(tmp_
 @pytest.mark.parametrize(
     ("shape", "hint"),
     [
-        (("pets/cats", "pets/dogs", "other/thing"), "; did you mean data.root={}/pets?"),
-        (("pets/train/cats", "pets/train/dogs", "other/a", "other/b"), "; did you mean data.root={}/pets?"),
+        (("pets/cats", "pets/dogs", "other/thing"), "; did you mean {}/pets?"),
+        (("pets/train/cats", "pets/train/dogs", "other/a", "other/b"), "; did you mean {}/pets?"),
         (("pets/cats", "pets/dogs", "other/a", "other/b"), ""),
         (("birds/owl", "mammals/cat"), ""),
     ],

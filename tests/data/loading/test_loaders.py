@@ -330,7 +330,7 @@ def test_an_unreadable_image_is_one_line_without_a_traceback(made, capfd, num_wo
 def test_a_killed_worker_is_named_as_such(made):
     data = made(num_workers=1, wrap=partial(Faulty, act=die))
     with pytest.raises(
-        WorkerLostError, match=r"DataLoader worker .*: memory may have run out, type data\.num_workers=0"
+        WorkerLostError, match=r"DataLoader worker .*: memory may have run out; type data\.num_workers=0"
     ):
         epoch_of(data)
 

@@ -342,7 +342,7 @@ def _verdict(survey: _Survey) -> tuple[str | None, list[str]]:
     try:
         data.setup(device=torch.device("cpu"), rank=0, world_size=1)
     except DataError as error:
-        return str(error), []
+        return str(error.reworded(key="")), []
     return None, data.notes
 
 
@@ -351,7 +351,7 @@ def _layout(survey: _Survey, line: str, found: list[Finding]) -> Finding | None:
     named = (f"{survey.root}/{file}" for each in found for item in each.items for file in item.files)
     if any(printable(path) + end in f"{line} " for path in named for end in " ,:;"):
         return None
-    return Finding("layout", line.replace("data.root=", ""))
+    return Finding("layout", line)
 
 
 def _finding(kind: str, text: str, items: list[Item]) -> Finding | None:

@@ -15,7 +15,7 @@ from unicodedata import normalize
 from vit_train.data.contract import Split
 from vit_train.data.folder.listing import is_folder, is_image, is_visible
 from vit_train.errors import DataError, count, suggest
-from vit_train.system.places import as_argument, as_typed, expanded
+from vit_train.system.places import as_argument, expanded
 
 _SPLITS: dict[str, Split] = {
     "train": "train",
@@ -81,13 +81,17 @@ def existing_folder(root: str | None) -> Path:
     if path.is_dir():
         return path
     if path.is_symlink() and not path.exists():
-        raise DataError(f"data.root={path} is a link to {path.readlink()}, which does not exist")
+        raise DataError(f"{path} is a link to {path.readlink()}, which does not exist", key="data.root")
     if path.name.lower().endswith(_ARCHIVES) and path.exists():
-        raise DataError(f"data.root={path} is an archive: unpack it and type the folder that comes out")
+        raise DataError(
+            f"{path} is an archive: unpack it and type the folder that comes out", key="data.root"
+        )
     if path.exists():
-        raise DataError(f"data.root={path} is not a folder: type the folder that holds the class folders")
+        raise DataError(
+            f"{path} is not a folder: type the folder that holds the class folders", key="data.root"
+        )
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise DataError(f"data.root={path} does not exist{suggest(path.name, siblings)}")
+    raise DataError(f"{path} does not exist{suggest(path.name, siblings)}", key="data.root")
 
 
 def split_folders(root: Path, *, training: bool, notes: list[str]) -> dict[Split, Path]:
@@ -167,7 +171,7 @@ def _one_too_high(root: Path, names: Sequence[str]) -> Iterator[str]:
             return
     meant = [name for name in names if "train" in map(str.lower, below[name].folders)]
     meant = meant or [name for name in names if len(below[name].folders) > 1]
-    hint = f"; did you mean {as_typed('data.root', root / meant[0])}?" if len(meant) == 1 else ""
+    hint = f"; did you mean {as_argument(root / meant[0])}?" if len(meant) == 1 else ""
     yield f"the classes are folders of folders ({some(names)}), their images lie deeper{hint}"
 
 
@@ -236,9 +240,7 @@ def refuse_too_few(train: Path, names: Sequence[str]) -> None:
     if len(names) == 1:
         below = inside(train / names[0]).folders
         if any(name.lower() in _SPLITS for name in below) or len(below) > 1:
-            raise DataError(
-                f"{train} holds one folder only: did you mean {as_typed('data.root', train / names[0])}?"
-            )
+            raise DataError(f"{train} holds one folder only: did you mean {as_argument(train / names[0])}?")
         raise DataError(
             f"{train} holds one class only ({names[0]}): training needs two or more class folders"
         )

@@ -52,6 +52,7 @@ _POLL_SECONDS = 1  # how soon a signal is noticed while all workers are stuck
 _ORPHAN_SECONDS = 5  # how soon a worker notices that its parent is gone
 _MAX_WORKERS = 1024
 _DIED = "DataLoader worker (pid"  # how torch's line about it begins
+_FEWER = "type data.num_workers=0 or a smaller number"
 _SHORT = {
     errno.ENOSPC: "no space left in shared memory (/dev/shm)",
     errno.EMFILE: "too many open files (ulimit -n)",
@@ -366,8 +367,8 @@ class SampleLoader(Loader):
                 reading = self._samples.being_read()
                 self.close(stuck=True)
                 raise WorkerLostError(
-                    f"no data worker has answered for {self._timeout:g} s{reading}; "
-                    "look at that file and its disk, or type a larger data.worker_timeout_seconds"
+                    f"no data worker has answered for {self._timeout:g} s{reading}",
+                    advice="look at that file and its disk, or type a larger data.worker_timeout_seconds",
                 )
 
     def read_by(self, error: BaseException) -> str:
@@ -422,16 +423,14 @@ def worker_lost(error: BaseException, reading: str = "") -> WorkerLostError | No
     """
     text = str(_death(error))
     if (short := _short_of(error, text)) is not None:
-        return WorkerLostError(f"data workers: {_SHORT[short]}; type data.num_workers=0 or a smaller number")
+        return WorkerLostError(f"data workers: {_SHORT[short]}", advice=_FEWER)
     if isinstance(error, RuntimeError) and text.startswith(_DIED):
         reason = text.splitlines()[0].rstrip(". ")
     elif _is_broken(error):
         reason = "a DataLoader worker died"
     else:
         return None
-    return WorkerLostError(
-        f"{reason}{reading}: memory may have run out, type data.num_workers=0 or a smaller number"
-    )
+    return WorkerLostError(f"{reason}{reading}: memory may have run out", advice=_FEWER)
 
 
 def _short_of(error: BaseException, text: str) -> int | None:
