@@ -1,4 +1,4 @@
-"""A run from before vit-train had packages is evaluated as ever, and not continued."""
+"""A run from before vit-train had packages is evaluated, and goes on, as if nothing had moved."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ BEFORE = {
     "vit_train.training.trainer": "vit_train.trainer",
     "vit_train.report.tracker": "vit_train.tracker",
 }
-COMMIT = "a5e88f926f04423c2f8ae2b262805572e8c68574"
+SETTINGS = (*TINY, "augment=medium")
+SCHEDULES = ("cosine", "multistep", "plateau", "constant")
 
 
 def as_before(node):
@@ -33,42 +34,39 @@ def as_before(node):
     return node
 
 
-@pytest.fixture
-def older(in_tmp):
-    """A run, its evaluation by this version, and then the names it would have had before."""
-    vit_train_here(*TINY, "run_dir=run", "augment=shift", cwd=in_tmp)
-    run = in_tmp / "run"
-    figures = typed_here(evaluate.main, "run", "--json", "now.json", cwd=in_tmp)
-    assert figures.code == 0, figures
+def make_older(run):
     config = as_before(yaml.safe_load((run / "config.yaml").read_text()))
-    assert config["trainer"]["_target_"] == "vit_train.trainer.Trainer"
+    targets = json.dumps(config)
+    for module in BEFORE.values():
+        assert f'"{module}.' in targets
+    for module in BEFORE:
+        assert module not in targets
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     change_states(run, lambda state: state.update(config=config))
-    facts = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**facts, "git": {"sha": COMMIT, "dirty": False}}))
-    return run
 
 
-def test_it_is_evaluated_as_ever(older, in_tmp):
-    done = typed_here(evaluate.main, "run", "--json", "then.json", cwd=in_tmp)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_it_goes_on_bit_for_bit(in_tmp, schedule):
+    settings = (*SETTINGS, f"schedule={schedule}")
+    for name, stop in (("whole", ()), ("parts", ("trainer.stop_at_step=7",))):
+        done = vit_train_here(*settings, f"run_dir={name}", *stop, cwd=in_tmp)
+        assert done.code == 0, done
+    make_older(in_tmp / "parts")
+    again = ("resume=parts",) if schedule != "multistep" else (*settings, "run_dir=parts")
+    done = vit_train_here(*again, cwd=in_tmp)
     assert done.code == 0, done
-    now, then = (json.loads((in_tmp / name).read_text()) for name in ("now.json", "then.json"))
-    assert then["top1"] == now["top1"]
-    assert then["loss"] == now["loss"]
+    assert checkpoint_hashes(in_tmp / "parts") == checkpoint_hashes(in_tmp / "whole")
 
 
-@pytest.mark.parametrize("typed", [["resume=run"], ["resume=run/checkpoints/last"], [*TINY, "run_dir=run"]])
-def test_it_is_not_continued(older, in_tmp, typed):
-    before = checkpoint_hashes(older)
-    done = vit_train_here(*typed, "trainer.epochs=9", cwd=in_tmp)
-    assert (done.code, done.err.count("\n")) == (4, 1), done
-    for words in ("run was begun by an older vit-train", COMMIT, "init_from=run"):
-        assert words in done.err
-    assert checkpoint_hashes(older) == before
-
-
-def test_a_commit_that_is_none_is_not_repeated(older, in_tmp):
-    facts = json.loads((older / "run.json").read_text())
-    (older / "run.json").write_text(json.dumps({**facts, "git": {"sha": "\x1b[31m"}}))
-    done = vit_train_here("resume=run", cwd=in_tmp)
-    assert (done.code, "\x1b" in done.err, "older vit-train, which" in done.err) == (4, False, True), done
+def test_a_finished_one_is_finished_and_evaluated_as_ever(in_tmp):
+    vit_train_here(*SETTINGS, "run_dir=run", cwd=in_tmp)
+    now = typed_here(evaluate.main, "run", "--json", "now.json", cwd=in_tmp)
+    make_older(in_tmp / "run")
+    then = typed_here(evaluate.main, "run", "--json", "then.json", cwd=in_tmp)
+    assert (now.code, then.code) == (0, 0), then
+    figures = [json.loads((in_tmp / name).read_text()) for name in ("now.json", "then.json")]
+    assert figures[0]["top1"] == figures[1]["top1"]
+    assert figures[0]["loss"] == figures[1]["loss"]
+    for typed in (["resume=run"], [*SETTINGS, "run_dir=run"]):
+        done = vit_train_here(*typed, cwd=in_tmp)
+        assert (done.code, "run is finished: nothing to do" in done.out) == (0, True), done

@@ -311,12 +311,12 @@ def build_data(config: dict[str, Any], trust: tuple[str, ...] = ()) -> tuple[Any
     """
     from vit_train.construct import check, make
     from vit_train.precision import Precision
-    from vit_train.runs.stored import allowed, moved
+    from vit_train.runs.stored import allowed, current
 
     # the classes may be fewer or in another order; they are matched by name
     unused = {key: None for key in ("num_classes", "sample_transform") if key in config["data"]}
     node = {**config["data"], **unused}
-    devices = moved(config["strategy"])
+    devices = current(config["strategy"])
     # before `check`, which imports what is named
     allow = allowed({"data": node, "strategy": devices}, trust)
     errors = check(node, key="data") + check(devices, key="strategy")

@@ -8,7 +8,6 @@ is typed with each command, never stored and never read from a run.
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,8 @@ import yaml
 from vit_train import checkpoint
 from vit_train.construct import TARGET, foreign_code
 from vit_train.errors import UNFIT, CheckpointError, ConfigError, ran_out
-from vit_train.runs.record import read_facts
 from vit_train.runs.run_dir import CONFIG, check_entries
-from vit_train.system import durable, places
+from vit_train.system import durable
 
 _MAX_CONFIG_BYTES = 2**20
 _MAX_CONFIG_VALUES = 100_000  # aliases let a few bytes of YAML stand for billions
@@ -37,25 +35,12 @@ def read_config(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
         The configuration, and a line where config.yaml could not be used.
 
     Raises:
-        CheckpointError: there is neither, it is not plain data, or is from before vit-train had packages.
+        CheckpointError: there is neither, or it is not plain data.
     """
     check_entries(run_dir)
-    stored, notes = _find_config(run_dir)
-    if any(str(stored[group][TARGET]).rpartition(".")[0] in _MOVED for group in _NODES):
-        facts = read_facts(run_dir).get("git")
-        sha = str(facts.get("sha") if isinstance(facts, dict) else None)
-        commit = f" (commit {sha})" if re.fullmatch("[0-9a-f]{40}", sha) else ""
-        raise CheckpointError(
-            f"{run_dir} was begun by an older vit-train{commit}, which alone can continue it; evaluate it "
-            f"with this one, or begin a new run with its weights: {places.as_typed('init_from', run_dir)}"
-        )
-    return stored, notes
-
-
-def _find_config(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
     path = run_dir / CONFIG
     try:
-        return _parse_config(path), []
+        return current(_parse_config(path)), []
     except CheckpointError as error:
         for folder in checkpoint.checkpoint_directories(run_dir / "checkpoints"):
             try:
@@ -63,7 +48,7 @@ def _find_config(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
                 check_stored(stored, folder)
             except CheckpointError:
                 continue
-            return stored, [f"{error}: the configuration comes from {folder}"]  # type: ignore[return-value]
+            return current(stored), [f"{error}: the configuration comes from {folder}"]
         raise
 
 
@@ -142,24 +127,31 @@ STORED_CODE: Mapping[str, Packages] = {
     "trainer": ("vit_train.training.trainer",),
     "tracker": ("vit_train.report.tracker",),
 }
-
-
-# Where this code was before it had packages. A run from then is evaluated, and not continued
+# Where older versions had this code: a class, or all of a module
 _MOVED = {
     "vit_train.data.batch_transforms": "vit_train.data.transforms.batch_transforms",
     "vit_train.data.sample_transforms": "vit_train.data.transforms.sample_transforms",
     "vit_train.objective": "vit_train.training.objective",
     "vit_train.optim": "vit_train.training.optimizers",
+    **{
+        f"vit_train.optim.{name}": f"vit_train.training.schedules.{name}"
+        for name in ("Constant", "Cosine", "MultiStep", "ReduceOnPlateau")
+    },
     "vit_train.strategy": "vit_train.training.strategy",
     "vit_train.trainer": "vit_train.training.trainer",
     "vit_train.tracker": "vit_train.report.tracker",
 }
 
 
-def moved(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored node with its class where it is now."""
-    module, _, name = str(node[TARGET]).rpartition(".")
-    return {**node, TARGET: f"{_MOVED.get(module, module)}.{name}"}
+def current(stored: Any) -> Any:
+    """A stored configuration with its code where this version has it."""
+    if not isinstance(stored, dict):
+        return stored
+    node = {key: current(value) for key, value in stored.items()}
+    if isinstance(path := node.get(TARGET), str):
+        module, _, name = path.rpartition(".")
+        node[TARGET] = _MOVED.get(path) or (f"{_MOVED[module]}.{name}" if module in _MOVED else path)
+    return node
 
 
 def trusted(typed: Any, *, hydra: bool = False) -> Packages:
