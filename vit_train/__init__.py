@@ -50,21 +50,24 @@ def load(
 
 
 def make_model(
-    name: str, *, num_classes: int = 1000, img_size: int = 224, in_channels: int = 3, **keys: Any
+    name: str, *, num_classes: int = 1000, img_size: int | None = None, in_channels: int = 3, **keys: Any
 ) -> nn.Module:
     """A model of the shipped configs (configs/model/) with random weights: (B, C, H, W) -> logits (B, K).
 
+    It is in training mode, as every new module is.
+
     Args:
-        name: of the config, such as "swin_tiny". Those called *_cifar are made for img_size=32.
+        name: of the config, such as "swin_tiny".
         num_classes: K.
-        img_size: H and W in pixels.
+        img_size: H and W in pixels; None is 32 for *_cifar, 8 for *_digits and 224 for the others.
         in_channels: C.
-        keys: of the config, such as drop_path_rate=0.1.
+        keys: of the config, such as drop_path_rate=0.1; patch_embed={"patch_size": 8} for keys further in.
 
     Raises:
         vit_train.errors.ConfigError: there is no such model or key, or a value does not fit.
     """
     from vit_train.config import shipped
 
-    sizes = {"num_classes": num_classes, "img_size": img_size, "in_channels": in_channels}
-    return shipped.make_model(name, **sizes, **keys)
+    return shipped.make_model(
+        name, num_classes=num_classes, img_size=img_size, in_channels=in_channels, **keys
+    )

@@ -6,21 +6,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vit_train.config.check import config_dir
 from vit_train.construct import check, make
-from vit_train.errors import ConfigError, suggest
+from vit_train.errors import ConfigError, blame, suggest
 
 if TYPE_CHECKING:
     from torch import nn
 
+_SIDES = {"_cifar": 32, "_digits": 8}  # pixels the models of these names are made for
 
-def make_model(name: str, *, num_classes: int, img_size: int, in_channels: int, **keys: Any) -> nn.Module:
+
+def make_model(
+    name: str, *, num_classes: int, img_size: int | None, in_channels: int, **keys: Any
+) -> nn.Module:
     """The model of one of the shipped configs, with random weights; see `vit_train.make_model`."""
     if name not in model_names():
-        raise ConfigError(f"{name}: no such model{suggest(name, model_names())} ({', '.join(model_names())})")
+        guess = suggest(str(name), model_names())
+        raise ConfigError(f"{name}: no such model{guess} (choices: {', '.join(model_names())})")
+    img_size = img_size or next((side for word, side in _SIDES.items() if word in name), 224)
     data = {"num_classes": num_classes, "img_size": img_size, "in_channels": in_channels}
-    node = model_node(name, data, keys)
+    with blame(ConfigError, name, (OmegaConfBaseException,)):
+        node = model_node(name, data, keys)
     if errors := check(node, key=name):
         raise ConfigError("; ".join(errors))
     model: nn.Module = make(node, key=name)
@@ -33,7 +41,7 @@ def model_names() -> list[str]:
 
 
 def model_node(name: str, data: dict[str, int], keys: dict[str, Any]) -> dict[str, Any]:
-    """The node of a shipped model, which downloads nothing.
+    """The node of a shipped model, which downloads nothing unless `keys` say so.
 
     Args:
         name: one of `model_names()`.
@@ -42,10 +50,11 @@ def model_node(name: str, data: dict[str, int], keys: dict[str, Any]) -> dict[st
     """
     from vit_train.inference.trained import without_download  # here: torch, which --help can do without
 
-    model = OmegaConf.merge(_merged(config_dir() / "model", name), keys)
-    cfg = OmegaConf.create({"model": model, "data": data})
-    node: dict[str, Any] = without_download(OmegaConf.to_container(cfg.model, resolve=True))
-    return node
+    shipped = _merged(config_dir() / "model", name)
+    shipped = OmegaConf.create(without_download(OmegaConf.to_container(shipped)))
+    cfg = OmegaConf.create({"model": OmegaConf.merge(shipped, keys), "data": data})
+    node: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    return dict(node)
 
 
 def _merged(folder: Path, name: str) -> Any:

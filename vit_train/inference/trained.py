@@ -165,11 +165,11 @@ def _check_inference(inference: Mapping[str, Any], model: nn.Module) -> None:
 def from_checkpoint(
     stored: checkpoint.Checkpoint, *, device: torch.device, weights: Weights = "auto", trust: Packages = ()
 ) -> Trained:
-    """The model of a checkpoint that was read already; see `load`."""
+    """The model of a checkpoint that was read already, and checked by `fits`."""
     path = stored.path
     has_ema = any(name.startswith("ema/") for name in stored.tensors)
     if weights == "ema" and not has_ema:
-        raise CheckpointError(f"{path} holds no averaged weights; type --weights raw")
+        raise CheckpointError(f"{path} holds no averaged weights", advice="type --weights raw")
     chosen: Literal["ema", "raw"] = "ema" if weights == "ema" or (weights == "auto" and has_ema) else "raw"
     prefix = "ema/" if chosen == "ema" else "model/"
     with _blaming(path):
