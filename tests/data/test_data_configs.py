@@ -25,8 +25,12 @@ def load(group, name):
 
 def data_node(name, augment):
     """The data node as Hydra composes it for models with patches of 16 pixels."""
-    node = plain(compose(f"data={name}", f"augment={augment}", "model=vit_tiny"))["data"]
-    assert node["seed"] == 0
+    config = plain(compose(f"data={name}", f"augment={augment}", "model=vit_tiny", "seed=5"))
+    node, chosen = config["data"], config["augment"]
+    assert node["seed"] == 5
+    assert node["sample_transform"] == chosen["sample"]
+    assert node["repeats"] == chosen["repeats"]
+    assert node.get("patch_size", 16) == 16
     return node
 
 
