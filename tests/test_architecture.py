@@ -96,8 +96,8 @@ def test_the_reading_itself():
 
 def test_every_module_is_in_one_room():
     rooms = [[room for room in HOUSE_ORDER if path in in_room(room)] for path in MODULES]
-    homeless = {path.stem for path, found in zip(MODULES, rooms) if len(found) != 1}
-    assert homeless == {"__init__", "__main__"}
+    homeless = {name_of(path) for path, found in zip(MODULES, rooms) if len(found) != 1}
+    assert homeless == {"vit_train", "vit_train.__main__"}
     assert {path.stem for path in PACKAGE.glob("*.py")} == GROUND
 
 
@@ -221,3 +221,10 @@ def test_the_docs_can_be_read_in_an_editor():
         (p.name, text) for p in pages for text in lines[p] if len(text) > 120 and not text.startswith("|")
     ]
     assert long == []
+
+
+def test_the_docs_name_tests_that_exist():
+    pages = [*HOUSE.glob("*.md"), *(HOUSE / "docs").glob("*.md")]
+    named = {path for page in pages for path in re.findall(r"[\w/]*test_\w+\.py", page.read_text("utf-8"))}
+    assert len(named) > 50
+    assert [path for path in named if not (HOUSE / "tests" / path.removeprefix("tests/")).is_file()] == []

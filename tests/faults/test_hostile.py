@@ -735,8 +735,8 @@ def test_nobody_waits_for_a_pipe_in_a_checkpoint(run) -> None:
         (checkpoint / "model.safetensors").unlink()
         os.mkfifo(checkpoint / "model.safetensors")
         record(checkpoint, "model.safetensors", bytes=0, sha256=hashlib.sha256(b"").hexdigest())
-    assert_refused(evaluate(run, "run"), run, {4}, "no plain file")
-    assert_refused(train(run, "resume=run"), run, {4}, "no plain file")
+    assert_refused(evaluate(run, "run"), run, {4}, "not a plain file")
+    assert_refused(train(run, "resume=run"), run, {4}, "not a plain file")
 
 
 LINES = [

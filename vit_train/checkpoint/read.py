@@ -233,7 +233,7 @@ def _check_size(path: Path, entry: Any) -> int:
         raise CheckpointError(f"{path} is missing") from None
     size = about.st_size
     if not stat.S_ISREG(about.st_mode):
-        kind = "a link" if stat.S_ISLNK(about.st_mode) else "no plain file"
+        kind = "a link" if stat.S_ISLNK(about.st_mode) else "not a plain file"
         raise CheckpointError(f"{path} cannot be read: it is {kind}")
     if type(wanted) is not int or size != wanted:
         raise CheckpointError(f"{path} is damaged: its size is {size} bytes, not as recorded")

@@ -346,7 +346,7 @@ def with_overrides(
         inference: what the checkpoint says of the images the model takes.
 
     Raises:
-        ConfigError: an argument is no `key=value`, or its key is not one evaluation uses.
+        ConfigError: an argument is not `key=value`, or its key is not one evaluation uses.
     """
     import copy
 

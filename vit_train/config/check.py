@@ -74,7 +74,7 @@ _ROOT = tuple(field.name for field in fields(Root))
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The schema of `augment`, which holds nodes and is none."""
+    """The schema of `augment`, which holds nodes and is not one."""
 
     batch: Any = None
     sample: Callable[..., Any] | None = None

@@ -54,7 +54,7 @@ def read(path: Path, limit: int) -> bytes:
     """The bytes of a plain file. Links are not followed, and nothing is waited for.
 
     Raises:
-        OSError: it is missing, no plain file, or longer than `limit` bytes.
+        OSError: it is missing, not a plain file, or longer than `limit` bytes.
     """
     with open_plain(path, follow=False) as file:
         size = os.fstat(file.fileno()).st_size

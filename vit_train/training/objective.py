@@ -124,7 +124,7 @@ class Distill(CrossEntropy):
         class_counts: list[int],
         teach: Forward,
         *,
-        teacher: str | None = None,  # noqa: ARG002 - taught.py reads these four
+        teacher: str | None = None,  # noqa: ARG002 - config/teacher.py reads these four
         teacher_model: str | None = None,  # noqa: ARG002
         teacher_min_top1: Probability | None = None,  # noqa: ARG002
         teacher_sha256: str | None = None,  # noqa: ARG002

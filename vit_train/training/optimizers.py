@@ -187,7 +187,7 @@ def adamw(
         eps: added to the denominator.
         layer_decay: factor of the rate from one layer to the one below it; for fine-tuning.
     """
-    assert lr != "auto", "build.py resolves it"
+    assert lr != "auto", "config/parts.py resolves it"
     groups = decay_groups(model, weight_decay, lr=lr, layer_decay=layer_decay)
     return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=_fused(model))
 

@@ -87,7 +87,7 @@ class Trainer:
         deterministic: bool = False,
         auto_batch: bool = False,
     ) -> None:
-        assert precision != "auto", "build.py resolves it"
+        assert precision != "auto", "config/build.py resolves it"
         use_deterministic_operators(deterministic)
         self.parts = parts
         self.strategy = parts.strategy

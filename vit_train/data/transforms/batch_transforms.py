@@ -103,7 +103,7 @@ class Augment(Normalize):
         mix_off_epoch: NotNegative | None = None,
     ) -> None:
         super().__init__(mean, std)
-        assert crop_scale != "auto", "build.py resolves it"
+        assert crop_scale != "auto", "config/parts.py resolves it"
         self.seed, self.num_classes = seed, num_classes
         self.max_shift, self.hflip_prob, self.erase_prob = max_shift, hflip_prob, erase_prob
         self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
