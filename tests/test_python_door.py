@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import environment, typed_here, vit_train_here
+from conftest import change_states, environment, typed_here, vit_train_here
 from PIL import Image
 from torchvision.models import swin_t
 
@@ -181,6 +181,20 @@ def test_a_damaged_best_checkpoint_is_said(trained, tmp_path):
     weights.write_bytes(bytes(data))
     with pytest.warns(UserWarning, match=r"model.safetensors is damaged.*step_\d+ is used"):
         vit_train.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("target", ["os.system", "mine.Model", "vit_train.system.durable.write"])
+def test_a_stored_run_chooses_no_code(trained, tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text("open('called', 'w')\n")
+    shutil.copytree(trained / "run", tmp_path / "run", symlinks=True)
+    node = {"_target_": target, "command": "touch called", "path": "called", "data": "x", "num_classes": 3}
+    change_states(tmp_path / "run", lambda state: state["config"].update(model=node))
+    with pytest.raises(CheckpointError, match="names code that is not vit-train's") as raised:
+        vit_train.load("run")
+    assert not (tmp_path / "called").exists()
+    assert ("type trust=mine if the code is yours" in str(raised.value)) == (target == "mine.Model")
 
 
 def test_what_is_wrong_is_one_line(trained, monkeypatch):
