@@ -152,18 +152,28 @@ def test_a_run_goes_on_and_saves_at_the_next_interval(eighteen, offset, tmp_path
     assert stale_files(tmp_path / "run") == []
 
 
-# With this seed and rate the second epoch is the best one, and its checkpoint the fourth to be saved
-BEST_IS_12 = ("optimizer.lr=0.05", "seed=6", "trainer.precision=fp32")
+@pytest.fixture(scope="module")
+def best_is_12(warm, tmp_path_factory):
+    """Settings whose second epoch is the best, its checkpoint the fourth to be saved; and how such a run ends.
+
+    Which seed does it depends on the processor.
+    """
+    for seed in range(30):
+        folder = tmp_path_factory.mktemp("seed")
+        settings = ("optimizer.lr=0.05", f"seed={seed}", "trainer.precision=fp32")
+        vit_train_forked(*SETTINGS, *settings, cwd=folder)
+        state = whole_state(folder / "run")
+        if state["best/name"] == directory_name(12):
+            return settings, state
+    return pytest.fail("no seed has its best epoch in the middle")
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("times", [1, 2])
-def test_the_best_checkpoint_is_written_once_that_works_again(warm, offset, tmp_path, times) -> None:
-    vit_train_forked(*SETTINGS, *BEST_IS_12, "run_dir=whole", cwd=tmp_path)
-    expected = whole_state(tmp_path / "whole")
-    assert expected["best/name"] == directory_name(12), "nothing was tested"
+def test_the_best_checkpoint_is_written_once_that_works_again(best_is_12, offset, tmp_path, times) -> None:
+    settings, expected = best_is_12
     fault = placed(f"write:4:ema.safetensors:ENOSPC:{times}", offset)
-    done = vit_train_forked(*SETTINGS, *BEST_IS_12, cwd=tmp_path, fault=fault)
+    done = vit_train_forked(*SETTINGS, *settings, cwd=tmp_path, fault=fault)
     assert done.out.count(FAILED) == times
     assert whole_state(tmp_path / "run") == expected
 
