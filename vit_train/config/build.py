@@ -41,6 +41,11 @@ if TYPE_CHECKING:
     from vit_train.training.strategy import SingleDevice
     from vit_train.training.trainer import Trainer
 
+_RATE_FROM_SCRATCH = (
+    "optimizer.lr={:g} is made for training from scratch; to keep more of what the weights know, type "
+    "optimizer.lr=1e-4 optimizer.layer_decay=0.75"
+)
+
 
 @dataclass
 class Run:
@@ -101,10 +106,7 @@ def _build(cfg: DictConfig, launch: Launch, console: Any, signals: Signals) -> R
         report = load_pretrained(model, pretrained, strict=cfg.init_strict, class_names=data.class_names)
         weights = str(report)
         if fixed_rate and "experiment" not in launch.choices:
-            start.notes.append(
-                f"optimizer.lr={cfg.optimizer.lr:g} is made for training from scratch; to keep more of what "
-                "the weights know, type optimizer.lr=1e-4 optimizer.layer_decay=0.75"
-            )
+            start.notes.append(_RATE_FROM_SCRATCH.format(cfg.optimizer.lr))
     fingerprint = data.fingerprint()
     if found is not None:
         start.notes += check_data(found, data, fingerprint, start.run_dir, force=start.force)
@@ -112,7 +114,17 @@ def _build(cfg: DictConfig, launch: Launch, console: Any, signals: Signals) -> R
     teacher = None if taught is None else make_teacher(taught, cfg, data, strategy.device)
     if taught is not None and Path(taught.source).is_relative_to(str(cfg.init_from)):
         start.notes.append("the student is its own teacher: it starts from the run it is to learn from")
-    parts = _make_parts(config, start, model, data, strategy, teacher, fingerprint, console, signals)
+    parts = _make_parts(
+        config,
+        start,
+        model=model,
+        data=data,
+        strategy=strategy,
+        teacher=teacher,
+        fingerprint=fingerprint,
+        console=console,
+        signals=signals,
+    )
     trainer = _make_trainer(parts, start, found, launch)
     if trainer is None:
         return start.run_dir
@@ -251,6 +263,7 @@ def _make_model(
 def _make_parts(
     config: dict[str, Any],
     start: Start,
+    *,
     model: nn.Module,
     data: Any,
     strategy: SingleDevice,
