@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from vit_train.construct import Threads
 from vit_train.data import Batch
+from vit_train.system import memory
 from vit_train.training.ema import Ema
 from vit_train.training.optimizers import load_named_state, named_state
 
@@ -70,6 +71,8 @@ class SingleDevice:
         """Joins the other ranks. Called once, before anything is built on a device."""
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
+        if self.device.type == "cpu":
+            memory.keep_freed()
 
     def describe(self) -> str:
         """For the summary: which device, how much of it."""
