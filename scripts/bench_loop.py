@@ -23,7 +23,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from vit_train.report.console import Console
 from vit_train.training.guard import Guard, Signals
 from vit_train.training.optimizers import adamw
 from vit_train.training.tracker import NullTracker
+from vit_train.training.trainer import Trainer
 
 
 def make_folder(root: Path, size: int = 32, classes: int = 10, images: int = 16) -> None:
@@ -60,6 +62,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps per round")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
+    with built(arguments.overrides) as trainer:
+        print(json.dumps(measure(trainer, arguments.rounds, arguments.steps), indent=1))
+
+
+@contextmanager
+def built(typed: list[str]) -> Iterator[Trainer]:
+    """The trainer of the run that `vit-train` with these arguments would build."""
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder) / "images")
         defaults = ["model=vit_cifar", "trainer=cifar", "data=imagefolder", "data.batch_size=128"]
@@ -68,27 +77,33 @@ def main() -> None:
             f"data.root={folder}/images",
             "data.num_workers=0",
             f"run_dir={folder}/run",
-            *arguments.overrides,
+            *typed,
         ]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             run = build_run(compose("train", overrides=overrides), Launch(overrides=overrides), Console())
-        trainer = run.trainer
-        trainer.tracker = NullTracker()
-        print(json.dumps(measure(trainer, arguments.rounds, arguments.steps), indent=1))
+        run.trainer.tracker = NullTracker()
+        run.trainer.guard = Guard(run.trainer.strategy, Signals())
+        yield run.trainer
 
 
-def measure(trainer, rounds: int, steps: int) -> dict[str, object]:
-    """Medians over alternating rounds."""
+def random_batch(trainer: Trainer) -> Batch:
+    """One of the size that training has, in memory."""
     device, data = trainer.strategy.device, trainer.parts.data
     size = min(trainer.parts.about["config"]["data"]["batch_size"], data.sizes["train"])
     generator = torch.Generator().manual_seed(0)
     shape = (size, data.in_channels, data.img_size, data.img_size)
-    batch = Batch(
+    return Batch(
         torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device),
         torch.randint(0, data.num_classes, (size,), generator=generator).to(device),
         torch.arange(size).to(device),
         torch.zeros(size, dtype=torch.int64).to(device),
     )
+
+
+def measure(trainer: Trainer, rounds: int, steps: int) -> dict[str, object]:
+    """Medians over alternating rounds."""
+    device, batch = trainer.strategy.device, random_batch(trainer)
+    size = len(batch.targets)
     images, targets = trainer.parts.train_transform(batch, 0, 0)
     model = copy.deepcopy(trainer.model)
     optimizer = adamw(model, lr=1e-3)
@@ -105,7 +120,6 @@ def measure(trainer, rounds: int, steps: int) -> dict[str, object]:
         if trainer.ema is not None:
             trainer.ema.update(trainer.model, 100)
 
-    trainer.guard = Guard(trainer.strategy, Signals())
     loop = lambda: trainer.train_step(batch, 0)  # noqa: E731
     for warm_up in (bare, loop):
         timed(warm_up, 3, device)
