@@ -210,14 +210,10 @@ def _find_checkpoint(
     Raises:
         ConfigError, CheckpointError: see the messages.
     """
-    from vit_train.inference.trained import check_sizes
-
     config, run_dir = plain(cfg), start.run_dir
     outlined = cache(lambda: outline(config, start.allow))
 
     def fits(path: Path, _: Any, shapes: checkpoint.Shapes) -> None:
-        if start.allow is not None:  # before the outline: what is stored may lie about its size
-            check_sizes(config["model"], shapes, path)
         checkpoint.check_shapes(path, shapes, outlined()[0], ema=config["trainer"]["ema_decay"] is not None)
 
     found, problems = checkpoint_to_continue(run_dir, start.named, fits)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vit_train import checkpoint
-from vit_train.construct import is_node, make
+from vit_train.construct import check, is_node, make
 from vit_train.data.transforms.batch_transforms import Normalize
 from vit_train.data.transforms.decode import RGB, WHITE, ValueRange
 from vit_train.data.transforms.sample_transforms import Steps, plain
@@ -97,8 +97,9 @@ def fits(
     check_stored(config, path)
     node = config["model"]
     allow = allowed({"model": node}, trust, hydra=hydra)
-    check_sizes(node, shapes, path)
     with _blaming(path), torch.device("meta"):
+        if errors := check(node, key="model"):
+            raise ConfigError("; ".join(errors))
         model = make(without_download(node), key="model", allow=allow["model"])
         if not isinstance(model, nn.Module):
             raise TypeError(f"{node['_target_']} makes a {type(model).__name__}")
@@ -111,33 +112,6 @@ def fits(
 def _blaming(path: Path) -> AbstractContextManager[None]:
     what = f"{path} does not describe a model that can be built"
     return blame(CheckpointError, what, (ConfigError, *UNFIT))
-
-
-def check_sizes(node: Mapping[str, Any], shapes: checkpoint.Shapes, path: Path) -> None:
-    """That no number of a model's configuration is larger than the checkpoint allows.
-
-    Width and classes are sides of its tensors; each of the blocks that depth counts has tensors of its own.
-    Without it a few bytes would make a constructor count to a billion.
-
-    Raises:
-        CheckpointError: one is larger.
-    """
-    own = [math.prod(shape) for name, shape in shapes.items() if name.startswith("model/")]
-    lie = _larger(node, sum(own), len(own))
-    if lie is not None:
-        raise CheckpointError(
-            f"{path} does not describe its own model: {lie} in a file of {len(own)} tensors with {sum(own)} "
-            "weights"
-        )
-
-
-def _larger(node: Any, weights: int, tensors: int, key: str = "") -> int | None:
-    if isinstance(node, int):
-        return node if node > (tensors if key.startswith("depth") else weights) else None
-    inside = list(node.items()) if isinstance(node, Mapping) else []
-    inside += [(key, value) for value in node] if isinstance(node, list) else []
-    lies = (_larger(value, weights, tensors, str(name)) for name, value in inside)
-    return next((lie for lie in lies if lie is not None), None)
 
 
 def _check_inference(inference: Mapping[str, Any], model: nn.Module) -> None:
