@@ -39,30 +39,37 @@ def count(number: int, one: str, many: str = "") -> str:
 
 
 class VitTrainError(Exception):
-    """Base of every error that ends a command with one clear line: `KEY=WHAT; ADVICE`.
+    """Base of every error that ends a command with one clear line: `KEY=WHERE WHAT; ADVICE`.
 
     Args:
-        what: what is wrong, and where.
-        key: of the configuration, where `what` begins with its value.
+        what: what is wrong, and where it is wrong if `where` does not say.
+        where: the file or other thing that it is about.
+        key: of the configuration, where the rest begins with its value.
         advice: what to type instead.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, *, key: str = "", advice: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", key: str = "", advice: str = "") -> None:
         super().__init__(what)
         self.what = what
+        self.where = where
         self.key = key
         self.advice = advice
 
     def __str__(self) -> str:
-        named = f"{self.key}={self.what}" if self.key else self.what
+        named = f"{self.where} {self.what}" if self.where else self.what
+        named = f"{self.key}={named}" if self.key else named
         return printable(f"{named}; {self.advice}" if self.advice else named)
 
     def reworded(self, *, key: str | None = None, advice: str | None = None) -> Self:
         """The same error in the words of another command."""
-        key = self.key if key is None else key
-        return type(self)(self.what, key=key, advice=self.advice if advice is None else advice)
+        return type(self)(
+            self.what,
+            where=self.where,
+            key=self.key if key is None else key,
+            advice=self.advice if advice is None else advice,
+        )
 
 
 class ConfigError(VitTrainError):

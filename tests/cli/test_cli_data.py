@@ -199,7 +199,7 @@ def test_stats_names_a_file_that_cannot_be_read_and_where_to_look(root, tmp_path
     done = typed_here(main, "stats", root, cwd=tmp_path)
     assert (done.code, done.out) == (3, "")
     assert done.err == (
-        f"vit-data: error: {root}/train/a/bad.jpg is not an image Pillow can read: repair or remove it; "
+        f"vit-data: error: {root}/train/a/bad.jpg is not an image Pillow can read; repair or remove it; "
         f"vit-data check {root} lists all\n"
     )
 

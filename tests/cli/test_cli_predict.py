@@ -184,7 +184,7 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(typed, runs, images):
     done = typed(runs[3], "no/such.png", images[0], "none*.png")
     assert done.code == 3
     assert ["error" in each for each in objects(done)] == [True, False, True]
-    assert "skipped: no/such.png does not exist: check its name, or put it back\n" in done.err
+    assert "skipped: no/such.png does not exist; check its name, or put it back\n" in done.err
     assert done.err.endswith("error: 2 of 3 images could not be read: each is named above\n")
 
 

@@ -270,7 +270,7 @@ def test_a_file_that_was_damaged_before_is_named(home, unbroken, num_workers) ->
     (home / TRAINED_ON).write_bytes(b"no image")
     settings = (*PHOTOS, f"data.num_workers={num_workers}")
     done = vit_train_forked(*settings, cwd=home, check=False)
-    failed(done, 3, f"{TRAINED_ON} is not an image Pillow can read: repair or remove it")
+    failed(done, 3, f"{TRAINED_ON} is not an image Pillow can read; repair or remove it")
     (home / TRAINED_ON).write_bytes(good)
     vit_train_forked(*settings, cwd=home)
     assert whole_state(home / "run") == unbroken

@@ -576,7 +576,7 @@ def test_a_file_that_is_removed_while_training(in_tmp):
     (in_tmp / "remove").touch()
     done = vit_train_here(*settings, cwd=in_tmp)
     assert done.code == 3
-    assert done.err.endswith(f"{VICTIM} does not exist: check its name, or put it back\n")
+    assert done.err.endswith(f"{VICTIM} does not exist; check its name, or put it back\n")
     (in_tmp / "remove").unlink()
     refused = vit_train_here(*settings, cwd=in_tmp)
     assert refused.code == 3

@@ -228,7 +228,7 @@ def test_a_cut_off_jpeg_is_named_though_its_header_is_whole(tmp_path, capfd, num
     with Image.open(path) as image:
         assert image.size == (64, 64)
     data = made(tmp_path, num_workers=num_workers, val_fraction=0.0, batch_size=9, cache="none")
-    with pytest.raises(DataError, match=rf"^{path} cannot be read \(.+\): repair or remove it$"):
+    with pytest.raises(DataError, match=rf"^{path} cannot be read \(.+\); repair or remove it$"):
         list(data.loader("train"))
     data.close()
     assert "Traceback" not in capfd.readouterr().err

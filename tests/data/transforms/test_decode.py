@@ -58,7 +58,7 @@ def test_plain_files_are_what_pillow_reads(mode, format_):
 
 def test_a_missing_file_and_a_folder(tmp_path):
     with pytest.raises(
-        DataError, match=rf"^{tmp_path}/x.png does not exist: check its name, or put it back$"
+        DataError, match=rf"^{tmp_path}/x.png does not exist; check its name, or put it back$"
     ):
         decode(tmp_path / "x.png")
     with pytest.raises(DataError, match=rf"^{tmp_path} cannot be read \(Is a directory\)"):

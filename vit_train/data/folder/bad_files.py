@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import TypeAlias
 
 from vit_train.data.folder.pool import each_file
-from vit_train.data.transforms.decode import NOT_READ, decode
+from vit_train.data.transforms.decode import decode
 from vit_train.errors import DataError
 
 Progress: TypeAlias = Callable[[int], object]
@@ -45,14 +45,8 @@ def reason_unreadable(path: str) -> str | None:
     try:
         decode(path)
     except DataError as error:
-        return reason_in(error, path)
+        return error.what
     return None
-
-
-def reason_in(error: DataError, path: str) -> str:
-    """WHAT in "PATH WHAT: ADVICE", as `decode` says it; all of it about HEIC."""
-    what = str(error.args[0]).removeprefix(path).strip()
-    return what if what.endswith(NOT_READ) else what.rpartition(": ")[0] or what
 
 
 def unreadable(lines: Sequence[str]) -> str:

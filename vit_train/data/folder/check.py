@@ -25,7 +25,7 @@ from PIL import Image
 
 from vit_train.data.contract import SPLITS, Split
 from vit_train.data.folder import layout
-from vit_train.data.folder.bad_files import Progress, reason_in
+from vit_train.data.folder.bad_files import Progress
 from vit_train.data.folder.image_folder import ImageFolder, sample_of
 from vit_train.data.folder.listing import LEFT_BY, images_below, is_folder, is_image, is_visible
 from vit_train.data.folder.pool import Crash, each_file
@@ -62,7 +62,7 @@ def _look(path: str, *, value_range: ValueRange | None) -> _Seen | str:
             with Image.open(file) as stored:
                 mode = stored.mode
     except DataError as error:
-        return reason_in(error, path)
+        return error.what
     except Exception as error:  # gone or changed meanwhile, or another of Pillow's plugins takes it
         if ran_out(error):
             raise

@@ -135,16 +135,21 @@ def decode(
             shown.info = {EXTENT: extent}
             return shown
     except FileNotFoundError:
-        raise DataError(f"{name} does not exist: check its name, or put it back") from None
+        raise DataError("does not exist", where=name, advice="check its name, or put it back") from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
         if ran_out(error):
             raise
-        if name.lower().endswith(HEIC) or _is_heic(file):
-            raise DataError(f"{name} {NOT_READ}") from None
-        if isinstance(error, UnidentifiedImageError):
-            raise DataError(f"{name} is not an image Pillow can read: repair or remove it") from None
-        reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-        raise DataError(f"{name} cannot be read ({reason}): repair or remove it") from error
+        raise _unreadable(error, file, name) from error
+
+
+def _unreadable(error: Exception, file: str | Path | bytes, name: str) -> DataError:
+    """What Pillow said of a file, in a line of ours."""
+    if name.lower().endswith(HEIC) or _is_heic(file):
+        return DataError(NOT_READ, where=name)
+    reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+    unknown = isinstance(error, UnidentifiedImageError)
+    what = "is not an image Pillow can read" if unknown else f"cannot be read ({reason})"
+    return DataError(what, where=name, advice="repair or remove it")
 
 
 def _is_heic(file: str | Path | bytes) -> bool:
