@@ -80,7 +80,7 @@ def test_what_the_wheel_holds(wheel):
     code = {
         path.relative_to(HOUSE).as_posix()
         for path in (HOUSE / "vit_train").rglob("*")
-        if path.suffix in (".py", ".css")
+        if path.suffix in (".py", ".css", ".html")
     }
     configs = {
         f"vit_train/{path.relative_to(HOUSE).as_posix()}" for path in (HOUSE / "configs").rglob("*.yaml")
