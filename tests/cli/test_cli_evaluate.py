@@ -25,12 +25,14 @@ from conftest import (
     vit_train_here,
     whole_state,
 )
+from hydra import compose, initialize_config_dir
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vit_train.cli import data_command as data_command
 from vit_train.cli import evaluate
+from vit_train.config.check import config_dir, plain
 from vit_train.errors import ConfigError, DataError
 from vit_train.report.evaluation_files import FILES
 from vit_train.system import faults
@@ -256,6 +258,15 @@ def test_a_folder_for_a_model_of_other_data_is_squashed_to_its_size() -> None:
     assert found == {**found, **wanted, **kept}
     assert "class_names" not in found
     assert evaluate.other_root({**found, "root": "data"}, stored) == Path("data"), "taken for the run's own"
+
+
+@pytest.mark.parametrize("typed_value", ["1e3", "7", "null", "'7'", "[0,1e3]", "true", "a b", "{a: 1e3}"])
+def test_a_value_means_what_it_means_to_vit_train(typed_value) -> None:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        composed = compose("train", overrides=[f"++data.worker_timeout_seconds={typed_value}"])
+    stored = {"data": {"worker_timeout_seconds": 1}}
+    found = evaluate.with_overrides(stored, [f"data.worker_timeout_seconds={typed_value}"], {})
+    assert found["data"]["worker_timeout_seconds"] == plain(composed)["data"]["worker_timeout_seconds"]
 
 
 def test_the_folder_of_a_run_is_still_its_own_when_it_is_called_a_folder(typed, folder_run):
@@ -502,9 +513,9 @@ def test_a_damaged_checkpoint_names_the_file(typed, digits_run, in_tmp):
 def test_unknown_keys(typed, digits_run, in_tmp):
     run = str(digits_run)
     before = everything_in(digits_run)
-    for value in ("!!bool maybe", "!!int ''", "!!timestamp abc", "[1"):
+    for value in ("!!bool maybe", "!!int ''", "!!timestamp abc", "[1", "1,2", "range(3)"):
         done = typed(run, f"data.batch_size={value}")
-        assert_refused(done, 2, f"data.batch_size={value}: the value is not valid YAML")
+        assert_refused(done, 2, repr(f"data.batch_size={value}"), "expected key=value")
     assert_refused(typed(run, "data.rot=x"), 2, "data.rot: no such key", "choices: ", "batch_size")
     assert_refused(typed(run, "data.batchsize=4"), 2, "did you mean 'batch_size'?")
     assert_refused(typed(run, "optimizer.lr=1"), 2, "optimizer.lr: evaluation uses only")

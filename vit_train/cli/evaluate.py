@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_train.cli import command
-from vit_train.errors import UNFIT, ConfigError, DataError, blame, suggest
-from vit_train.system.places import expanded, is_text
+from vit_train.errors import ConfigError, DataError, blame, suggest
+from vit_train.system.places import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -336,7 +336,7 @@ def build_data(config: dict[str, Any], trust: tuple[str, ...] = ()) -> tuple[Any
 def with_overrides(
     config: dict[str, Any], overrides: list[str], inference: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The stored configuration with trailing `key=value` arguments, values read as YAML.
+    """The stored configuration with trailing `key=value` arguments, as `resume=` reads them.
 
     `data=imagefolder` counts first, wherever it stands: `data.root` and the others are keys of the folder.
 
@@ -350,7 +350,7 @@ def with_overrides(
     """
     import copy
 
-    import yaml
+    from vit_train.cli.typed import key_and_value
 
     config = copy.deepcopy(config)
     groups = [text for text in overrides if text.startswith("data=")]
@@ -362,11 +362,8 @@ def with_overrides(
             )
     if groups and config["data"].get("_target_") != _FOLDER:
         config["data"] = folder_for(config["data"], inference)
-    overrides = [text for text in overrides if text not in groups]
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r}: expected key=value, such as data.root=other/photos")
+    for override in (text for text in overrides if text not in groups):
+        key, value = key_and_value(override)
         if key != _OVERRIDABLE[-1] and not key.startswith(tuple(f"{group}." for group in _OVERRIDABLE)):
             raise ConfigError(f"{key}: evaluation uses only {', '.join(f'{a}.*' for a in _OVERRIDABLE[:2])}")
         *parents, name = key.split(".")
@@ -378,10 +375,7 @@ def with_overrides(
                 raise ConfigError(f"the run's data is not a folder: type data=imagefolder {override}")
             known = [k for k in node if not k.startswith("_")] if isinstance(node, dict) else []
             raise ConfigError(f"{key}: no such key{suggest(name, known)} (choices: {', '.join(known)})")
-        try:
-            node[name] = text if is_text(key, text) else yaml.safe_load(text)
-        except (yaml.YAMLError, *UNFIT):
-            raise ConfigError(f"{override}: the value is not valid YAML") from None
+        node[name] = value
     return config
 
 

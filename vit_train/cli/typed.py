@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from vit_train.config.check import config_dir
 from vit_train.errors import ConfigError
@@ -42,6 +45,21 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
     typed = [*flags.overrides, *unknown]
     overrides = [_override(argument, raw=not flags.multirun, checked=not shown) for argument in typed]
     return [*overrides, *(argument for argument in arguments if argument not in typed)]
+
+
+def key_and_value(argument: str) -> tuple[str, Any]:
+    """One `key=value` of a command that Hydra does not run, as `vit-train` reads it.
+
+    Raises:
+        ConfigError: it is not one value for one key.
+    """
+    with suppress(HydraException):
+        parsed = OverridesParser.create().parse_override(_override(argument, raw=True, checked=False))
+        if not parsed.is_sweep_override() and not parsed.is_delete():
+            return parsed.key_or_group, parsed.value()
+    raise ConfigError(
+        f"{argument!r}: expected key=value, such as data.root=other/photos (close every bracket and quote)"
+    )
 
 
 def _refuse(message: str) -> NoReturn:
