@@ -18,7 +18,7 @@ import torch
 from conftest import TINY, build, load_trained
 from torch import nn
 
-from vit_train import errors
+from vit_train import errors, text
 from vit_train.checkpoint import Checkpointer, load_run
 from vit_train.checkpoint import load as load_checkpoint
 from vit_train.inference.trained import without_download
@@ -202,12 +202,12 @@ def test_the_scaler_is_a_no_op_but_in_fp16(precision) -> None:
 
 # ---------------------------------------------------------------------------------------------------- errors
 def test_suggest() -> None:
-    assert errors.suggest("optimzer", ["model", "optimizer"]) == "; did you mean 'optimizer'?"
-    assert errors.suggest("banana", ["model", "optimizer"]) == ""
-    assert errors.suggest("x", iter([])) == ""
-    assert errors.suggest("adamW", ["adam", "adamw", "AdamX"]) == "; did you mean 'adamw'?"
-    assert errors.suggest("DOG", ["cat", "dog"]) == "; did you mean 'dog'?"
-    assert errors.suggest("depth", (name for name in ("depths", "width"))) == "; did you mean 'depths'?"
+    assert text.suggest("optimzer", ["model", "optimizer"]) == "; did you mean 'optimizer'?"
+    assert text.suggest("banana", ["model", "optimizer"]) == ""
+    assert text.suggest("x", iter([])) == ""
+    assert text.suggest("adamW", ["adam", "adamw", "AdamX"]) == "; did you mean 'adamw'?"
+    assert text.suggest("DOG", ["cat", "dog"]) == "; did you mean 'dog'?"
+    assert text.suggest("depth", (name for name in ("depths", "width"))) == "; did you mean 'depths'?"
 
 
 @pytest.mark.parametrize(

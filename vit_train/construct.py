@@ -24,7 +24,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, ConfigDict, PydanticUserError, Strict, TypeAdapter, ValidationError
 
-from vit_train.errors import CheckpointError, ConfigError, blame, suggest
+from vit_train.errors import CheckpointError, ConfigError, blame
+from vit_train.text import suggest
 
 TARGET, PARTIAL = "_target_", "_partial_"
 # Numbers with their bounds, for constructors whose arguments users type; none is infinite or NaN. What makes

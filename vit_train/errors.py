@@ -7,35 +7,15 @@ anything else that escapes is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-import difflib
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
+from vit_train.text import printable
+
 # Raised by building and running where a stored value, or one typed beside it, makes no sense
 UNFIT = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
-_LONGEST = 10_000  # characters of a message: a hostile file may put megabytes into one
-
-
-def printable(text: str) -> str:
-    """The same text, safe for a terminal: names of files and classes may hold escape sequences.
-
-    What is not printable but for line ends is written as its Python escape, and what is too long is cut.
-    """
-    shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shown)
-
-
-def one_line(text: str) -> str:
-    """`printable`, with line ends escaped too."""
-    return printable(text).replace("\n", "\\n")
-
-
-def count(number: int, one: str, many: str = "") -> str:
-    """`1 image`, `1,000 images`, `3 classes`; `many` where it is another word."""
-    many = many or (f"{one}es" if one.endswith("s") else f"{one}s")
-    return f"{number:,} {one if number == 1 else many}"
 
 
 class VitTrainError(Exception):
@@ -185,17 +165,3 @@ def passing_over() -> Iterator[None]:
     except Exception as error:
         if ran_out(error):
             raise
-
-
-def suggest(word: str, choices: Iterable[str], *, inside: str = "") -> str:
-    """`"; did you mean 'x'?"` when a close match exists, upper and lower case aside, else an empty string.
-
-    Args:
-        word: what the user typed.
-        choices: what would have been accepted.
-        inside: the node they are keys of, which stands before the one suggested.
-    """
-    folded = {choice.casefold(): choice for choice in choices}
-    close = [folded[each] for each in difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)]
-    meant = f"{inside}.{close[0]}" if close and inside else "".join(close)
-    return f"; did you mean {meant!r}?" if close else ""

@@ -12,7 +12,8 @@ from torch import nn
 
 from vit_train.report.console import Console
 from vit_train.report.history import read_events
-from vit_train.report.tracker import Tracker, duration
+from vit_train.report.tracker import Tracker
+from vit_train.text import duration
 from vit_train.training.tracker import NullTracker, Plan
 
 

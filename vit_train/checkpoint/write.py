@@ -24,8 +24,9 @@ from vit_train.checkpoint.layout import (
     resolve_link,
 )
 from vit_train.checkpoint.read import read_json
-from vit_train.errors import SaveError, count
+from vit_train.errors import SaveError
 from vit_train.system import durable, faults
+from vit_train.text import count
 
 if TYPE_CHECKING:
     from torch import Tensor

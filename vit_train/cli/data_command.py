@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from vit_train.cli import command
-from vit_train.errors import DataError, WorkerLostError, count
+from vit_train.errors import DataError, WorkerLostError
 from vit_train.system.places import as_argument, as_typed, expanded
+from vit_train.text import count
 
 _STDOUT = "-"
 
@@ -64,10 +65,10 @@ def stats(arguments: argparse.Namespace) -> None:
     import torch
 
     from vit_train.data import ImageFolder
-    from vit_train.data.folder.layout import some
     from vit_train.data.transforms.stats import ChannelStats, channel_stats, unusual
     from vit_train.report.console import Console
     from vit_train.report.dataset import stats_tables
+    from vit_train.text import some
 
     data = ImageFolder(
         root=arguments.root,

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_train.cli import command
-from vit_train.errors import ConfigError, DataError, blame, suggest
+from vit_train.errors import ConfigError, DataError, blame
 from vit_train.system.places import expanded
+from vit_train.text import suggest
 
 if TYPE_CHECKING:
     import torch
@@ -285,7 +286,7 @@ def class_map(data_classes: list[str], model_classes: list[str]) -> Any:
     """
     import torch
 
-    from vit_train.data.folder.layout import some
+    from vit_train.text import some
 
     ids = {name: i for i, name in enumerate(model_classes)}
     unknown = [name for name in data_classes if name not in ids]

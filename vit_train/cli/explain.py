@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from unicodedata import normalize
 
 from vit_train.cli import command
-from vit_train.errors import ConfigError, DataError, one_line, suggest
+from vit_train.errors import ConfigError, DataError
 from vit_train.system.places import expanded
+from vit_train.text import one_line, suggest
 
 if TYPE_CHECKING:
     import numpy as np

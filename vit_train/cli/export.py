@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_train.cli import command
-from vit_train.errors import ConfigError, SaveError, printable
+from vit_train.errors import ConfigError, SaveError
+from vit_train.text import printable
 
 if TYPE_CHECKING:
     from vit_train.inference.trained import Trained

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from vit_train.cli import command
-from vit_train.errors import DataError, WorkerLostError, one_line
+from vit_train.errors import DataError, WorkerLostError
+from vit_train.text import one_line
 
 if TYPE_CHECKING:
     from vit_train.inference.trained import Trained

@@ -33,11 +33,11 @@ from vit_train.errors import (
     SaveError,
     VitTrainError,
     ran_out_of_memory,
-    suggest,
     told,
 )
 from vit_train.runs.stored import packages_of, trust_options, trusted
 from vit_train.system import durable, places, streams
+from vit_train.text import suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -326,10 +326,10 @@ def _stopped(run: Run, stop: Stop) -> dict[str, Any] | None:
 def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     import json
 
-    from vit_train.errors import count
     from vit_train.report.pictures import sheet_of_attention, sheet_of_predictions
     from vit_train.report.summary import closing_table, hyperparameters
     from vit_train.runs.record import closing_figures
+    from vit_train.text import count
 
     trainer, run_dir = run.trainer, run.run_dir
     result = closing_figures(

@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vit_train.construct import Few, Seed, check, is_node
-from vit_train.errors import UNFIT, ConfigError, blame, suggest
+from vit_train.errors import UNFIT, ConfigError, blame
 from vit_train.system.places import WEIGHT_FILES, expanded, open_plain
+from vit_train.text import suggest
 
 if TYPE_CHECKING:
     from vit_train.weights import Pretrained

@@ -10,7 +10,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vit_train.config.check import config_dir
 from vit_train.construct import check, make
-from vit_train.errors import ConfigError, blame, suggest
+from vit_train.errors import ConfigError, blame
+from vit_train.text import suggest
 
 if TYPE_CHECKING:
     from torch import nn

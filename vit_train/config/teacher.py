@@ -8,7 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from vit_train.config.shipped import model_names, model_node
 from vit_train.construct import make
-from vit_train.errors import CheckpointError, ConfigError, suggest
+from vit_train.errors import CheckpointError, ConfigError
+from vit_train.text import suggest
 
 if TYPE_CHECKING:
     import torch

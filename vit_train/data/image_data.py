@@ -37,6 +37,7 @@ from vit_train.data.loading.loaders import (
 from vit_train.data.loading.splits import hold_out, keep, keep_share
 from vit_train.data.transforms.sample_transforms import SampleTransform, plain
 from vit_train.errors import DataError, WorkerLostError
+from vit_train.text import some
 
 S = TypeVar("S", bound=Samples)
 
@@ -308,8 +309,7 @@ class ImageData(DataModule, abc.ABC):
         else:
             unseen = [name for name, n in zip(self.class_names, self._count("val")) if n == 0]
             if unseen:
-                shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
-                self.notes.append(f"no validation image of {shown}: validation says nothing about it")
+                self.notes.append(f"no validation image of {some(unseen)}: validation says nothing about it")
         if "test" not in self.sources:
             self.notes.append("no test split: there is no test figure at the end")
 

@@ -12,8 +12,9 @@ import rich.console
 from rich.console import RenderableType
 from tqdm import tqdm
 
-from vit_train.errors import ConfigError, printable
+from vit_train.errors import ConfigError
 from vit_train.system import streams
+from vit_train.text import printable
 
 _PLAIN_WIDTH = 110  # columns where the output is not a terminal, so that logs do not wrap at 80
 

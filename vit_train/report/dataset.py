@@ -13,7 +13,7 @@ from rich.text import Text
 
 from vit_train.data.folder.check import Finding, Item, Report
 from vit_train.data.transforms.stats import ChannelStats
-from vit_train.errors import count, one_line
+from vit_train.text import count, one_line
 
 _MOST_ITEMS = 20  # of one finding; and classes
 _MOST_FILES = 3  # of one item

@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vit_train.errors import printable
 from vit_train.report.evaluation_figures import NUM_BINS, Calibration
 from vit_train.report.fonts import fonts_for
-from vit_train.report.pictures import short
+from vit_train.text import printable, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,9 +17,8 @@ from rich.table import Table
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import precision_recall_fscore_support
 
-from vit_train.errors import printable
 from vit_train.report.predictions import csv_text
-from vit_train.report.summary import percent
+from vit_train.text import percent, printable
 from vit_train.training.evaluation import Evaluation, Predictions
 
 NUM_BINS = 15

@@ -14,10 +14,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vit_train.errors import printable
 from vit_train.report.evaluation_figures import Evaluated, worst_first
-from vit_train.report.summary import percent
 from vit_train.system.places import expanded
+from vit_train.text import percent, printable
 
 _CONFUSIONS = 20  # most frequent ones listed
 _OPEN_CLASSES, _WORST = 30, 15  # of more classes than this the worst are shown, and all folded up

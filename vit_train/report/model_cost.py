@@ -9,9 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
-from vit_train.errors import count
 from vit_train.models.cost import Layer, Shape
 from vit_train.report.summary import key_value_table
+from vit_train.text import count
 
 if TYPE_CHECKING:
     from vit_train.config.describe import Described

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vit_train.errors import printable
 from vit_train.report.fonts import fonts_for, with_glyphs
+from vit_train.text import printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

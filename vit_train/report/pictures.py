@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from vit_train.errors import printable
 from vit_train.inference.attention import NAMES, explain, methods, unchanged
 from vit_train.precision import Precision, autocast
 from vit_train.report.fonts import fonts_for
 from vit_train.report.overlay import INK, RIGHT, WRONG, Explained, Page, Sheet, shown_name
+from vit_train.text import printable, short
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -210,8 +210,3 @@ def _sheet(
 
 def _shown_names(class_names: Sequence[str]) -> Sequence[str]:
     return class_names if fonts_for(class_names) else [*map(str, range(len(class_names)))]
-
-
-def short(name: str, longest: int = 16) -> str:
-    """The name, cut and marked as cut where it has more characters than `longest`."""
-    return name if len(name) <= longest else f"{name[: longest - 1]}..."

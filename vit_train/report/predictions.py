@@ -19,8 +19,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from vit_train.errors import one_line, printable
 from vit_train.inference.prediction import Prediction
+from vit_train.text import one_line, printable
 
 _PLAIN_WIDTH = 110  # columns where the output is not a terminal
 _BAR_WIDTH = 12

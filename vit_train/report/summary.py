@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vit_train.errors import count, printable
-from vit_train.report.tracker import duration
+from vit_train.text import count, duration, percent, printable
 
 if TYPE_CHECKING:
     from vit_train.config.build import Run
@@ -120,11 +119,6 @@ def class_table(names: Sequence[str], counts: Sequence[int]) -> str:
     if len(pairs) > _CLASSES_SHOWN:
         pairs = [*pairs[: _CLASSES_SHOWN // 2], "...", *pairs[-_CLASSES_SHOWN // 2 :]]
     return ", ".join(pairs)
-
-
-def percent(value: float | None) -> str:
-    """97.22 of 0.9722; a dash where there is no figure."""
-    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def closing_table(result: Mapping[str, Any]) -> Table:

@@ -30,6 +30,7 @@ from vit_train.report import pictures
 from vit_train.report.console import Console
 from vit_train.report.history import read_events
 from vit_train.system import durable
+from vit_train.text import duration
 from vit_train.training.tracker import NullTracker, Plan
 
 if TYPE_CHECKING:
@@ -277,14 +278,3 @@ class Tracker(NullTracker):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-def duration(seconds: float) -> str:
-    """1.2s, 3m04s, 2h05m."""
-    seconds = max(0.0, seconds)  # a clock may say -0.0
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{rest:02d}s"
-    return f"{minutes // 60}h{minutes % 60:02d}m"

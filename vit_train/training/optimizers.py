@@ -20,8 +20,8 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from vit_train.construct import Fraction, NotNegativeFloat, PositiveFloat, Share
-from vit_train.errors import suggest
 from vit_train.layers import Block
+from vit_train.text import suggest
 from vit_train.training.muon import Muon
 
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from vit_train.errors import ConfigError
 from vit_train.models import ViT
+from vit_train.text import some
 from vit_train.weights.source import KEY, Pretrained, check_tensors, read_pretrained
 
 _HEADS = ("head.", "head_dist.")
 _TOKENS = ("cls_token", "dist_token")
 _OR_NOT_STRICT = "choose the model the weights were trained for, or type init_strict=false to take what fits"
-_SHOWN = 5
 
 
 @dataclass
@@ -58,7 +58,7 @@ class LoadReport:
             ("passed over", self.passed_over),
         ):
             if names:
-                parts.append(f"{what}: {_listed(names)}")
+                parts.append(f"{what}: {some(names)}")
         return f"from {self.source}: {'; '.join(parts)}"
 
 
@@ -121,7 +121,7 @@ def load_pretrained(
         said = f"{pretrained.source}: none of its tensors has a place in {_kind(model)}{pretrained.contents}"
         raise ConfigError(said, key=KEY, advice="type the model= they are of, or rename them as timm does")
     if problems and strict:
-        said = f"{pretrained.source} ({pretrained.whose}) does not fit {_kind(model)}: {_listed(problems)}"
+        said = f"{pretrained.source} ({pretrained.whose}) does not fit {_kind(model)}: {some(problems)}"
         raise ConfigError(f"{said}{_advice(own, pretrained.tensors)}", key=KEY, advice=_OR_NOT_STRICT)
     return report
 
@@ -251,8 +251,3 @@ def _kind(model: nn.Module) -> str:
 
 def _sides(tensor: Tensor) -> str:
     return " x ".join(str(side) for side in tensor.shape) or "a number"
-
-
-def _listed(names: Sequence[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

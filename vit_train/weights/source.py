@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from vit_train import checkpoint
-from vit_train.errors import CheckpointError, ConfigError, ran_out, suggest
+from vit_train.errors import CheckpointError, ConfigError, ran_out
 from vit_train.system.places import expanded
+from vit_train.text import suggest
 from vit_train.weights.names import common_front, models_in, recognise, to_ours
 
 KEY = "init_from"  # of the configuration, which errors are about

@@ -31,8 +31,9 @@ from vit_train.data.folder.listing import LEFT_BY, images_below, is_folder, is_i
 from vit_train.data.folder.pool import Crash, each_file
 from vit_train.data.transforms.decode import HEIC, NOT_READ, ValueRange, decode, find_range
 from vit_train.data.transforms.stats import unusual
-from vit_train.errors import DataError, count, printable, ran_out, suggest
+from vit_train.errors import DataError, ran_out
 from vit_train.system.places import open_plain
+from vit_train.text import count, printable, suggest
 
 _DIGEST_BYTES = 16
 _DARK = 3  # levels

@@ -27,8 +27,9 @@ from vit_train.data.folder.listing import SUFFIXES, Listing, list_images
 from vit_train.data.image_data import Found, ImageData
 from vit_train.data.transforms.decode import HEIC, NOT_READ, RGB, WHITE, ValueRange, decode, find_range
 from vit_train.data.transforms.sample_transforms import SampleTransform, plain
-from vit_train.errors import DataError, count, passing_over
+from vit_train.errors import DataError, passing_over
 from vit_train.system.places import as_argument, open_plain
+from vit_train.text import NAMED, count, some
 
 # The size to train at is read from the headers of a few files: enough to see whether they are all alike.
 _NUM_HEADERS = 64
@@ -203,7 +204,7 @@ class ImageFolder(ImageData):
         if empty:
             verb, it = ("holds", "it") if len(empty) == 1 else ("hold", "them")
             raise DataError(
-                f"{layout.some(empty)} {verb} no images ({' '.join(SUFFIXES)}): fill {it} or remove {it}"
+                f"{some(empty)} {verb} no images ({' '.join(SUFFIXES)}): fill {it} or remove {it}"
                 + (others and f"; {others}")
             )
 
@@ -211,9 +212,7 @@ class ImageFolder(ImageData):
         if listing.others:
             self.notes.append(_others(listing, ": ignored"))
         if listing.links:
-            self.notes.append(
-                f"linked folders inside class folders are not followed: {layout.some(listing.links)}"
-            )
+            self.notes.append(f"linked folders inside class folders are not followed: {some(listing.links)}")
 
     def usable(self, sources: dict[Split, Source]) -> dict[Split, Source]:
         """With on_bad_image=skip: what can be read, the same on every rank, for any number of workers."""
@@ -238,7 +237,7 @@ class ImageFolder(ImageData):
                 raise DataError(f"{unreadable([*bad.values()])}: a class would be without images")
             self.notes.append(
                 f"data.on_bad_image=skip leaves out {count(len(bad), 'image')} of "
-                f"{len(source.targets):,}: {layout.some([source.name(i) for i in bad])}"
+                f"{len(source.targets):,}: {some([source.name(i) for i in bad])}"
             )
         return sources
 
@@ -322,7 +321,7 @@ class ImageFolder(ImageData):
 def _others(listing: Listing, what_of_it: str = "") -> str:
     """`2 files are not images by name (.txt)`, or nothing."""
     number = sum(listing.others.values())
-    kinds = layout.some([kind or "no suffix" for kind in listing.others])
+    kinds = some([kind or "no suffix" for kind in listing.others])
     what = "1 file is not an image" if number == 1 else f"{number:,} files are not images"
     advice = "" if listing.others.keys().isdisjoint(HEIC) else f"; .heic {NOT_READ}"
     return f"{what} by name ({kinds}){what_of_it}{advice}" if number else ""
@@ -333,7 +332,7 @@ def _refuse_no_content(sources: Mapping[Split, FileSource]) -> None:
     bad = [(source, i) for source in sources.values() for i in np.flatnonzero(source.sizes <= 0).tolist()]
     if bad:
         what, it = ("1 image file has", "it") if len(bad) == 1 else (f"{len(bad):,} image files have", "them")
-        named = layout.some([source.name(i) for source, i in bad[: layout.NAMED]], of=len(bad))
+        named = some([source.name(i) for source, i in bad[:NAMED]], of=len(bad))
         raise DataError(
             f"{what} no content (empty, a link to nothing, a pipe): {named}: repair or remove {it}"
         )

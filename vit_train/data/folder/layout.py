@@ -14,8 +14,9 @@ from unicodedata import normalize
 
 from vit_train.data.contract import Split
 from vit_train.data.folder.listing import is_folder, is_image, is_visible
-from vit_train.errors import DataError, count, suggest
+from vit_train.errors import DataError
 from vit_train.system.places import as_argument, expanded
+from vit_train.text import count, some, suggest
 
 _SPLITS: dict[str, Split] = {
     "train": "train",
@@ -27,7 +28,6 @@ _SPLITS: dict[str, Split] = {
 _SIMILAR = {"training", "trainset", "testing", "testset", "eval", "evaluation", "dev"}
 _WORDS: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-NAMED = 5  # of many alike
 
 
 @dataclass(frozen=True)
@@ -260,10 +260,3 @@ def refuse_unknown(folder: Path, names: Sequence[str], class_names: Collection[s
 
 def _unlabelled(folder: Path) -> str:
     return f"images without labels are for vit-predict RUN {as_argument(folder)}"
-
-
-def some(names: Sequence[object], *, of: int | None = None) -> str:
-    """`a, b, c` or `a, b, c, d, e and 7 more`; `of` is how many there are where these are the first."""
-    hidden = (len(names) if of is None else of) - NAMED
-    more = f" and {hidden:,} more" if hidden > 0 else ""
-    return ", ".join(str(name) for name in names[:NAMED]) + more
