@@ -35,8 +35,8 @@ from PIL import Image
 from vit_train.config.build import build_run
 from vit_train.config.check import Launch, config_dir
 from vit_train.data import Batch
-from vit_train.precision import autocast
 from vit_train.report.console import Console
+from vit_train.system.precision import autocast
 from vit_train.training.guard import Guard, Signals
 from vit_train.training.optimizers import adamw
 from vit_train.training.tracker import NullTracker

@@ -69,7 +69,6 @@ HOUSE_ORDER = (
     "text",
     "errors",
     "rng",
-    "precision",
     "system",
     "construct",
     "layers",
@@ -84,7 +83,7 @@ HOUSE_ORDER = (
     "report",
     "cli",
 )
-GROUND = {"__init__", "__main__", "text", "errors", "rng", "precision", "construct"}
+GROUND = {"__init__", "__main__", "text", "errors", "rng", "construct"}
 
 
 def test_the_reading_itself():
@@ -131,7 +130,7 @@ CORE = {
         "vit_train.construct",
         "vit_train.layers",
         "vit_train.models",
-        "vit_train.precision",
+        "vit_train.system.precision",
     ),
 }
 

@@ -22,8 +22,8 @@ from vit_train import errors, text
 from vit_train.checkpoint import Checkpointer, load_run
 from vit_train.checkpoint import load as load_checkpoint
 from vit_train.inference.trained import without_download
-from vit_train.precision import autocast, grad_scaler, resolve_precision
 from vit_train.rng import mix, seed_cpu, seed_device
+from vit_train.system.precision import autocast, grad_scaler, resolve_precision
 from vit_train.training.ema import Ema
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from vit_train.layers import PatchEmbed
 from vit_train.layers.window import _cached_window_tables
 from vit_train.models import DeiT, HybridEmbed, ResNet, Swin, ViT
 from vit_train.models.cost import kept_for_backward, layers_of, memory_of, multiply_adds
-from vit_train.precision import autocast
 from vit_train.report.model_cost import layer_table
+from vit_train.system.precision import autocast
 from vit_train.training import optimizers
 
 CPU = torch.device("cpu")

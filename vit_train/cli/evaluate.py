@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from vit_train.data import Split
     from vit_train.inference.trained import Trained
-    from vit_train.precision import Precision
     from vit_train.report.evaluation_figures import Evaluated
+    from vit_train.system.precision import Precision
 
 _OVERRIDABLE = ("data", "strategy", "trainer.precision")
 _FOLDER = "vit_train.data.ImageFolder"
@@ -191,7 +191,7 @@ def precision_of(
         ConfigError: the device does not compute in what was typed.
     """
     from vit_train.construct import as_config_error
-    from vit_train.precision import resolve_precision
+    from vit_train.system.precision import resolve_precision
 
     if not any(text.startswith("trainer.precision=") for text in overrides):
         return trained.precision()
@@ -311,8 +311,8 @@ def build_data(config: dict[str, Any], trust: tuple[str, ...] = ()) -> tuple[Any
         CheckpointError, ConfigError, DataError: see the messages.
     """
     from vit_train.construct import check, make
-    from vit_train.precision import Precision
     from vit_train.runs.stored import allowed, current
+    from vit_train.system.precision import Precision
 
     # the classes may be fewer or in another order; they are matched by name
     unused = {key: None for key in ("num_classes", "sample_transform") if key in config["data"]}

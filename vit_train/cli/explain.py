@@ -102,8 +102,8 @@ def explain_image(
     from vit_train.data.transforms.sample_transforms import seen_box
     from vit_train.inference import attention
     from vit_train.inference.prediction import fetched
-    from vit_train.precision import autocast
     from vit_train.report.overlay import Explained, shown_name
+    from vit_train.system.precision import autocast
 
     device = next(trained.model.parameters()).device
     content, transform = fetched(file), trained.sample_transform()

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vit_train.data import DataModule
-    from vit_train.precision import Precision
+    from vit_train.system.precision import Precision
     from vit_train.training.guard import Signals, Stop
     from vit_train.training.state import Transform
     from vit_train.training.strategy import SingleDevice

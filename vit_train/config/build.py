@@ -167,7 +167,7 @@ def _set_up_data(cfg: DictConfig, start: Start, strategy: SingleDevice, signals:
         ConfigError: it is not a data module, or refuses its arguments.
         DataError: there is nothing to learn from.
     """
-    from vit_train.precision import resolve_precision
+    from vit_train.system.precision import resolve_precision
 
     data = make_part(plain(cfg), "data", start.allow)
     if not hasattr(data, "setup"):

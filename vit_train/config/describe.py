@@ -55,7 +55,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
     import torch
 
     from vit_train.models.cost import layers_of, memory_of
-    from vit_train.precision import resolve_precision
+    from vit_train.system.precision import resolve_precision
     from vit_train.training.memory import shortage
     from vit_train.training.optimizers import freeze_parts
     from vit_train.training.strategy import SingleDevice

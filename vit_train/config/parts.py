@@ -43,7 +43,7 @@ def resolve_auto(cfg: DictConfig, overrides: list[str], model: nn.Module) -> lis
 
 def doubts(precision: str, device: torch.device) -> list[str]:
     """A note where bf16 was typed for a processor that is not faster in it."""
-    from vit_train.precision import bf16_is_faster
+    from vit_train.system.precision import bf16_is_faster
 
     if precision != "bf16" or device.type != "cpu" or bf16_is_faster(device):
         return []

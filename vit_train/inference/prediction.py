@@ -20,7 +20,7 @@ from vit_train.data.folder.image_folder import FileSource
 from vit_train.data.loading.loaders import EvalBatches, SampleLoader, Samples
 from vit_train.inference.download import download, is_url
 from vit_train.inference.trained import Trained
-from vit_train.precision import autocast
+from vit_train.system.precision import autocast
 
 
 @dataclass(frozen=True)

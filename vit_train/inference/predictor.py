@@ -23,8 +23,8 @@ from vit_train import checkpoint
 from vit_train.data.transforms.decode import decode
 from vit_train.errors import CheckpointError, ConfigError, DataError
 from vit_train.inference.trained import Trained, Weights, fits, from_checkpoint
-from vit_train.precision import autocast
 from vit_train.runs.stored import trusted
+from vit_train.system.precision import autocast
 from vit_train.training.strategy import resolve_device
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8]

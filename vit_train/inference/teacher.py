@@ -29,9 +29,9 @@ from vit_train import checkpoint
 from vit_train.errors import CheckpointError, ConfigError, DataError, VitTrainError, ran_out
 from vit_train.inference.trained import fits, from_checkpoint
 from vit_train.models.cost import multiply_adds
-from vit_train.precision import Precision, autocast, inference_precision
 from vit_train.runs.stored import Packages
 from vit_train.system.places import expanded
+from vit_train.system.precision import Precision, autocast, inference_precision
 from vit_train.text import some, suggest
 from vit_train.weights import load_pretrained, read_pretrained
 from vit_train.weights.source import TORCHVISION, Pretrained, check_tensors

@@ -23,8 +23,8 @@ from vit_train.data.transforms.batch_transforms import Normalize
 from vit_train.data.transforms.decode import RGB, WHITE, ValueRange
 from vit_train.data.transforms.sample_transforms import Steps, plain
 from vit_train.errors import UNFIT, CheckpointError, ConfigError, blame
-from vit_train.precision import Precision, inference_precision
 from vit_train.runs.stored import Packages, allowed, check_stored
+from vit_train.system.precision import Precision, inference_precision
 
 Weights = Literal["auto", "raw", "ema"]
 

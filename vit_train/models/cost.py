@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vit_train.layers import Block, ConvGroup
 from vit_train.layers.window import forget_window_tables
-from vit_train.precision import Precision, autocast
+from vit_train.system.precision import Precision, autocast
 
 Shape = tuple[int, ...]
 

@@ -14,9 +14,9 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from vit_train.inference.attention import NAMES, explain, methods, unchanged
-from vit_train.precision import Precision, autocast
 from vit_train.report.fonts import fonts_for
 from vit_train.report.overlay import INK, RIGHT, WRONG, Explained, Page, Sheet, shown_name
+from vit_train.system.precision import Precision, autocast
 from vit_train.text import printable, short
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""What the operating system gives: places as people type them, files that survive, streams, free memory."""
+"""What the machine gives: places as people type them, files that survive, streams, memory, precision."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vit_train.data import Batch
-from vit_train.precision import Precision, autocast
+from vit_train.system.precision import Precision, autocast
 from vit_train.training.strategy import SingleDevice
 
 TOP_K = 5

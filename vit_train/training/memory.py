@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from vit_train.errors import OutOfMemoryError, ran_out_of_memory
-from vit_train.precision import autocast
 from vit_train.system.memory import available_memory
+from vit_train.system.precision import autocast
 
 
 def fit_micro_batch(trainer: Any, batch_size: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vit_train.precision import bf16_is_faster
+from vit_train.system.precision import bf16_is_faster
 
 _STEPS = 5
 _QUINTIC = (3.4445, -4.775, 2.0315)  # Jordan's: the steepest at 0 of those that end near 1

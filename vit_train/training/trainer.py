@@ -21,8 +21,8 @@ from vit_train.checkpoint.saver import Saver, Snapshot
 from vit_train.construct import Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat, TwoOrMore
 from vit_train.data import Batch
 from vit_train.errors import ConfigError
-from vit_train.precision import Precision, autocast, grad_scaler
 from vit_train.rng import seed_device, use_deterministic_operators
+from vit_train.system.precision import Precision, autocast, grad_scaler
 from vit_train.training.ema import Ema
 from vit_train.training.evaluation import evaluate, hits, means, wide
 from vit_train.training.guard import Guard, Stop
