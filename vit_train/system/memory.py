@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 
 _UNKNOWN_MEMORY = 2 * 2**30  # where the system does not say
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
+# Of glibc's mallopt: their numbers, and its own values
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_USUAL = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
+_KEPT = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}
 
 
 def available_memory(device: torch.device) -> int:
@@ -33,8 +36,8 @@ def available_memory(device: torch.device) -> int:
     return max(min(free, default=_UNKNOWN_MEMORY), 0)
 
 
-def keep_freed() -> None:
-    """Memory this process frees stays with it, for the tensors of the next step.
+def keep_freed(kept: bool = True) -> None:
+    """Memory this process frees stays with it, for the tensors of the next step; or no longer does.
 
     glibc gives large pieces back to the system at once, which then zeroes and maps every page of them anew,
     in every step. Other C libraries are left as they are.
@@ -43,5 +46,5 @@ def keep_freed() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, musl; Windows has no such library at all
         return
-    mallopt(_TRIM_THRESHOLD, -1)
-    mallopt(_MMAP_MAX, 0)
+    for number, value in (_KEPT if kept else _USUAL).items():
+        mallopt(number, value)
