@@ -106,14 +106,11 @@ def explain_image(
     from vit_train.system.precision import autocast
 
     device = next(trained.model.parameters()).device
-    content, transform = fetched(file), trained.sample_transform()
-    read_as = partial(
-        decode, content, name=file, background=trained.background, value_range=trained.value_range
-    )
+    content = fetched(file)
     # the model may be given less of a large file, as in vit-predict
-    image, read = read_as(), read_as(least_side=transform.least_side)
-    seen = transform(read.convert("L" if trained.in_channels == 1 else "RGB"))
-    images = trained.batch_transform().normalize(seen[None].to(device))
+    image = decode(content, name=file, background=trained.background, value_range=trained.value_range)
+    pixels = trained.read(content, name=file)
+    images = trained.batch_transform().normalize(pixels[None].to(device))
     with torch.no_grad(), autocast(trained.precision(), device):  # as vit-predict says it
         probabilities = trained.model(images).float().softmax(1)[0].tolist()
     if any(map(math.isnan, probabilities)):

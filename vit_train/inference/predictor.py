@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vit_train import checkpoint
-from vit_train.data.transforms.decode import decode
 from vit_train.errors import CheckpointError, ConfigError, DataError
 from vit_train.inference.trained import Trained, Weights, fits, from_checkpoint
 from vit_train.runs.stored import trusted
@@ -66,7 +65,6 @@ class Predictor:
         self.model = trained.model
         self.class_names = trained.class_names
         self.device = next(self.model.parameters()).device
-        self._to_pixels = trained.sample_transform()
         self._normalize = trained.batch_transform().normalize
 
     def __repr__(self) -> str:
@@ -79,14 +77,8 @@ class Predictor:
         Raises:
             DataError: it cannot be read.
         """
-        trained = self.trained
-        picture = decode(
-            _content(image),
-            background=trained.background,
-            least_side=self._to_pixels.least_side,
-            value_range=trained.value_range,
-        ).convert("L" if trained.in_channels == 1 else "RGB")
-        return self._normalize(self._to_pixels(picture)[None].to(self.device))[0]
+        pixels = self.trained.read(_content(image))
+        return self._normalize(pixels[None].to(self.device))[0]
 
     def predict(self, images: Picture | Iterable[Picture]) -> list[Answer]:
         """The answer for each image, in their order; of one image a list of one.

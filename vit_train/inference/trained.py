@@ -15,12 +15,12 @@ from typing import Any, Literal
 from unicodedata import normalize
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vit_train import checkpoint
 from vit_train.construct import check, is_node, make
 from vit_train.data.transforms.batch_transforms import Normalize
-from vit_train.data.transforms.decode import RGB, WHITE, ValueRange
+from vit_train.data.transforms.decode import RGB, WHITE, ValueRange, decode
 from vit_train.data.transforms.sample_transforms import Steps, plain
 from vit_train.errors import UNFIT, CheckpointError, ConfigError, blame
 from vit_train.runs.stored import Packages, allowed, check_stored
@@ -70,6 +70,26 @@ class Trained:
     def sample_transform(self) -> Steps:
         """What evaluation did to an image on the CPU: PIL image -> uint8 (C, img_size, img_size)."""
         return plain(self.img_size, resize=self.resize)
+
+    def read(self, content: str | Path | bytes, *, name: str = "") -> Tensor:
+        """(C, img_size, img_size) uint8: a file, or what is in one, as evaluation reads it.
+
+        Args:
+            content: see `decode`.
+            name: for messages.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        transform = self.sample_transform()
+        image = decode(
+            content,
+            name=name,
+            background=self.background,
+            least_side=transform.least_side,
+            value_range=self.value_range,
+        )
+        return transform(image.convert("L" if self.in_channels == 1 else "RGB"))
 
     def batch_transform(self) -> Normalize:
         """What evaluation did to a batch, on the model's device."""
