@@ -342,7 +342,5 @@ def test_a_node_makes_what_its_place_takes_or_one_line_says_so(override: str, li
 )
 def test_other_commands_refuse_what_is_too_large(arguments: list[Any], capsys: Any) -> None:
     command, *typed = arguments
-    with pytest.raises(SystemExit) as ended:
-        command.main(typed)
-    assert ended.value.code == 2
+    assert command.main(typed) == 2
     assert f"argument {typed[-2]}: " in capsys.readouterr().err.splitlines()[-1]

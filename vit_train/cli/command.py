@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from vit_train.checkpoint import MANIFEST
 from vit_train.errors import ConfigError, ran_out, told
@@ -46,6 +46,13 @@ def run(
         return failure.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {self.prog} --help says more")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

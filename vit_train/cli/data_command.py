@@ -196,9 +196,9 @@ def _write_splits(folder: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vit-data", description="Look at a dataset, or make one.")
+    parser = command.Parser(prog="vit-data", description="Look at a dataset, or make one.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    folder = argparse.ArgumentParser(add_help=False)
+    folder = command.Parser(add_help=False)
     folder.add_argument("root", metavar="ROOT", help="the folder, as data.root")
     folder.add_argument("--json", metavar="FILE", help="also write everything as JSON; - prints it instead")
     folder.add_argument(

@@ -396,7 +396,7 @@ def folder_for(data: Mapping[str, Any], inference: Mapping[str, Any]) -> dict[st
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="vit-eval",
         description="Evaluates a trained model: loss, top-1, top-5, precision, recall and F1 per class, "
         "confusion matrix, calibration, the most confident mistakes.",

@@ -244,7 +244,7 @@ def _folder(arguments: argparse.Namespace) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="vit-explain",
         description="Draws where a trained model looks: the image beside a map over it, as PNG.",
     )

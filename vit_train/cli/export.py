@@ -102,7 +102,7 @@ def _progress(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="vit-export",
         description="Writes a trained model as a file that other software loads. The file is loaded again "
         "and compared with the model first. It carries class names and preprocessing, as does the .json "

@@ -121,7 +121,7 @@ def _output(out: str | None) -> Iterator[IO[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="vit-predict",
         description="Predicts the likeliest classes of images.",
     )
