@@ -194,6 +194,45 @@ def test_a_key_that_is_typed_as_a_flag(refused, flag):
     refused(*flag, words=["there is no such flag; a value is typed as resume=X"])
 
 
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--epochs 3", "trainer.epochs=3"),
+        ("--lr=1e-3", "optimizer.lr=1e-3"),
+        ("--batch-size 64", "data.batch_size=64"),
+        ("--depth 9", "model.depth=9"),
+        ("--gpus 2", "gpus=2"),
+    ],
+)
+def test_a_flag_of_other_trainers_is_answered_with_the_whole_key(refused, flag, meant):
+    refused(*flag.split(), words=[f"there is no such flag; a value is typed as {meant}"])
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "said"),
+    [
+        ("evaluate", "", "vit-eval: error: the following arguments are required: RUN"),
+        ("predict", "run image --top-k 0", "vit-predict: error: argument --top-k: expected a whole number"),
+        ("explain", "run image --method x", "vit-explain: error: argument --method: invalid choice: 'x'"),
+        ("export", "run --format onnxx", "vit-export: error: argument --format: invalid choice: 'onnxx'"),
+        ("data_command", "chek x", "vit-data: error: argument COMMAND: invalid choice: 'chek'"),
+        ("data_command", "check", "vit-data: error: the following arguments are required: ROOT"),
+    ],
+)
+def test_the_other_commands_refuse_in_one_line_too(module, arguments, said):
+    done = subprocess.run(
+        command(f"vit_train.cli.{module}", *arguments.split()),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(said)
+    assert done.stderr.endswith(" --help says more\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_flag_without_its_value(refused):
     refused("--cfg", words=["--cfg", "expected one argument"])
     refused("-m", "--cfg", "job", words=["Only one of --run, --multirun, --cfg"])

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from vit_train.config.check import config_dir
+from vit_train.config.check import GROUPS, config_dir
 from vit_train.errors import ConfigError
 from vit_train.system.places import expanded, is_text, quoted
 
@@ -40,11 +41,22 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
         if argument.startswith("-"):
             name, _, value = argument.lstrip("-").partition("=")
             value = value or next(iter(arguments[arguments.index(argument) + 1 :]), "...")
-            raise ConfigError(f"{argument}: there is no such flag; a value is typed as {name}={value}")
+            key = _full_key(name.replace("-", "_"))
+            raise ConfigError(f"{argument}: there is no such flag; a value is typed as {key}={value}")
     shown = flags.cfg or flags.info or flags.help or flags.hydra_help or flags.shell_completion
     typed = [*flags.overrides, *unknown]
     overrides = [_override(argument, raw=not flags.multirun, checked=not shown) for argument in typed]
     return [*overrides, *(argument for argument in arguments if argument not in typed)]
+
+
+def _full_key(name: str) -> str:
+    """`trainer.epochs` of `epochs`, and the name itself where no shipped config has such a key."""
+    for group in GROUPS:
+        shared = [config_dir() / "images.yaml"] if group == "data" else []
+        for file in (*shared, *sorted((config_dir() / group).glob("*.yaml"))):
+            if name in yaml.safe_load(file.read_text(encoding="utf-8")):
+                return f"{group}.{name}"
+    return name
 
 
 def key_and_value(argument: str) -> tuple[str, Any]:
