@@ -146,7 +146,7 @@ def check_budget(stored: Mapping[str, Any], trainer: Any) -> int:
     if trainer.total_steps < before:
         epochs = -(-before // trainer.steps_per_epoch)
         raise ConfigError(
-            f"{trainer.total_steps} steps are fewer than the {before} the run was started with; "
+            f"{trainer.total_steps} steps are fewer than the {before} of the run; "
             f"type trainer.epochs={epochs} or more (trainer.max_steps=null), or start a new run"
         )
     return before
