@@ -22,8 +22,8 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Flag: TypeAlias = Callable[[], bool]
 
 
-class Source(Protocol):
-    """The samples of one split, in a fixed order. Small to pickle, or held in tensors that workers share."""
+class Readable(Protocol):
+    """What samples are read from. Small to pickle, or held in tensors that workers share."""
 
     @property
     def targets(self) -> NDArray[np.int64]:
@@ -34,6 +34,10 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """Where the sample comes from, for messages."""
+
+
+class Source(Readable, Protocol):
+    """The samples of one split, in a fixed order."""
 
     def keys(self) -> Iterator[str]:
         """What each sample is called within its class: decides which ones are held out."""

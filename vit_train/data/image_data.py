@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vit_train.construct import Few, Fraction, Positive, PositiveFloat, Seconds, Seed, Share, Side, Workers
 from vit_train.data.batch import Batch, Failure, collate
-from vit_train.data.contract import SPLITS, DataModule, Flag, Loader, Source, Split
+from vit_train.data.contract import SPLITS, DataModule, Flag, Loader, Readable, Source, Split
 from vit_train.data.folder.bad_files import unreadable
 from vit_train.data.loading.array_source import ArraySource
 from vit_train.data.loading.cache import Cache, CachedLoader, Filling, Untransformed, choose_place
@@ -142,7 +142,7 @@ class ImageData(DataModule, abc.ABC):
         self.holds_out = False
         self._loaders: dict[tuple[Split, bool], Loader] = {}  # of a split, for training or to evaluate
         self._finished: dict[Split, Tensor] = {}
-        self._decoded: Source | None = None
+        self._decoded: Readable | None = None
         self._should_stop: Flag = lambda: False
         self._training = True
 
@@ -331,11 +331,11 @@ class ImageData(DataModule, abc.ABC):
         """What to say of images that cannot be read, of which `lines` are those that were met."""
         return unreadable(lines)
 
-    def sized(self, source: Source, transform: SampleTransform | None) -> Source:  # noqa: ARG002
+    def sized(self, source: Readable, transform: SampleTransform | None) -> Readable:  # noqa: ARG002
         """The source to read from for this transform: it may read less of an image than all of it."""
         return source
 
-    def decoded_pixels(self, source: Source) -> int:  # noqa: ARG002
+    def decoded_pixels(self, source: Readable) -> int:  # noqa: ARG002
         """How many pixels a decoded image of a source has, about."""
         return self.img_size**2
 
@@ -423,7 +423,8 @@ class ImageData(DataModule, abc.ABC):
         )
 
     def _samples(self, kind: type[S], split: Split, *, augmented: bool = False) -> S:
-        transform, seed, source = self._plain, None, self.sources[split]
+        source: Readable = self.sources[split]
+        transform, seed = self._plain, None
         if augmented and self.sample_transform is not None:
             transform, seed = self.sample_transform(self.img_size), self.seed
             source = self._decoded or source

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vit_train.construct import Side
-from vit_train.data.contract import Source, Split
+from vit_train.data.contract import Readable, Source, Split
 from vit_train.data.folder import layout
 from vit_train.data.folder.bad_files import bad_files, unreadable
 from vit_train.data.folder.file_names import Names
@@ -280,13 +280,13 @@ class ImageFolder(ImageData):
             advice += ", or type data.on_bad_image=skip, which leaves out those of train"
         return f"{unreadable([*known, *others])}\n  {advice}"
 
-    def sized(self, source: Source, transform: SampleTransform | None) -> Source:
+    def sized(self, source: Readable, transform: SampleTransform | None) -> Readable:
         """Large JPEGs need not be read whole where the transform makes them small."""
         if not isinstance(source, FileSource):
             return source
         return replace(source, least_side=getattr(transform, "least_side", None))
 
-    def decoded_pixels(self, source: Source) -> int:
+    def decoded_pixels(self, source: Readable) -> int:
         """Of an average file, as far as `sized` lets it be read; from the headers of a few."""
         assert isinstance(source, FileSource), "this module makes no other"
         pixels = []

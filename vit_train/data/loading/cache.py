@@ -11,7 +11,6 @@ kind of cache and with none. Two kinds, by what follows:
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from vit_train.data.batch import Batch, Failure, Sample
-from vit_train.data.contract import Loader, Source
+from vit_train.data.contract import Loader, Readable
 from vit_train.data.loading.loaders import Batches, EvalBatches, SampleLoader, Samples
 from vit_train.data.transforms.decode import EXTENT
 from vit_train.errors import DataError
@@ -83,14 +82,14 @@ class CachedLoader(Loader):
 
 
 class DecodedSource:
-    """The files of another source, decoded. A `Source`.
+    """The files of another source, decoded.
 
     Args:
         source: it.
         images: uint8 (C, H, W) each, of any size; and the extent, see `decode`.
     """
 
-    def __init__(self, source: Source, images: Sequence[tuple[Tensor, Any]]) -> None:
+    def __init__(self, source: Readable, images: Sequence[tuple[Tensor, Any]]) -> None:
         self.source, self.images = source, images
 
     @property
@@ -105,15 +104,6 @@ class DecodedSource:
 
     def name(self, index: int) -> str:
         return self.source.name(index)
-
-    def keys(self) -> Iterator[str]:
-        return self.source.keys()
-
-    def select(self, indices: NDArray[np.int64]) -> DecodedSource:
-        return DecodedSource(self.source.select(indices), [self.images[i] for i in indices.tolist()])
-
-    def update(self, digest: hashlib._Hash) -> None:
-        self.source.update(digest)
 
 
 @dataclass

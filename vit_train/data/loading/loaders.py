@@ -34,7 +34,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vit_train import rng
 from vit_train.data.batch import Batch, Failure, Sample, collate
-from vit_train.data.contract import Loader, Source
+from vit_train.data.contract import Loader, Readable
 from vit_train.data.loading.epoch_order import Order, Sampling, epoch_order
 from vit_train.data.transforms.sample_transforms import SampleTransform
 from vit_train.errors import DataError, WorkerLostError, ran_out
@@ -75,7 +75,7 @@ class Samples(Dataset[Sample | Failure]):
 
     def __init__(
         self,
-        source: Source,
+        source: Readable,
         transform: SampleTransform | None,
         *,
         seed: int | None,
