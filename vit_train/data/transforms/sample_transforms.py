@@ -212,16 +212,13 @@ class _Policy:
     """
 
     def __init__(self, policy: Literal["rand", "trivial", "auto"], *, num_ops: int, magnitude: int) -> None:
-        self.by_mode: dict[str, Callable[[Image.Image], Image.Image]] = {}
-        for mode, fill in _FILL.items():
-            options: dict[str, Any] = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": fill}
-            if policy == "rand":
-                strength = {"num_magnitude_bins": _NUM_MAGNITUDES, "magnitude": magnitude}
-                self.by_mode[mode] = v2.RandAugment(num_ops, **strength, **options)
-            elif policy == "trivial":
-                self.by_mode[mode] = v2.TrivialAugmentWide(**options)
-            else:
-                self.by_mode[mode] = v2.AutoAugment(**options)
+        make: Callable[..., Callable[[Image.Image], Image.Image]] = {
+            "rand": partial(v2.RandAugment, num_ops, magnitude, num_magnitude_bins=_NUM_MAGNITUDES),
+            "trivial": v2.TrivialAugmentWide,
+            "auto": v2.AutoAugment,
+        }[policy]
+        bilinear = v2.InterpolationMode.BILINEAR
+        self.by_mode = {mode: make(interpolation=bilinear, fill=fill) for mode, fill in _FILL.items()}
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return self.by_mode[image.mode](image)
