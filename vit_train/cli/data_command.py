@@ -65,9 +65,9 @@ def stats(arguments: argparse.Namespace) -> None:
     import torch
 
     from vit_train.data import ImageFolder
-    from vit_train.data.transforms.stats import ChannelStats, channel_stats, unusual
+    from vit_train.data.transforms.stats import channel_stats, unusual
     from vit_train.report.console import Console
-    from vit_train.report.dataset import stats_tables
+    from vit_train.report.dataset import stats_table
     from vit_train.text import some
 
     data = ImageFolder(
@@ -107,9 +107,7 @@ def stats(arguments: argparse.Namespace) -> None:
         console.say(
             f"{arguments.root} at {data.img_size} x {data.img_size} pixels, on the scale from 0 to 1\n"
         )
-        defaults = ChannelStats(0, data.mean, data.std, found.levels[:0])
-        for table in stats_tables(found, split=arguments.split, defaults=defaults):
-            console.say(table)
+        console.say(stats_table(found, arguments.split, data))
         for note in notes:
             console.say(f"note: {note}")
         console.say(f"\nto train with them, add: {shlex.join(overrides)}")

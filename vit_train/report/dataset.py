@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from vit_train.data import DataModule
 from vit_train.data.folder.check import Finding, Item, Report
 from vit_train.data.transforms.stats import ChannelStats
 from vit_train.text import count, one_line
@@ -62,23 +63,17 @@ def check_tables(report: Report) -> Iterator[RenderableType]:
         yield _histogram("stored as", report.modes, lambda mode: f"{mode}  {_MODES.get(mode, '')}".rstrip())
 
 
-def stats_tables(stats: ChannelStats, *, split: str, defaults: ChannelStats) -> Iterator[RenderableType]:
-    """What `vit-data stats` prints.
-
-    Args:
-        stats: of the folder.
-        split: of which these are.
-        defaults: what training uses where nothing is typed.
-    """
+def stats_table(stats: ChannelStats, split: str, data: DataModule) -> Table:
+    """What `vit-data stats` prints: of a split, beside what `data` uses where nothing is typed."""
     names = ("grey",) if len(stats.mean) == 1 else ("red", "green", "blue")
     table = _table(f"{stats.num_images:,} {split} images")
     for name in names:
         table.add_column(name, justify="right")
-    for label, own, default in (("mean", stats.mean, defaults.mean), ("std", stats.std, defaults.std)):
+    for label, own, default in (("mean", stats.mean, data.mean), ("std", stats.std, data.std)):
         table.add_row(label, *(f"{value:.4f}" for value in own))
         difference = [value - usual for value, usual in zip(own, default)]
         table.add_row("  less ImageNet's", *(f"{value:+.4f}" for value in difference), style="dim")
-    yield table
+    return table
 
 
 def _verdict(report: Report) -> Text:
