@@ -238,10 +238,7 @@ def check_folder(
 ) -> Report:
     """Looks at everything in a folder of images: its layout as training reads it, and every image.
 
-    Args:
-        root: as data.root.
-        num_workers: processes, see `bad_files`.
-        start: called with the number of images; returns what is called with the number done.
+    `start` is called with the number of images, and returns what is called with the number done.
 
     Raises:
         DataError: there is no such folder.

@@ -95,12 +95,9 @@ def existing_folder(root: str | None) -> Path:
 
 
 def split_folders(root: Path, *, training: bool, notes: list[str]) -> dict[Split, Path]:
-    """Which folder holds which split.
+    """Which folder holds which split; what to tell the user is added to `notes`.
 
-    Args:
-        root: the user's folder.
-        training: whether there must be a training split.
-        notes: what to tell the user is added to it.
+    `training` says whether there must be a training split.
 
     Raises:
         DataError: there are no folders, or they are not one of the two layouts.
@@ -176,11 +173,7 @@ def _one_too_high(root: Path, names: Sequence[str]) -> Iterator[str]:
 
 
 def class_folders(folder: Path, *, notes: list[str]) -> list[str]:
-    """Names of the class folders of a split, sorted.
-
-    Args:
-        folder: the split.
-        notes: what to tell the user is added to it.
+    """Names of the class folders of a split, sorted; what to tell the user is added to `notes`.
 
     Raises:
         DataError: there are images and no class folders, a class folder is a link to nothing, or two of them

@@ -62,9 +62,7 @@ class Listing:
 def list_images(root: Path, folders: Sequence[str]) -> Listing:
     """Lists the images below each of `folders` with their sizes; shows progress where that takes long.
 
-    Args:
-        root: the folder names start from.
-        folders: relative to it, with forward slashes.
+    Folders and names are relative to `root`, with forward slashes.
 
     Raises:
         OSError: a folder cannot be listed.

@@ -82,12 +82,7 @@ class CachedLoader(Loader):
 
 
 class DecodedSource:
-    """The files of another source, decoded.
-
-    Args:
-        source: it.
-        images: uint8 (C, H, W) each, of any size; and the extent, see `decode`.
-    """
+    """The files of another source, decoded: uint8 (C, H, W) of any size; and the extent, see `decode`."""
 
     def __init__(self, source: Readable, images: Sequence[tuple[Tensor, Any]]) -> None:
         self.source, self.images = source, images
@@ -123,12 +118,7 @@ class Filling:
     bad: list[str] = field(default_factory=list)
 
     def finished(self, samples: Samples, device: torch.device, *, split: str) -> Tensor | None:
-        """Every sample as its transform leaves it.
-
-        Args:
-            samples: without randomness.
-            device: where they will be.
-            split: for the progress bar.
+        """Every sample as its transform, which is not random, leaves it; the split is for the progress bar.
 
         Returns:
             uint8 (n, C, S, S), or None where it was stopped. Of what could not be read there are no pixels.
@@ -188,16 +178,10 @@ class Untransformed(Samples):
 def choose_place(
     wanted: Cache, size: int, device: torch.device, *, finished: bool
 ) -> tuple[Literal["none", "ram", "device"], str]:
-    """Where decoded images will be: as typed, or where they fit into a quarter of what is free.
+    """Where `size` bytes of decoded images will be, and what to tell the user.
 
-    Args:
-        wanted: as typed.
-        size: bytes of them.
-        device: where batches will go.
-        finished: whether they can be there, see above.
-
-    Returns:
-        The place, and what to tell the user.
+    As it was typed, or where they fit into a quarter of what is free. Only finished images (see above) can be
+    on the device, where batches will go.
 
     Raises:
         DataError: they do not fit where it was asked for.

@@ -12,12 +12,7 @@ from vit_train.data.contract import DataModule, Split
 
 
 class Chosen:
-    """Batches in which every image of the splits comes once; `index` is its position among all of them.
-
-    Args:
-        data: after `setup`.
-        splits: which, all of them present.
-    """
+    """Every image of the splits, which are all present, once; `index` is its position among all of them."""
 
     def __init__(self, data: DataModule, splits: Sequence[Split]) -> None:
         self.data, self.splits = data, splits

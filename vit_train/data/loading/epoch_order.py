@@ -29,7 +29,7 @@ class Order(NamedTuple):
 def epoch_order(
     targets: NDArray[np.int64], *, sampler: Sampling, repeats: int, seed: int, epoch: int
 ) -> Order:
-    """As many samples as there are, shuffled.
+    """As many samples as there are `targets`, (n,) class ids; shuffled.
 
     "uniform" takes every sample once. "balanced" takes every class equally often: of a large class a part,
     different in every epoch; of a small class every sample, again and again.
@@ -37,13 +37,6 @@ def epoch_order(
     With repeated augmentation (Hoffer et al. 2020, arXiv 1901.09335; DeiT's `RASampler`) a sample comes
     `repeats` times in a row, so that a batch holds several views of an image, and fewer samples come. The
     last sample of an epoch, or of each class where they are balanced, may come less often.
-
-    Args:
-        targets: (n,) class ids.
-        sampler: as above.
-        repeats: how often a sample comes; 1 for no repetition.
-        seed: the run's seed.
-        epoch: from 0.
     """
     num = len(targets)
     generator = torch.Generator().manual_seed(rng.mix(seed, "order", epoch))

@@ -391,9 +391,7 @@ class SampleLoader(Loader):
     def close(self, *, stuck: bool = False) -> None:
         """Ends the workers. A later iteration starts new ones.
 
-        Args:
-            stuck: whether they do not answer. Otherwise they end in peace first, for which torch waits five
-                seconds each.
+        Those that are not `stuck` end in peace first, for which torch waits five seconds each.
         """
         # torch ends workers when their iterator is collected, which a traceback may put off.
         workers = getattr(self._iterator, "_workers", [])
@@ -417,10 +415,7 @@ def worker_lost(error: BaseException, reading: str = "") -> WorkerLostError | No
 
     torch raises it from a signal handler, so it may surface anywhere in the main thread, not only in a
     loader: whoever reports errors asks here. A batch on its way from a dying worker ends in EOFError instead.
-
-    Args:
-        error: what was raised.
-        reading: what the worker was doing, where that is known.
+    `reading` is what the worker was doing, where that is known.
     """
     text = str(_death(error))
     if (short := _short_of(error, text)) is not None:

@@ -128,17 +128,7 @@ def shorter_side(img_size: int) -> int:
 def seen_box(
     width: int, height: int, *, img_size: int, resize: Literal["crop", "squash"]
 ) -> tuple[float, float, float, float]:
-    """The part of an image that `plain` shows to the model, in pixels of that image.
-
-    Args:
-        width: of the image.
-        height: of the image.
-        img_size: side of what the model gets, in pixels.
-        resize: as for `plain`.
-
-    Returns:
-        left, top, right, bottom.
-    """
+    """Left, top, right and bottom of what `plain` shows to the model, in pixels of the image."""
     if resize == "squash":
         return 0.0, 0.0, float(width), float(height)
     first_x, first_y, last_x, last_y = _middle(width, height)

@@ -35,8 +35,7 @@ class ChannelStats:
 def unusual(levels: NDArray[np.float32]) -> Iterator[tuple[str, list[int]]]:
     """What may be wrong with the brightness of pictures, and with which.
 
-    Args:
-        levels: (n, 3) the least, largest and mean level of each picture; NaN where it is not known.
+    `levels` (n, 3) are the least, largest and mean of each picture; NaN where it is not known.
     """
     low, high, mean = levels.T
     constant = high - low <= _CONSTANT_LEVELS
@@ -53,12 +52,8 @@ def channel_stats(
 ) -> ChannelStats:
     """Looks once at every image of a split, as training sees them without augmentation.
 
-    The sums are whole numbers: exact, whatever the number of images and workers.
-
-    Args:
-        data: set up.
-        split: one that it has.
-        progress: called with the number of images done since the last call.
+    The sums are whole numbers: exact, whatever the number of images and workers. `progress` is called with
+    the number of images done since the last call.
 
     Raises:
         DataError: an image cannot be read, the line names it; or there is no such split.
