@@ -56,13 +56,9 @@ def methods(model: nn.Module) -> tuple[Method, ...]:
 
 
 def explain(model: nn.Module, images: Tensor, classes: Tensor, *, method: Method) -> Maps:
-    """The maps of a batch.
+    """The maps of a batch (B, C, H, W), by a method that `methods` knows for the model.
 
-    Args:
-        model: one that `methods` knows this method for.
-        images: (B, C, H, W), as the model gets them.
-        classes: (B,) class ids; only Grad-CAM depends on them.
-        method: what to draw.
+    Only Grad-CAM depends on the classes, (B,) ids.
     """
     device = images.device
     with unchanged(model), torch.autocast(device.type, enabled=False):
@@ -85,11 +81,7 @@ def each_attention(
 ) -> None:
     """Shows the attention of blocks, first to last, and keeps none: all together can take gigabytes.
 
-    Args:
-        model: what the blocks are of.
-        images: (B, C, H, W).
-        blocks: which ones.
-        use: gets (B, A, N, N); rows are queries and sum to 1.
+    `use` gets (B, A, N, N) of each; rows are queries and sum to 1.
     """
 
     def look(attn: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -102,17 +94,10 @@ def each_attention(
 
 
 def rollout(model: ViT, images: Tensor) -> Tensor:
-    """How much of each input token is in each token after the last block.
+    """How much of each input token is in each token after the last block: (B, N, N), rows sum to 1.
 
     Each block mixes its tokens by the mean of its heads, and by as much again keeps them where they are (the
     residual connection): 0.5 A + 0.5 I. The product over the blocks is what reaches the end.
-
-    Args:
-        model: in evaluation mode.
-        images: (B, C, H, W).
-
-    Returns:
-        (B, N, N), rows sum to 1.
     """
     flow: Tensor | None = None
 
@@ -143,16 +128,9 @@ def _of_patches(model: ViT, flow: Tensor) -> Tensor:
 def gradcam(model: Swin | ResNet, images: Tensor, classes: Tensor) -> Maps:
     """The class activation map of each stage: ReLU of the channels weighted by the class's mean gradient.
 
-    Each stage is scaled to a maximum of 1; the whole is their mean. The last stage is taken after the final
-    norm, where its map is an exact sum of the logit. Of a ResNet it is the last group alone.
-
-    Args:
-        model: in evaluation mode.
-        images: (B, C, H, W).
-        classes: (B,) class ids whose logits are explained.
-
-    Returns:
-        Maps of the size of the images.
+    All have the size of the images. Each stage is scaled to a maximum of 1; the whole is their mean. The last
+    stage is taken after the final norm, where its map is an exact sum of the logit. Of a ResNet it is the
+    last group alone.
     """
     seen: list[Tensor] = []
     places = (*model.layers[:-1], model.norm) if isinstance(model, Swin) else (model.groups[-1],)

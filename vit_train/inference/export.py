@@ -53,10 +53,7 @@ _ONNX_MAX_BYTES = 2**31 - 2**24  # protobuf's limit for one file, less room for 
 def describe(trained: Trained, file_format: Format, *, layout: Layout = "timm") -> dict[str, Any]:
     """What a file carries beside the numbers: plain data, for JSON.
 
-    Args:
-        trained: the model.
-        file_format: of the file.
-        layout: whose parameter names a file of weights has.
+    `layout` says whose parameter names a file of weights has.
     """
     side, channels = trained.img_size, trained.in_channels
     is_weights = file_format in ("safetensors", "pth")
@@ -126,8 +123,7 @@ def make_file(
         model: in evaluation mode, on the CPU, fp32.
         file_format: which kind.
         images: (2, C, H, W), an example to trace with; any values.
-        about: see `describe`.
-        layout: whose parameter names a file of weights has.
+        about, layout: see `describe`.
 
     Raises:
         ConfigError: the other project has no such model.
@@ -152,10 +148,7 @@ def make_file(
 def load_file(content: bytes, file_format: Format, model: nn.Module) -> Forward:
     """The file as its own software understands it: images (B, C, H, W) -> logits (B, K).
 
-    Args:
-        content: of the file.
-        file_format: which kind.
-        model: a file of weights is loaded into a copy of it whose own weights are gone.
+    A file of weights is loaded into a copy of the model whose own weights are gone.
 
     Raises:
         RuntimeError: a file of weights does not fit the model.
@@ -180,15 +173,9 @@ def load_file(content: bytes, file_format: Format, model: nn.Module) -> Forward:
 
 
 def largest_difference(forward: Forward, model: nn.Module, *, image_shape: tuple[int, int, int]) -> float:
-    """The largest distance between two models' logits, for batches of 1, 3 and 17 random images.
+    """The largest distance between two models' logits, for batches of 1, 3 and 17 random images (C, H, W).
 
-    Args:
-        forward: images (B, C, H, W) -> logits (B, K).
-        model: the one it should equal.
-        image_shape: (C, H, W).
-
-    Returns:
-        Not a number where one of them is not.
+    Not a number where one of them is not.
 
     Raises:
         ValueError: the shapes of their answers differ.
@@ -210,16 +197,7 @@ def largest_difference(forward: Forward, model: nn.Module, *, image_shape: tuple
 def verify(
     content: bytes, file_format: Format, model: nn.Module, *, image_shape: tuple[int, int, int]
 ) -> float:
-    """Loads a file again and compares it with the model.
-
-    Args:
-        content: of the file.
-        file_format: which kind.
-        model: what it should compute.
-        image_shape: (C, H, W).
-
-    Returns:
-        `largest_difference`.
+    """Loads a file again and compares it with the model; returns their `largest_difference`.
 
     Raises:
         SaveError: it cannot be loaded, or computes something else.

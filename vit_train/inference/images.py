@@ -19,12 +19,7 @@ def find_images(arguments: Sequence[str], *, stdin: Iterable[str], allow_url: bo
 
     A file stands for itself, whether it can be read or not; a folder for the images below it, sorted; a
     pattern that no shell expanded (`*`, `?`, `[a-z]`, `**`) for what it matches, sorted; `-` for the lines
-    of `stdin`, each a file, a folder or, where `allow_url`, a URL.
-
-    Args:
-        arguments: as typed.
-        stdin: lines, read only where `-` is among the arguments.
-        allow_url: whether URLs are allowed in the list; those that were typed always are.
+    of `stdin`, each a file, a folder or, where `allow_url`, a URL. URLs that were typed are always allowed.
 
     Raises:
         DataError: there is not one image, or a folder cannot be listed.

@@ -39,12 +39,7 @@ class Prediction:
 
 
 class Pictures(FileSource):
-    """Files and URLs, each by its own name, without targets (they are all 0).
-
-    Args:
-        names: paths and URLs.
-        trained: the model they are for.
-    """
+    """Files and URLs for a model, each by its own name, without targets (they are all 0)."""
 
     def __init__(self, names: list[str], trained: Trained) -> None:
         nothing, least_side = np.zeros(len(names), dtype=np.int64), trained.sample_transform().least_side
