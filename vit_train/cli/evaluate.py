@@ -339,12 +339,8 @@ def with_overrides(
 ) -> dict[str, Any]:
     """The stored configuration with trailing `key=value` arguments, as `resume=` reads them.
 
-    `data=imagefolder` counts first, wherever it stands: `data.root` and the others are keys of the folder.
-
-    Args:
-        config: stored.
-        overrides: as typed.
-        inference: what the checkpoint says of the images the model takes.
+    `data=imagefolder` counts first, wherever it stands: `data.root` and the others are keys of the folder,
+    whose images the model takes as `inference` says.
 
     Raises:
         ConfigError: an argument is not `key=value`, or its key is not one evaluation uses.

@@ -84,14 +84,10 @@ def _line(*parts: object) -> str:
 def explain_image(
     trained: Trained, file: str, *, method: Method, target: int | None, heads: bool
 ) -> Explained:
-    """What the model says to one image, and where it looks.
+    """What the model says to one image (a path or URL), and where it looks.
 
-    Args:
-        trained: the model.
-        file: path or URL of the image.
-        method: what is drawn.
-        target: the class that Grad-CAM explains; None takes the one predicted.
-        heads: whether each head of the last layer is shown beside their mean.
+    `target` is the class that Grad-CAM explains; None takes the one predicted. With `heads` each head of the
+    last layer is shown beside their mean.
 
     Raises:
         DataError: the image cannot be read.

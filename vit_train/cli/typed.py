@@ -27,9 +27,8 @@ _OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)
 def for_hydra(arguments: Sequence[str]) -> list[str]:
     """The arguments of `vit-train` as Hydra reads them: `key=value` first, and its own flags behind.
 
-    Args:
-        arguments: as the shell passed them. In a sweep a comma separates values, and a place is none but text
-            without one. Where Hydra shows a configuration instead of running it, nobody checks it.
+    In a sweep a comma separates values, and a place is none but text without one. Where Hydra shows a
+    configuration instead of running it, nobody checks it.
 
     Raises:
         ConfigError: a flag is unknown, or its value is.

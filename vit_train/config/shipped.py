@@ -42,12 +42,9 @@ def model_names() -> list[str]:
 
 
 def model_node(name: str, data: dict[str, int], keys: dict[str, Any]) -> dict[str, Any]:
-    """The node of a shipped model, which downloads nothing unless `keys` say so.
+    """The node of a shipped model with other values for some `keys`; it downloads nothing unless they say so.
 
-    Args:
-        name: one of `model_names()`.
-        data: num_classes, img_size and in_channels.
-        keys: other values for some of its keys.
+    `data` holds num_classes, img_size and in_channels.
     """
     from vit_train.inference.trained import without_download  # here: torch, which --help can do without
 

@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 def find_teacher(cfg: DictConfig, trust: tuple[str, ...], *, download: bool) -> Found | None:
     """The teacher that the objective names; None where it names none.
 
-    Its place and SHA-256 go into the configuration: a run keeps its teacher.
-
-    Args:
-        cfg: the whole configuration, with what the data told.
-        trust: packages whose code a teacher's run may name.
-        download: whether it may be fetched.
+    Its place and SHA-256 go into the configuration, which holds what the data told: a run keeps its teacher.
+    The run a teacher comes from may name code of the packages in `trust`.
 
     Raises:
         ConfigError: the name or its keys make no sense.
@@ -98,10 +94,7 @@ def make_teacher(found: Found, cfg: DictConfig, data: Any, device: torch.device)
 def measure(teacher: Teacher, parts: Parts, facts: Any) -> dict[str, Any]:
     """The entry of run.json: where the teacher is from, what it is, and its top-1 on the validation split.
 
-    Args:
-        teacher: on its device.
-        parts: of the run.
-        facts: the entry that is there already: its top-1 stands, where it is of this teacher.
+    In `facts`, the entry that is there already, the top-1 stands where it is of this teacher.
 
     Raises:
         ConfigError: its top-1 is below `objective.teacher_min_top1`, or nothing tells it.

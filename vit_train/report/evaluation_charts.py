@@ -27,11 +27,9 @@ _LONGEST = 22  # characters of a name
 
 
 def confusion_chart(counts: NDArray[np.int64], class_names: Sequence[str]) -> NDArray[np.uint8]:
-    """Shades are shares of the true class (the row); counts are written where they fit.
+    """Shades are shares of the true class, which is the row of the counts (K, K), written where they fit.
 
-    Args:
-        counts: (K, K), rows are true classes.
-        class_names: K, in any script; numbers are shown where no installed font has the glyphs.
+    The names may be in any script; numbers are shown where no installed font has the glyphs.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable

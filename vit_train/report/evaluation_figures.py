@@ -147,13 +147,8 @@ def _per_class(
 
 
 def calibration(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> Calibration:
-    """Bins the confidences; see `Calibration`.
-
-    Args:
-        confidence: (n,) in [0, 1]; rounding may bring it above.
-        right: (n,) whether the answer was.
-    """
-    confidence = confidence.clip(0, 1)
+    """Bins the confidences (n,) and whether each answer was right; see `Calibration`."""
+    confidence = confidence.clip(0, 1)  # rounding may bring it above
     # bins as calibration_curve has them, which leaves out the empty ones
     bins = np.searchsorted(np.linspace(0, 1, NUM_BINS + 1)[1:-1], confidence)
     images = np.bincount(bins, minlength=NUM_BINS)

@@ -38,11 +38,9 @@ Picture = NDArray[np.uint8]
 
 
 def draw(report: Evaluated, mistakes: Tensor | None) -> dict[str, Picture]:
-    """`confusion`, `reliability` and, where there are mistakes, `mistakes`; see `charts`.
+    """`confusion`, `reliability` and, where there are mistakes, `mistakes`.
 
-    Args:
-        report: the figures.
-        mistakes: uint8 (B, C, H, W), the images of `report.mistakes`; None where there are none.
+    The images of `report.mistakes` are uint8 (B, C, H, W); None where there are none.
     """
     pictures = {
         "confusion": confusion_chart(report.evaluation.confusion.numpy(), report.class_names),

@@ -23,12 +23,7 @@ _OPEN_CLASSES, _WORST = 30, 15  # of more classes than this the worst are shown,
 
 
 def evaluation_page(report: Evaluated, pictures: Mapping[str, bytes]) -> str:
-    """The page.
-
-    Args:
-        report: the figures.
-        pictures: PNG files: `confusion.png`, `reliability.png` and, where there are mistakes, `mistakes.png`.
-    """
+    """The page, with the PNG files `confusion.png`, `reliability.png` and perhaps `mistakes.png`."""
     here = Path(__file__)
     pages = Environment(loader=FileSystemLoader(here.parent), autoescape=True, undefined=StrictUndefined)
     pages.filters.update(shown=printable, percent=percent, number="{:,}".format)

@@ -93,15 +93,9 @@ def _pixels(size: tuple[int, int], box: Box) -> tuple[int, int, int, int]:
 
 
 def overlay(image: Image.Image, values: NDArray[np.float32], box: Box) -> NDArray[np.uint8]:
-    """The image in grey under the colours of the map, dark where the model did not look.
+    """The image in grey under the colours of the map, dark where the model did not look: (height, width, 3).
 
-    Args:
-        image: mode L or RGB.
-        values: (h, w), spread over the box.
-        box: the part of the image that the model saw.
-
-    Returns:
-        (height, width, 3).
+    `values` (h, w) are spread over the box, the part of the image that the model saw.
     """
     values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
     placed = place(values, image.size, box)
@@ -189,11 +183,7 @@ class Sheet:
         self.tiles.append((_framed(image, box), overlay(image, values, box), about))
 
     def draw(self, heading: str) -> NDArray[np.uint8]:
-        """The sheet, (height, width, 3).
-
-        Args:
-            heading: stands above all.
-        """
+        """The sheet, (height, width, 3), with a heading above all."""
         columns = min(4, len(self.tiles))
         across, down, gap = 2 * _TILE + 4, _TILE + 40, 20
         page = Page(columns * (across + gap) + gap, 44 + -(-len(self.tiles) // columns) * (down + 10) + 6)

@@ -42,13 +42,7 @@ def _as_shown(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def batch_grid(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """A training batch exactly as the model gets it, as one (3, H, W) image in [0, 1].
-
-    Args:
-        images: (B, C, H, W) normalised; the first 64 are shown.
-        mean: per channel, as used for normalisation.
-        std: per channel.
-    """
+    """The first 64 of a training batch (B, C, H, W), exactly as the model gets it: (3, H, W) in [0, 1]."""
     return make_grid(_as_shown(images[:_SHOWN], mean, std), nrow=8, padding=2)
 
 
@@ -125,16 +119,14 @@ def prediction_sheet(
 ) -> NDArray[np.uint8]:
     """Up to 64 images titled with what was predicted: green where right, red (with the truth) where not.
 
+    The picture is (height, width, 3).
+
     Args:
         images: (B, C, H, W) normalised.
         targets: (B,) class ids.
         probabilities: (B, K).
         class_names: in any script; numbers are shown where no installed font has the glyphs.
-        mean: per channel, as used for normalisation.
-        std: per channel.
-
-    Returns:
-        The picture (height, width, 3).
+        mean, std: per channel, as used for normalisation.
     """
     names, captions, hits = _shown_names(class_names), [], 0
     confidence, predicted = (x.tolist() for x in probabilities[:_SHOWN].float().cpu().max(1))
@@ -156,15 +148,13 @@ def mistake_sheet(
 ) -> NDArray[np.uint8]:
     """Wrong answers, numbered from 1: five in a row, each with what was predicted and what it is.
 
+    The picture is (height, width, 3).
+
     Args:
         images: uint8 (B, C, H, W).
-        targets: B class ids.
-        predicted: B class ids.
+        targets, predicted: B class ids.
         confidence: of the predictions, 0 to 1.
         class_names: in any script; numbers are shown where no installed font has the glyphs.
-
-    Returns:
-        The picture (height, width, 3).
     """
     channels, names = images.shape[1], _shown_names([*map(printable, class_names)])
     captions = [
