@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from vit_train import checkpoint
 from vit_train.checkpoint import MANIFEST
 from vit_train.errors import ConfigError, ran_out, told
 from vit_train.runs.run_dir import OWN_FILES, holds_run
@@ -126,7 +127,6 @@ def read_run(command: str, arguments: argparse.Namespace) -> tuple[Checkpoint, t
     Raises:
         CheckpointError, ConfigError: there is none that can be used, or no package to trust.
     """
-    from vit_train import checkpoint
     from vit_train.inference.trained import fits
     from vit_train.runs.stored import trusted
 

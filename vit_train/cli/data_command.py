@@ -16,8 +16,9 @@ from typing import Any
 
 from vit_train.cli import command
 from vit_train.errors import DataError, WorkerLostError
+from vit_train.system import durable
 from vit_train.system.places import as_argument, as_typed, expanded
-from vit_train.text import count
+from vit_train.text import count, some
 
 _STDOUT = "-"
 
@@ -68,7 +69,6 @@ def stats(arguments: argparse.Namespace) -> None:
     from vit_train.data.transforms.stats import channel_stats, unusual
     from vit_train.report.console import Console
     from vit_train.report.dataset import stats_table
-    from vit_train.text import some
 
     data = ImageFolder(
         root=arguments.root,
@@ -142,8 +142,6 @@ def _write_json(out: Path | str, content: dict[str, Any]) -> None:
     if isinstance(out, str):
         sys.stdout.write(text)
         return
-    from vit_train.system import durable
-
     with command.writing(f"--json {out}"):
         durable.make_directory(out.parent)
         durable.replace(out, text)

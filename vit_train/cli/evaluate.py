@@ -13,10 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vit_train.checkpoint import MANIFEST
 from vit_train.cli import command
 from vit_train.errors import ConfigError, DataError, blame
+from vit_train.system import durable
 from vit_train.system.places import expanded
-from vit_train.text import suggest
+from vit_train.text import some, suggest
 
 if TYPE_CHECKING:
     import torch
@@ -233,8 +235,6 @@ def place_of(arguments: argparse.Namespace, split: str, root: Path | None) -> Pl
     Raises:
         ConfigError: RUN/eval is a link.
     """
-    from vit_train.checkpoint import MANIFEST
-
     run = Path(arguments.run)
     if arguments.out is not None:
         return Place(expanded(arguments.out))
@@ -260,7 +260,6 @@ def _write(place: Place, json: Path | None, evaluated: Evaluated, mistakes: Tens
         ConfigError: it cannot be written.
     """
     from vit_train.report import evaluation_files as files
-    from vit_train.system import durable
 
     written = []
     if json is not None:
@@ -285,8 +284,6 @@ def class_map(data_classes: list[str], model_classes: list[str]) -> Any:
         DataError: the data has classes the model was not trained on.
     """
     import torch
-
-    from vit_train.text import some
 
     ids = {name: i for i, name in enumerate(model_classes)}
     unknown = [name for name in data_classes if name not in ids]

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unicodedata import normalize
 
+from vit_train.checkpoint import MANIFEST
 from vit_train.cli import command
 from vit_train.errors import ConfigError, DataError
+from vit_train.system import durable
 from vit_train.system.places import expanded
 from vit_train.text import one_line, suggest
 
@@ -217,7 +219,6 @@ def write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
         ConfigError: it cannot be written.
     """
     from vit_train.report.overlay import png
-    from vit_train.system import durable
 
     with command.writing(path, "; type --out DIR"):
         durable.replace(path, png(pixels))
@@ -225,15 +226,9 @@ def write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
 
 def _folder(arguments: argparse.Namespace) -> Path:
     """Where the pictures go: RUN/explain, for a single checkpoint ./explain."""
-    from vit_train import checkpoint
-    from vit_train.system import durable
-
     run = Path(arguments.run)
-    is_run = not (run / checkpoint.MANIFEST).is_file()
-    if arguments.out:
-        folder = expanded(arguments.out)
-    else:
-        folder = command.output_folder(run if is_run else Path(), "explain")
+    home = Path() if (run / MANIFEST).is_file() else run
+    folder = expanded(arguments.out) if arguments.out else command.output_folder(home, "explain")
     with command.writing(folder, "; type --out DIR"):
         durable.make_directory(folder)
     return folder

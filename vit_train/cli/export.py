@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vit_train.checkpoint import MANIFEST
 from vit_train.cli import command
 from vit_train.errors import ConfigError, SaveError
+from vit_train.system import durable
 from vit_train.text import printable
 
 if TYPE_CHECKING:
@@ -49,7 +51,6 @@ def export(arguments: argparse.Namespace) -> None:
     import torch
 
     from vit_train.inference import export as exporting
-    from vit_train.system import durable
 
     trained = command.load_run("vit-export", arguments, torch.device("cpu"))
     model = trained.model.float()
@@ -85,10 +86,8 @@ def export(arguments: argparse.Namespace) -> None:
 
 def _default(run: Path, trained: Trained, file_format: str) -> Path:
     """RUN/export/<name of the run>.<format>; of a checkpoint, in the run it belongs to, if it is in one."""
-    from vit_train import checkpoint
-
     home = run
-    if (run / checkpoint.MANIFEST).is_file():
+    if (run / MANIFEST).is_file():
         folder = run.absolute().parent
         home = folder.parent if folder.name == "checkpoints" else folder
     # the name comes from a file: only what is harmless in every file system

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING
 
 from vit_train.cli import command
 from vit_train.errors import DataError, WorkerLostError
+from vit_train.system import durable
 from vit_train.text import one_line
 
 if TYPE_CHECKING:
@@ -101,8 +102,6 @@ def _output(out: str | None) -> Iterator[IO[str]]:
     Raises:
         ConfigError: it cannot be written.
     """
-    from vit_train.system import durable
-
     if out is None:
         yield sys.stdout
         return

@@ -37,7 +37,7 @@ from vit_train.errors import (
 )
 from vit_train.runs.stored import packages_of, trust_options, trusted
 from vit_train.system import durable, places, streams
-from vit_train.text import suggest
+from vit_train.text import count, suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -329,7 +329,6 @@ def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
     from vit_train.report.pictures import sheet_of_attention, sheet_of_predictions
     from vit_train.report.summary import closing_table, hyperparameters
     from vit_train.runs.record import closing_figures
-    from vit_train.text import count
 
     trainer, run_dir = run.trainer, run.run_dir
     result = closing_figures(
