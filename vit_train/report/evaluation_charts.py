@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vit_train.report.evaluation_figures import NUM_BINS, Calibration
-from vit_train.report.fonts import fonts_for
+from vit_train.report.fonts import fonts_for, shown_names
 from vit_train.text import printable, short
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def confusion_chart(counts: NDArray[np.int64], class_names: Sequence[str]) -> ND
     every = 1 if number <= 100 else -(-number // _LABELS)
     large = side > 8
     fontsize = min(0.75 * every * cell, 11 if large else 10)
-    labels, families = _labels(class_names)
+    labels = shown_names([short(printable(name).replace("\n", " "), _LONGEST) for name in class_names])
+    families = fonts_for(labels)
     ticks = np.arange(0, number, every)
     # a name along the top is turned where it does not fit above its column
     longest = max(len(label) for label in labels)
@@ -92,15 +93,6 @@ def _side(number: int) -> float:
     if number <= 100:
         return 12.6
     return number * max(2, 2000 // number) / _DPI
-
-
-def _labels(class_names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What is written for each class, and the fonts for it."""
-    labels = [short(printable(name).replace("\n", " "), _LONGEST) for name in class_names]
-    families = fonts_for(labels)
-    if families is None:
-        return [str(i) for i in range(len(labels))], ["DejaVu Sans"]
-    return labels, families or ["DejaVu Sans"]
 
 
 def _write_counts(

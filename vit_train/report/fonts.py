@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 
@@ -26,6 +26,11 @@ def with_glyphs(text: str) -> str:
         return text
     missing = {c for c in set(text) if not fonts_for([c])}
     return "".join("?" if c in missing else c for c in text)
+
+
+def shown_names(names: Sequence[str]) -> list[str]:
+    """These names, or their numbers where the installed fonts lack a glyph."""
+    return [*names] if fonts_for(names) else [*map(str, range(len(names)))]
 
 
 @lru_cache(maxsize=1)

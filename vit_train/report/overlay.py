@@ -242,7 +242,6 @@ class Page:
         figure.figimage(self.pixels, 0, 0, origin="upper")
         for text, x, y, size, room, color in self.texts:
             shown = with_glyphs(text)
-            families = fonts_for([shown])
             line = figure.text(
                 x / self.width,
                 1 - y / self.height,
@@ -250,7 +249,7 @@ class Page:
                 fontsize=size * 72 / dpi,
                 color=color,
                 va="center_baseline",
-                family=families or ["DejaVu Sans"],
+                family=fonts_for([shown]),
                 parse_math=False,
             )
             while (wide := line.get_window_extent(canvas.get_renderer()).width) > room and len(shown) > 4:

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from vit_train.inference.attention import NAMES, explain, methods, unchanged
-from vit_train.report.fonts import fonts_for
+from vit_train.report.fonts import shown_names
 from vit_train.report.overlay import INK, RIGHT, WRONG, Explained, Page, Sheet, shown_name
 from vit_train.system.precision import Precision, autocast
 from vit_train.text import printable, short
@@ -128,7 +128,7 @@ def prediction_sheet(
         class_names: in any script; numbers are shown where no installed font has the glyphs.
         mean, std: per channel, as used for normalisation.
     """
-    names, captions, hits = _shown_names(class_names), [], 0
+    names, captions, hits = shown_names(class_names), [], 0
     confidence, predicted = (x.tolist() for x in probabilities[:_SHOWN].float().cpu().max(1))
     for truth, guess, share in zip(targets.tolist(), predicted, confidence):
         hits += truth == guess
@@ -156,7 +156,7 @@ def mistake_sheet(
         confidence: of the predictions, 0 to 1.
         class_names: in any script; numbers are shown where no installed font has the glyphs.
     """
-    channels, names = images.shape[1], _shown_names([*map(printable, class_names)])
+    channels, names = images.shape[1], shown_names([*map(printable, class_names)])
     captions = [
         [(f"{i}. {short(names[guess])} {share:.1%}", "#b3400a"), (f"is {short(names[truth])}", "#24292f")]
         for i, (truth, guess, share) in enumerate(zip(targets, predicted, confidence), start=1)
@@ -196,7 +196,3 @@ def _sheet(
         for number, (line, color) in enumerate(reversed(lines)):
             page.write(line, x, y - (0.85 + 1.25 * number) * size, size=size, room=math.inf, color=color)
     return page.draw()
-
-
-def _shown_names(class_names: Sequence[str]) -> Sequence[str]:
-    return class_names if fonts_for(class_names) else [*map(str, range(len(class_names)))]
