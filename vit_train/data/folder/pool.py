@@ -38,15 +38,11 @@ class Crash:
     exit_code: int
 
     def __str__(self) -> str:
-        if self.exit_code >= 0:
-            return f"ends the process that reads it (exit code {self.exit_code})"
-        try:
-            name = signal.Signals(-self.exit_code).name
-        except ValueError:  # a real-time signal
-            name = f"signal {-self.exit_code}"
-        if name == "SIGKILL":
-            return "ends the process that reads it (SIGKILL: memory may have run out)"
-        return f"ends the process that reads it ({name})"
+        why = f"exit code {self.exit_code}" if self.exit_code >= 0 else f"signal {-self.exit_code}"
+        with suppress(ValueError):  # not of an exit code, nor of a real-time signal
+            why = signal.Signals(-self.exit_code).name
+        memory = ": memory may have run out" if why == "SIGKILL" else ""
+        return f"ends the process that reads it ({why}{memory})"
 
 
 def each_file(
