@@ -233,8 +233,7 @@ class Tracker(NullTracker):
             return
         from torch.utils.tensorboard.summary import hparams
 
-        simple = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in parameters.items()}
-        summaries = hparams(simple, dict(metrics))
+        summaries = hparams(dict(parameters), dict(metrics))
         self._board(lambda writer: [writer.file_writer.add_summary(summary) for summary in summaries])
 
     def flush(self) -> None:
