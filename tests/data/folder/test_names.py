@@ -30,12 +30,8 @@ def test_a_sequence_of_str():
 
 
 def test_none_at_all():
-    for names in (Names.of([]), Names.join([]), Names.join([Names.of([])])):
-        assert (len(names), [*names]) == (0, [])
-
-
-def test_parts_are_joined_in_order():
-    assert [*Names.join([Names.of(ODD[:2]), Names.of([]), Names.of(ODD[2:])])] == ODD
+    names = Names.of([])
+    assert (len(names), [*names]) == (0, [])
 
 
 def test_a_selection_shares_the_bytes():

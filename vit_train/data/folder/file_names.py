@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,17 +43,6 @@ class Names:
             ends.append(len(encoded))
         buffer = torch.from_numpy(np.frombuffer(encoded, dtype=np.uint8))
         return Names(buffer, torch.from_numpy(np.asarray(ends, dtype=np.int64)), torch.arange(len(ends) - 1))
-
-    @staticmethod
-    def join(parts: Sequence[Names]) -> Names:
-        """The names of all parts, one part after another. No part may be a selection."""
-        ends, before = [torch.zeros(1, dtype=torch.int64)], 0
-        for part in parts:
-            ends.append(part.offsets[1:] + before)
-            before += len(part.buffer)
-        buffers = [torch.empty(0, dtype=torch.uint8), *(part.buffer for part in parts)]
-        offsets = torch.cat(ends)
-        return Names(torch.cat(buffers), offsets, torch.arange(len(offsets) - 1))
 
     def __len__(self) -> int:
         return len(self.rows)

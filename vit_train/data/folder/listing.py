@@ -67,16 +67,20 @@ def list_images(root: Path, folders: Sequence[str]) -> Listing:
     Raises:
         OSError: a folder cannot be listed.
     """
-    names, sizes, counts = [], array("q"), []
+    sizes, counts = array("q"), []
+
+    def found(walk: _Walk) -> Iterator[str]:
+        for folder in folders:
+            images = sorted((name, _size(entry)) for name, entry in walk.images(folder))
+            sizes.extend(size for _, size in images)
+            counts.append(len(images))
+            yield from (name for name, _ in images)
+
     with _progress() as progress:
         walk = _Walk(str(root), progress)
-        for folder in folders:
-            found = sorted((name, _size(entry)) for name, entry in walk.images(folder))
-            names.append(Names.of(name for name, _ in found))
-            sizes.extend(size for _, size in found)
-            counts.append(len(found))
+        names = Names.of(found(walk))
     return Listing(
-        names=Names.join(names),
+        names=names,
         sizes=np.asarray(sizes, dtype=np.int64),
         counts=np.asarray(counts, dtype=np.int64),
         others=dict(sorted(walk.others.items())),
