@@ -41,13 +41,6 @@ class Axis(NamedTuple):
         return self.size - self.shift, self.padding, self.shift
 
 
-def cut_axis(size: int, *, window: int, shifted: bool, mask_padding: bool) -> Axis:
-    """The windows of one axis; see `WindowAttention` for the meaning of the arguments."""
-    if size <= window:  # one window covers the axis: there is nothing to shift
-        return Axis(size, size, 0, 0) if mask_padding else Axis(size, window, window - size, 0)
-    return Axis(size, window, -size % window, window // 2 if shifted else 0)
-
-
 def _axis_labels(axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each token of the padded, rolled axis: whether the roll wrapped it, and whether it is real."""
     rolled = torch.arange(axis.padded, device=device)
@@ -177,11 +170,13 @@ class WindowAttention(nn.Module):
 
     def cut(self, h: int, w: int) -> tuple[Axis, Axis]:
         """How a map of h x w tokens is cut into windows, along rows and along columns."""
-        rows, cols = (
-            cut_axis(size, window=self.window_size, shifted=self.shifted, mask_padding=self.mask_padding)
-            for size in (h, w)
-        )
-        return rows, cols
+        return self._cut_axis(h), self._cut_axis(w)
+
+    def _cut_axis(self, size: int) -> Axis:
+        window = self.window_size
+        if size <= window:  # one window covers the axis: there is nothing to shift
+            return Axis(size, size, 0, 0) if self.mask_padding else Axis(size, window, window - size, 0)
+        return Axis(size, window, -size % window, window // 2 if self.shifted else 0)
 
     def bias(self, rows: Axis, cols: Axis) -> Tensor:
         """Relative position bias and mask in one tensor, (G * H, N, N)."""
