@@ -187,10 +187,9 @@ def resize_positions(
     if not side or side * side != patches.shape[1]:
         return None
     image = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    if align_corners:
-        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=True)
-    else:
-        image = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
+    image = F.interpolate(
+        image, size=grid, mode="bicubic", align_corners=align_corners, antialias=not align_corners
+    )
     resized = image.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1)
     return torch.cat([prefix, resized.to(positions.dtype)], dim=1)
 
