@@ -102,14 +102,11 @@ def load_pretrained(
             if name in report.made_anew:
                 continue
             given = theirs.pop(name, None)
-            if given is None:
+            fitted = None if given is None else _fitted(name, given, mine, model, pretrained)
+            if given is None or fitted is None:
+                said = "missing" if given is None else f"{_sides(given)}, the model needs {_sides(mine)}"
+                problems.append(f"{name} is {said}")
                 report.made_anew.append(name)
-                problems.append(f"{name} is missing")
-                continue
-            fitted = _fitted(name, given, mine, model, pretrained)
-            if fitted is None:
-                report.made_anew.append(name)
-                problems.append(f"{name} is {_sides(given)}, the model needs {_sides(mine)}")
                 continue
             if fitted is not given:
                 report.resized.append(f"{name}: {_sides(given)} -> {_sides(mine)}")
