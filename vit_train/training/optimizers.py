@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from vit_train.construct import Fraction, NotNegativeFloat, PositiveFloat, Share
@@ -61,18 +62,14 @@ def decay_groups(
         for layer in range(top, -1, -1)  # the head first: its rate is the one that is logged
         for decays, factor in ((True, 1.0), (False, 1.0), (False, norm_bias_factor))
     }
-    norm_biases = _norm_biases(model)
+    norms = (name for name, module in model.named_modules() if isinstance(module, _BatchNorm))
+    norm_biases = {f"{name}.bias" for name in norms}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and name not in exempt
             factor = norm_bias_factor if name in norm_biases else 1.0
             groups[layers[name], decays, factor]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
-
-
-def _norm_biases(model: nn.Module) -> set[str]:
-    norms = (n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return {f"{name}.bias" for name in norms}
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:
@@ -121,7 +118,7 @@ def freeze_parts(model: nn.Module, names: Iterable[str]) -> nn.Module:
         for name in frozen:
             parameters[name].requires_grad_(False)
         for name, module in model.named_modules():
-            if f"{name}.".startswith(f"{prefix}.") and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if f"{name}.".startswith(f"{prefix}.") and isinstance(module, _BatchNorm):
                 module.train = types.MethodType(_stay, module.eval())  # type: ignore[method-assign]
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ValueError("freeze leaves nothing to train")
@@ -327,8 +324,7 @@ def load_named_state(model: nn.Module, optimizer: Optimizer, tensors: Mapping[st
             raise ValueError(f"optimizer state {key!r} has shape {tuple(tensor.shape)}, not {expected}")
         slots.setdefault(name, {})[slot] = tensor
     names = {id(parameter): name for name, parameter in parameters.items()}
-    current = optimizer.state_dict()
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {i: slots[names[id(p)]] for i, p in enumerate(order) if names[id(p)] in slots}
     # torch's own loader moves each slot to where this optimizer wants it (a fused step counts on the device)
-    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
