@@ -128,9 +128,7 @@ class Saver:
             return found
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.close()
         if self._bug is not None:
             raise self._bug
 
