@@ -40,7 +40,6 @@ def fit_micro_batch(trainer: Any, batch_size: int) -> int:
                 )
             pieces = finer
     finally:
-        trainer.model.zero_grad(set_to_none=True)
         for name, buffer in trainer.model.named_buffers():
             buffer.copy_(statistics[name])
     return pieces
