@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit_train.checkpoint.layout import directory_name
 from vit_train.checkpoint.read import Checkpoint, Fits, load, load_run, newest_valid
@@ -48,18 +48,6 @@ class Saver:
         self._failures: list[SaveError] = []  # in a row
         self._bug: BaseException | None = None
         self._unsaved_best: Snapshot | None = None
-
-    def check_space(self, model: nn.Module, *, ema: bool, keep: int) -> None:
-        """Refuses to begin where the checkpoints of a run would not fit; see `Checkpointer.check_space`.
-
-        An optimizer is taken to keep two numbers per trained parameter, as AdamW does.
-
-        Raises:
-            SaveError: the file system has less free space.
-        """
-        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-        self.checkpointer.check_space((1 + ema) * weights + 2 * trained, keep=keep)
 
     def save(self, snapshot: Snapshot) -> None:
         """Begins to write a checkpoint, once the one before is written.

@@ -29,7 +29,7 @@ from vit_train.system import durable, faults
 from vit_train.text import count
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class Checkpointer:
@@ -143,18 +143,18 @@ class Checkpointer:
             else:
                 leftover.unlink(missing_ok=True)
 
-    def check_space(self, nbytes: int, *, keep: int) -> None:
+    def check_space(self, model: nn.Module, *, ema: bool, keep: int) -> None:
         """Refuses to begin where what is kept, the best and the one being written would not fit.
 
         A run that goes on needs room for the newest, the best and the one being written: others give way.
-
-        Args:
-            nbytes: size of one.
-            keep: as in `save`.
+        An optimizer is taken to keep two numbers per trained parameter, as AdamW does.
 
         Raises:
             SaveError: the file system has less free space.
         """
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+        nbytes = (1 + ema) * weights + 2 * trained
         free = shutil.disk_usage(next(p for p in self.root.absolute().parents if p.exists())).free
         there = len(checkpoint_directories(self.root))
         more = max(1, 3 - there) if there else keep + 2

@@ -234,7 +234,7 @@ def _open(run: Run) -> None:
     checkpointer.finish_interrupted(
         step=trainer.state.step, keep=trainer.keep_checkpoints, kept=trainer.state.kept_steps()
     )
-    trainer.saver.check_space(trainer.model, ema=trainer.ema is not None, keep=trainer.keep_checkpoints)
+    checkpointer.check_space(trainer.model, ema=trainer.ema is not None, keep=trainer.keep_checkpoints)
     open_run_dir(run_dir, run.config)
     checkpointer.make()  # a folder with checkpoints/ and no configuration would be nobody's
     write_facts(
