@@ -142,7 +142,7 @@ def grown(stored: Mapping[str, Any], new: Mapping[str, Any], *, patience: bool =
 
 def check_budget(stored: Mapping[str, Any], trainer: Any) -> int:
     """A run can grow but not shrink: its schedule has been spanning the old budget, which is returned."""
-    before = _budget(stored, trainer.steps_per_epoch)
+    before = int(stored.get("max_steps") or (stored.get("epochs") or 0) * trainer.steps_per_epoch)
     if trainer.total_steps < before:
         epochs = -(-before // trainer.steps_per_epoch)
         raise ConfigError(
@@ -150,10 +150,6 @@ def check_budget(stored: Mapping[str, Any], trainer: Any) -> int:
             f"type trainer.epochs={epochs} or more (trainer.max_steps=null), or start a new run"
         )
     return before
-
-
-def _budget(trainer: Mapping[str, Any], steps_per_epoch: int) -> int:
-    return int(trainer.get("max_steps") or (trainer.get("epochs") or 0) * steps_per_epoch)
 
 
 def rate_jump(before: int, trainer: Any) -> list[str]:
