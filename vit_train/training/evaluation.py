@@ -155,15 +155,10 @@ class MirrorMean(nn.Module):
         return torch.logaddexp(straight, mirrored) - math.log(2)
 
 
-def means(prefix: str, sums: Tensor, num_classes: int, parts: Sequence[str] = ()) -> dict[str, float]:
-    """`<prefix>/loss`, `<prefix>/top1` and, where it means something, `<prefix>/top5`; then the parts of the
-    loss. Only finite ones.
+def train_means(sums: Tensor, num_classes: int, parts: Sequence[str]) -> dict[str, float]:
+    """`train/loss`, `train/top1` and, where it means something, `train/top5`; then the `parts` of the loss.
 
-    Args:
-        prefix: the split.
-        sums: loss, top-1 hits, top-5 hits, images, and of each part.
-        num_classes: K.
-        parts: names of the parts.
+    Only finite ones, of the sums of loss, top-1 hits, top-5 hits, images, and of each part.
     """
     loss, top1, top5, images, *rest = sums.tolist()
     images = images or math.nan  # of an epoch whose every step was left out
@@ -171,7 +166,7 @@ def means(prefix: str, sums: Tensor, num_classes: int, parts: Sequence[str] = ()
     if num_classes > TOP_K:
         values["top5"] = top5 / images
     values |= {name: part / images for name, part in zip(parts, rest)}
-    return {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
+    return {f"train/{name}": value for name, value in values.items() if math.isfinite(value)}
 
 
 def wide(device: torch.device, values: list[float]) -> Tensor:

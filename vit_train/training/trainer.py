@@ -24,7 +24,7 @@ from vit_train.errors import ConfigError
 from vit_train.rng import seed_device, use_deterministic_operators
 from vit_train.system.precision import Precision, autocast, grad_scaler
 from vit_train.training.ema import Ema
-from vit_train.training.evaluation import evaluate, hits, means, wide
+from vit_train.training.evaluation import evaluate, hits, train_means, wide
 from vit_train.training.guard import Guard, Stop
 from vit_train.training.nonfinite import NonFinite, OnNonFinite
 from vit_train.training.optimizers import freeze_parts, set_lr
@@ -253,7 +253,7 @@ class Trainer:
         state = self.state
         last_epoch = epoch + 1 == self.total_epochs
         self.nonfinite.check(self.state)
-        metrics = means("train", self.strategy.sum(self.sums), self.parts.data.num_classes, self.loss_parts)
+        metrics = train_means(self.strategy.sum(self.sums), self.parts.data.num_classes, self.loss_parts)
         if state.step % self.steps_per_epoch:  # the budget ends here; a larger one opens the epoch again
             state.before_cut = {**self.stored_state(), "before_cut": None}
         is_best = False
