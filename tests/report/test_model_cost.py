@@ -164,11 +164,7 @@ def test_a_frozen_start_keeps_nothing():
 
 def test_micro_batches_keep_less():
     kept = [
-        sum(
-            kept_for_backward(
-                on_meta(vit), image_shape=(3, 16, 16), batch_size=size, precision="fp32", device=CPU
-            ).values()
-        )
+        sum(kept_for_backward(on_meta(vit), (size, 3, 16, 16), precision="fp32", device=CPU).values())
         for size in (2, 4, 6)
     ]
     assert kept[1] - kept[0] == kept[2] - kept[1] > 0, "not proportional to the images"

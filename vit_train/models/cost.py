@@ -119,13 +119,8 @@ def layers_of(
         rows[name] = Layer(name)
         rows[name].parameters, rows[name].frozen = _numbers(module.parameters())
     _count_multiply_adds(model, rows, rest, torch.empty(1, in_channels, img_size, img_size, device="meta"))
-    kept = kept_for_backward(
-        model,
-        image_shape=(in_channels, img_size, img_size),
-        batch_size=batch_size,
-        precision=precision,
-        device=device,
-    )
+    batch_shape = (batch_size, in_channels, img_size, img_size)
+    kept = kept_for_backward(model, batch_shape, precision=precision, device=device)
     for name, nbytes in kept.items():
         rows.get(name, rest).activation_bytes += nbytes
     figures = [row for row in rows.values() if row.parameters or row.multiply_adds or row.activation_bytes]
@@ -133,12 +128,7 @@ def layers_of(
 
 
 def kept_for_backward(
-    model: nn.Module,
-    *,
-    image_shape: tuple[int, int, int],
-    batch_size: int,
-    precision: Precision,
-    device: torch.device,
+    model: nn.Module, batch_shape: Shape, *, precision: Precision, device: torch.device
 ) -> dict[str, int]:
     """Bytes of the tensors a forward pass in training saves, by the part of the model that saves them first.
 
@@ -148,8 +138,7 @@ def kept_for_backward(
 
     Args:
         model: on the meta device; its mode is set to training.
-        image_shape: (C, H, W).
-        batch_size: B.
+        batch_shape: (B, C, H, W).
         precision: not auto.
         device: whose operators are taken.
 
@@ -186,7 +175,7 @@ def kept_for_backward(
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
         }
         seen |= {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in state.values()}
-        images = torch.empty(batch_size, *image_shape, device=device)
+        images = torch.empty(batch_shape, device=device)
         stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
         stack.enter_context(autocast(precision, device))
         functional_call(model.train(), state, (images,))
