@@ -409,14 +409,12 @@ def _strict(hint: Any) -> Any:
             return Any
         return hint
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin is None or origin is Literal or origin is type or not arguments:
+    if origin in (None, Literal, type, Callable) or not arguments:
         return hint
     if origin is Annotated:
         return Annotated[(_strict(arguments[0]), *hint.__metadata__)]
     if isinstance(hint, types.UnionType) or origin is Union:
         return Union[tuple(_strict(a) for a in arguments)]  # noqa: UP007 - built from a tuple
-    if origin is Callable:
-        return hint
     if _is_protocol(origin):
         return Any
     return origin[tuple(a if a is Ellipsis else _strict(a) for a in arguments)]
