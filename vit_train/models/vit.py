@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from vit_train.construct import Dim, Expansion, Few, Fraction, Positive
 from vit_train.layers import Attention, Block, drop_path_schedule, init_identity, init_linear
-from vit_train.layers.checks import require_heads
 from vit_train.layers.init import TOKEN_STD, sincos_positions
 
 _NOT_DECAYED = ("cls_token", "dist_token", "pos_embed", "relative_position_bias_table")
@@ -65,7 +64,6 @@ class ViT(nn.Module):
         num_classes: Positive,
     ) -> None:
         super().__init__()
-        require_heads(num_heads, embed_dim)
         if (width := patch_embed.embed_dim) != embed_dim:
             raise ValueError(f"embed_dim {embed_dim} differs from patch_embed.embed_dim {width}")
         self.embed_dim = embed_dim
