@@ -14,7 +14,7 @@ import shutil
 import pytest
 from conftest import TINY, compose, vit_train_here
 
-from vit_train.checkpoint import Checkpointer, checkpoint_directories, load, resolve_link
+from vit_train.checkpoint import Checkpointer, Snapshot, checkpoint_directories, load, resolve_link
 from vit_train.cli import train
 from vit_train.config.build import build_run
 from vit_train.config.check import Launch
@@ -209,7 +209,7 @@ def test_a_piece_that_is_not_taken_back_is_noticed(cut, tmp_path, piece) -> None
         assert train["before_cut"][piece] != (None if piece == "best" else train[piece])
         train["before_cut"][piece] = None if piece == "best" else train[piece]
     state.pop("format")
-    Checkpointer(tmp_path / "run").save(checkpoint.tensors, state, step=18, best=False, keep=9)
+    Checkpointer(tmp_path / "run").save(Snapshot(checkpoint.tensors, state, step=18, best=False, keep=9))
     go(*SCRIPTED, *LONGER, folder=tmp_path / "run")
     same = different(standing(tmp_path / "run"), standing(cut / "longer")) == set()
     assert same == (piece is None)
@@ -221,7 +221,7 @@ def test_a_cut_run_of_an_older_version_is_made_longer_as_before(tmp_path) -> Non
     checkpoint = load(resolve_link(tmp_path / "run/checkpoints/last"))
     state = json.loads(json.dumps(checkpoint.state))
     del state["train"]["before_cut"], state["format"]
-    Checkpointer(tmp_path / "run").save(checkpoint.tensors, state, step=8, best=False, keep=9)
+    Checkpointer(tmp_path / "run").save(Snapshot(checkpoint.tensors, state, step=8, best=False, keep=9))
     go(*PLATEAU, "trainer.max_steps=15", folder=tmp_path / "run")
     epochs = [e for e in standing(tmp_path / "run")["events"] if e["event"] == "epoch"]
     assert [(e["epoch"], e["step"]) for e in epochs] == [(1, 5), (2, 10), (3, 15)]

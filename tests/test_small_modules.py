@@ -19,7 +19,7 @@ from conftest import TINY, build, load_trained
 from torch import nn
 
 from vit_train import errors, text
-from vit_train.checkpoint import Checkpointer, load_run
+from vit_train.checkpoint import Checkpointer, Snapshot, load_run
 from vit_train.checkpoint import load as load_checkpoint
 from vit_train.inference.trained import without_download
 from vit_train.rng import mix, seed_cpu, seed_device
@@ -261,7 +261,7 @@ def changed(trainer, tmp_path):
         tensors, state = dict(stored.tensors), copy.deepcopy(stored.state)
         change(tensors, state)
         state.pop("format")
-        return Checkpointer(tmp_path / "changed").save(tensors, state, step=2, best=True, keep=1)
+        return Checkpointer(tmp_path / "changed").save(Snapshot(tensors, state, step=2, best=True, keep=1))
 
     return save
 

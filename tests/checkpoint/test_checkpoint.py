@@ -16,6 +16,7 @@ from conftest import everything_in
 
 from vit_train.checkpoint import (
     Checkpointer,
+    Snapshot,
     checkpoint_directories,
     load,
     load_run,
@@ -45,7 +46,9 @@ def tensors(seed=0, size=1000):
 
 
 def save(run_dir, step, best=False, keep=2, **settings):
-    return Checkpointer(run_dir).save(tensors(step, **settings), STATE, step=step, best=best, keep=keep)
+    return Checkpointer(run_dir).save(
+        Snapshot(tensors(step, **settings), STATE, step=step, best=best, keep=keep)
+    )
 
 
 def names(run_dir):
@@ -77,7 +80,7 @@ def in_child(work):
 # ------------------------------------------------------------------------------------- writing and reading
 def test_a_round_trip_keeps_every_bit(tmp_path) -> None:
     saved = tensors()
-    loaded = load(Checkpointer(tmp_path).save(saved, STATE, step=3, best=False, keep=1))
+    loaded = load(Checkpointer(tmp_path).save(Snapshot(saved, STATE, step=3, best=False, keep=1)))
     assert set(loaded.tensors) == set(saved)
     for name, tensor in saved.items():
         other = loaded.tensors[name]
@@ -103,7 +106,7 @@ def test_the_files_are_those_promised_and_nothing_else(tmp_path) -> None:
 
 def test_without_an_average_there_is_no_ema_file(tmp_path) -> None:
     raw = {name: tensor for name, tensor in tensors().items() if not name.startswith("ema/")}
-    path = Checkpointer(tmp_path).save(raw, STATE, step=1, best=False, keep=1)
+    path = Checkpointer(tmp_path).save(Snapshot(raw, STATE, step=1, best=False, keep=1))
     assert not (path / "ema.safetensors").exists()
     assert set(load(path).tensors) == set(raw)
 
@@ -114,7 +117,7 @@ def full_disk(run_dir):
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     big = {**tensors(2), "optimizer/big": torch.zeros(100_000)}
-    return Checkpointer(run_dir).save(big, STATE, step=2, best=True, keep=1)
+    return Checkpointer(run_dir).save(Snapshot(big, STATE, step=2, best=True, keep=1))
 
 
 def test_a_save_that_fails_midway_leaves_the_earlier_checkpoints(tmp_path) -> None:
@@ -161,7 +164,7 @@ def test_a_file_in_the_way_is_a_save_error(tmp_path, where) -> None:
 def test_the_same_step_saved_twice_is_the_second_one(tmp_path) -> None:
     save(tmp_path, 5)
     other = tensors(99)
-    path = Checkpointer(tmp_path).save(other, STATE, step=5, best=False, keep=2)
+    path = Checkpointer(tmp_path).save(Snapshot(other, STATE, step=5, best=False, keep=2))
     assert torch.equal(
         load(path).tensors["optimizer/weight/exp_avg"][6:], other["optimizer/weight/exp_avg"][6:]
     )
@@ -323,11 +326,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path, monkeypatch, keep, relative)
     monkeypatch.chdir(tmp_path)
     checkpointer = Checkpointer(tmp_path.relative_to(tmp_path) / "run" if relative else tmp_path / "run")
     for step in range(1, 7):
-        checkpointer.save(tensors(size=8), STATE, step=step, best=step == 2, keep=keep)
+        checkpointer.save(Snapshot(tensors(size=8), STATE, step=step, best=step == 2, keep=keep))
     newest = [f"step_{step:08d}" for step in (6, 5)[:keep]]
     assert names(tmp_path / "run") == [*newest, "step_00000002"]
     assert checkpointer.best_path() == tmp_path / "run/checkpoints/step_00000002"
-    checkpointer.save(tensors(size=8), STATE, step=7, best=True, keep=1)
+    checkpointer.save(Snapshot(tensors(size=8), STATE, step=7, best=True, keep=1))
     assert names(tmp_path / "run") == ["step_00000007"]
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import TINY, build
 
-from vit_train.checkpoint import Checkpointer, checkpoint_directories, load, resolve_link
-from vit_train.checkpoint.saver import Saver, Snapshot
+from vit_train.checkpoint import Checkpointer, Snapshot, checkpoint_directories, load, resolve_link
+from vit_train.checkpoint.saver import Saver
 from vit_train.errors import CheckpointError, SaveError
 from vit_train.system import faults
 from vit_train.training.guard import Guard, Signals
@@ -27,19 +27,19 @@ class Held(Checkpointer):
         self.began, self.go = Event(), Event()
         self.diary = []
 
-    def save(self, tensors, state, *, step, **settings):
-        self.diary.append(f"begin {step}")
+    def save(self, snapshot):
+        self.diary.append(f"begin {snapshot.step}")
         self.began.set()
         assert self.go.wait(SOON)
-        path = super().save(tensors, state, step=step, **settings)
-        self.diary.append(f"end {step}")
+        path = super().save(snapshot)
+        self.diary.append(f"end {snapshot.step}")
         return path
 
 
 class Broken(Checkpointer):
     """A bug of ours, not of the disk."""
 
-    def save(self, tensors, state, **settings):
+    def save(self, snapshot):
         raise KeyError("a bug")
 
 

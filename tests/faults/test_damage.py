@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import EIGHTEEN, everything_in, stale_files, vit_train_forked, whole_state
 
-from vit_train.checkpoint import MANIFEST, Checkpointer, checkpoint_directories, load
+from vit_train.checkpoint import MANIFEST, Checkpointer, Snapshot, checkpoint_directories, load
 from vit_train.cli import evaluate
 from vit_train.errors import CheckpointError
 
@@ -148,7 +148,7 @@ def test_without_a_valid_checkpoint_there_is_nothing_to_continue(stopped, tmp_pa
 )  # 7: one or two in each byte
 def test_every_bit_of_a_manifest_counts(tmp_path, every) -> None:
     tensors = {f"{kind}/w": torch.arange(3.0) + i for i, kind in enumerate(("model", "ema", "optimizer"))}
-    path = Checkpointer(tmp_path).save(tensors, {"train": {"step": 1}}, step=1, best=True, keep=1)
+    path = Checkpointer(tmp_path).save(Snapshot(tensors, {"train": {"step": 1}}, step=1, best=True, keep=1))
     manifest = path / MANIFEST
     data = manifest.read_bytes()
     load(path)

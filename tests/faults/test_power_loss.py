@@ -26,7 +26,7 @@ import torch
 import yaml
 from conftest import stale_files
 
-from vit_train.checkpoint import Checkpointer, load_run, newest_valid, resolve_link
+from vit_train.checkpoint import Checkpointer, Snapshot, load_run, newest_valid, resolve_link
 from vit_train.errors import CheckpointError
 from vit_train.runs.record import open_run_dir, write_facts
 from vit_train.system import durable
@@ -238,7 +238,7 @@ def save_all(mark):
     checkpointer = Checkpointer(RUN)
     for number, (step, best) in enumerate(SAVES):
         tensors, state = contents(number)
-        checkpointer.save(tensors, state, step=step, best=best, keep=2)
+        checkpointer.save(Snapshot(tensors, state, step=step, best=best, keep=2))
         mark(number)
 
 
@@ -310,7 +310,7 @@ def check_saves(entries, folder):
             assert resolve_link(run / "checkpoints/last") == found.path.resolve()
             assert number_of(load_run(run)[0]) == best_of(range(number + 1))
         tensors, state = contents(4)
-        checkpointer.save(tensors, state, step=20, best=False, keep=2)
+        checkpointer.save(Snapshot(tensors, state, step=20, best=False, keep=2))
         assert newest_valid(run)[0].path.name == "step_00000020"
 
 

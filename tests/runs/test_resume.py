@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import TINY, checkpoint_hashes, vit_train_forked
 
-from vit_train.checkpoint import Checkpointer, load, resolve_link
+from vit_train.checkpoint import Checkpointer, Snapshot, load, resolve_link
 from vit_train.training.objective import CrossEntropy
 
 
@@ -159,7 +159,7 @@ def test_a_piece_of_state_left_out_is_noticed(forked, unbroken, tmp_path, kind) 
     tensors, state = dict(checkpoint.tensors), json.loads(json.dumps(checkpoint.state))
     _without(kind, tensors, state)
     state.pop("format")
-    Checkpointer(tmp_path / "run").save(tensors, state, step=8, best=False, keep=2)
+    Checkpointer(tmp_path / "run").save(Snapshot(tensors, state, step=8, best=False, keep=2))
     forked("resume=run")
     assert checkpoint_hashes(tmp_path / "run") != checkpoint_hashes(unbroken)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from vit_train.checkpoint import Checkpointer
-from vit_train.checkpoint.saver import Saver, Snapshot
+from vit_train.checkpoint import Checkpointer, Snapshot
+from vit_train.checkpoint.saver import Saver
 from vit_train.data import Batch
 from vit_train.errors import CheckpointError, NonFiniteError
 from vit_train.training.ema import Ema

@@ -24,7 +24,7 @@ from .read import (
     must_be_readable,
     newest_valid,
 )
-from .write import Checkpointer
+from .write import Checkpointer, Snapshot
 
 __all__ = [
     "MANIFEST",
@@ -32,6 +32,7 @@ __all__ = [
     "Checkpointer",
     "Fits",
     "Shapes",
+    "Snapshot",
     "check_shapes",
     "checkpoint_directories",
     "directory_name",

@@ -6,31 +6,15 @@ at the next interval. Three failures in a row end the run, and so does a failure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from threading import Thread
-from typing import Any
-
-from torch import Tensor
 
 from vit_train.checkpoint.layout import directory_name
 from vit_train.checkpoint.read import Checkpoint, Fits, load, load_run, newest_valid
-from vit_train.checkpoint.write import Checkpointer
+from vit_train.checkpoint.write import Checkpointer, Snapshot
 from vit_train.errors import CheckpointError, SaveError
 
 MAX_FAILED_SAVES = 3
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """One moment of a run: what `Checkpointer.save` takes. Without tensors on all ranks but the first."""
-
-    tensors: Mapping[str, Tensor]
-    state: Mapping[str, Any]
-    step: int
-    best: bool
-    keep: int
-    kept: Collection[int]
 
 
 class Saver:
@@ -126,7 +110,7 @@ class Saver:
         try:
             for one in waiting:
                 self._unsaved_best = one if one.best else None
-                self.checkpointer.save(**vars(one))
+                self.checkpointer.save(one)
                 self._unsaved_best = None
             self._failures.clear()
         except SaveError as error:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,27 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """One moment of a run, as it is saved. Without tensors on all ranks but the first.
+
+    Attributes:
+        tensors: named `model/...`, `ema/...`, `optimizer/...`, on the CPU.
+        state: plain data for state.json.
+        step: optimizer steps done.
+        best: whether `best` now means this checkpoint.
+        keep: how many of the newest checkpoints stay on disk beside the best one; at least 1.
+        kept: steps of further checkpoints that stay.
+    """
+
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    step: int
+    best: bool
+    keep: int
+    kept: Collection[int] = ()
+
+
 class Checkpointer:
     """Writes and keeps the checkpoints of one run.
 
@@ -50,31 +72,15 @@ class Checkpointer:
             durable.make_directory(self.root)
             self._made = True
 
-    def save(
-        self,
-        tensors: Mapping[str, Tensor],
-        state: Mapping[str, Any],
-        *,
-        step: int,
-        best: bool,
-        keep: int,
-        kept: Collection[int] = (),
-    ) -> Path:
+    def save(self, snapshot: Snapshot) -> Path:
         """Makes step_<step> durable, then moves the links, then removes what is no longer kept.
-
-        Args:
-            tensors: named `model/...`, `ema/...`, `optimizer/...`, on the CPU.
-            state: plain data for state.json.
-            step: optimizer steps done.
-            best: whether `best` now means this checkpoint.
-            keep: how many of the newest checkpoints stay on disk beside the best one; at least 1.
-            kept: steps of further checkpoints that stay.
 
         Raises:
             SaveError: the operating system refused; earlier checkpoints are untouched, except that on a full
                 disk the oldest that only `keep` holds may be gone, never the newest.
         """
-        target = self.root / directory_name(step)
+        kept = snapshot.kept
+        target = self.root / directory_name(snapshot.step)
         aside = self.root / f"{PARTIAL}{target.name}_{os.getpid()}"
         try:
             self.make()
@@ -82,22 +88,23 @@ class Checkpointer:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             faults.point("save.made")
-            now_best = target if best else self.best_path()
-            _write_checkpoint(aside, tensors, {**state, "best": now_best and now_best.name})
+            now_best = target if snapshot.best else self.best_path()
+            state = {**snapshot.state, "best": now_best and now_best.name}
+            _write_checkpoint(aside, snapshot.tensors, state)
             self._rename(aside, target)
             durable.sync_directory(self.root)
             faults.point("save.durable")
             self._point("last", target.name)
             faults.point("save.last")
-            if best:
+            if snapshot.best:
                 self._point("best", target.name)
             faults.point("save.best")
-            self._retain(keep, newest=target.name, kept=kept)
+            self._retain(snapshot.keep, newest=target.name, kept=kept)
             faults.point("save.end")
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT) and self._give_way(target.name, kept, error.errno):
-                return self.save(tensors, state, step=step, best=best, keep=keep, kept=kept)
+                return self.save(snapshot)
             reason = f"{error.strerror or error}; the one saved before is untouched"
             if self._made and not self.root.is_dir():
                 reason = f"{self.root} was moved or deleted"
@@ -109,7 +116,7 @@ class Checkpointer:
 
         Args:
             step: of the checkpoint the run continues from; without one nothing happens.
-            keep, kept: as in `save`.
+            keep, kept: as in a `Snapshot`.
 
         Raises:
             OSError: the operating system refused.

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from vit_train.checkpoint import Checkpoint, fits_model
-from vit_train.checkpoint.saver import Saver, Snapshot
+from vit_train.checkpoint import Checkpoint, Snapshot, fits_model
+from vit_train.checkpoint.saver import Saver
 from vit_train.construct import Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat, TwoOrMore
 from vit_train.data import Batch
 from vit_train.errors import ConfigError
