@@ -76,13 +76,8 @@ def _window_tables(
     return index, mask.unsqueeze(1)
 
 
-@functools.lru_cache(maxsize=256)
-def _cached_window_tables(
-    rows: Axis, cols: Axis, table_window: int, mask_padding: bool, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    # The first caller may be an evaluation: an inference tensor could not be saved for a later backward.
-    with torch.inference_mode(False):
-        return _window_tables(rows, cols, table_window, mask_padding, device)
+# The first caller may be an evaluation: an inference tensor could not be saved for a later backward.
+_cached_window_tables = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_window_tables))
 
 
 def window_tables(
