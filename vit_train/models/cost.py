@@ -111,20 +111,18 @@ def layers_of(
     Raises:
         ValueError: the model does not take such images.
     """
-    rows: dict[str, Layer] = {}
     own = [name for name, _ in model.named_parameters(recurse=False)]
-    rest = Layer(", ".join(own) or "(between)")
-    rest.parameters, rest.frozen = _numbers(model.parameters(recurse=False))
+    rows = {"": Layer(", ".join(own) or "(between)")}
+    rows[""].parameters, rows[""].frozen = _numbers(model.parameters(recurse=False))
     for name, module in _parts(model):
         rows[name] = Layer(name)
         rows[name].parameters, rows[name].frozen = _numbers(module.parameters())
-    _count_multiply_adds(model, rows, rest, torch.empty(1, in_channels, img_size, img_size, device="meta"))
+    _count_multiply_adds(model, rows, torch.empty(1, in_channels, img_size, img_size, device="meta"))
     batch_shape = (batch_size, in_channels, img_size, img_size)
     kept = kept_for_backward(model, batch_shape, precision=precision, device=device)
     for name, nbytes in kept.items():
-        rows.get(name, rest).activation_bytes += nbytes
-    figures = [row for row in rows.values() if row.parameters or row.multiply_adds or row.activation_bytes]
-    return [rest, *figures] if rest.parameters or rest.activation_bytes or rest.multiply_adds else figures
+        rows[name].activation_bytes += nbytes
+    return [row for row in rows.values() if row.parameters or row.multiply_adds or row.activation_bytes]
 
 
 def kept_for_backward(
@@ -235,7 +233,7 @@ def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
             yield full, module
 
 
-def _count_multiply_adds(model: nn.Module, rows: dict[str, Layer], rest: Layer, images: Tensor) -> None:
+def _count_multiply_adds(model: nn.Module, rows: dict[str, Layer], images: Tensor) -> None:
     counter = FlopCounterMode(display=False)
     started: dict[str, int] = {}
 
@@ -248,7 +246,7 @@ def _count_multiply_adds(model: nn.Module, rows: dict[str, Layer], rest: Layer, 
 
     with _watching(model, enter, leave), torch.no_grad(), counter:
         model.eval()(images)
-    rest.multiply_adds = counter.get_total_flops() // 2 - sum(row.multiply_adds for row in rows.values())
+    rows[""].multiply_adds = counter.get_total_flops() // 2 - sum(row.multiply_adds for row in rows.values())
 
 
 @contextmanager
