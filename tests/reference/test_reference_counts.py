@@ -106,8 +106,8 @@ def check(build, rows, *, channels, size):
     with pytest.MonkeyPatch.context() as patch:
         # what is kept for the backward pass takes most of the time, and is tested in tests/report/test_model_cost.py
         patch.setattr(cost, "kept_for_backward", lambda *_args, **_kwargs: {})
-        sizes = {"in_channels": channels, "img_size": size, "batch_size": 1}
-        table = cost.layers_of(model, **sizes, precision="fp32", device=torch.device("cpu"))
+        shape = (1, channels, size, size)
+        table = cost.layers_of(model, shape, precision="fp32", device=torch.device("cpu"))
     found = {layer.name: (layer.parameters, layer.multiply_adds) for layer in table}
     own = [name for name in found if "pos_embed" in name or name == "(between)"]
     found = {"" if name in own else name: figures for name, figures in found.items()}

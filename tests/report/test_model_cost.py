@@ -64,9 +64,7 @@ def on_meta(build):
 
 
 def rows_of(model, side, *, batch_size=1, precision="fp32"):
-    return layers_of(
-        model, in_channels=3, img_size=side, batch_size=batch_size, precision=precision, device=CPU
-    )
+    return layers_of(model, (batch_size, 3, side, side), precision=precision, device=CPU)
 
 
 def really_kept(model, images, precision):

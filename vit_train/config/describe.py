@@ -76,14 +76,8 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
     with as_config_error("trainer"):
         freeze_parts(model, config["trainer"]["freeze"])
     with as_config_error("model"):
-        layers = layers_of(
-            model,
-            in_channels=cfg.data.in_channels,
-            img_size=cfg.data.img_size,
-            batch_size=micro_batch,
-            precision=cfg.trainer.precision,
-            device=strategy.device,
-        )
+        batch_shape = (micro_batch, cfg.data.in_channels, cfg.data.img_size, cfg.data.img_size)
+        layers = layers_of(model, batch_shape, precision=cfg.trainer.precision, device=strategy.device)
         memory = memory_of(
             model,
             layers,

@@ -90,21 +90,13 @@ def multiply_adds(model: nn.Module, *, in_channels: int, img_size: int) -> int:
 
 
 def layers_of(
-    model: nn.Module,
-    *,
-    in_channels: int,
-    img_size: int,
-    batch_size: int,
-    precision: Precision,
-    device: torch.device,
+    model: nn.Module, batch_shape: Shape, *, precision: Precision, device: torch.device
 ) -> list[Layer]:
     """The rows of the table; their figures add up to the model's.
 
     Args:
         model: on the meta device, with what is frozen frozen.
-        in_channels: C.
-        img_size: H and W in pixels.
-        batch_size: images that go through the model at once.
+        batch_shape: (B, C, H, W) of the images that go through the model at once.
         precision: of the training step, not auto.
         device: where training will run; nothing is put there.
 
@@ -117,8 +109,7 @@ def layers_of(
     for name, module in _parts(model):
         rows[name] = Layer(name)
         rows[name].parameters, rows[name].frozen = _numbers(module.parameters())
-    _count_multiply_adds(model, rows, torch.empty(1, in_channels, img_size, img_size, device="meta"))
-    batch_shape = (batch_size, in_channels, img_size, img_size)
+    _count_multiply_adds(model, rows, torch.empty(1, *batch_shape[1:], device="meta"))
     kept = kept_for_backward(model, batch_shape, precision=precision, device=device)
     for name, nbytes in kept.items():
         rows[name].activation_bytes += nbytes
