@@ -321,7 +321,7 @@ SHORT, LONG = {"trainer": {"epochs": 3}, "seed": 0}, {"trainer": {"epochs": 6}, 
 def write_run(mark):
     open_run_dir(RUN, SHORT)
     mark("config")
-    about = {"device": "cpu", "driver": None, "fingerprint": "f", "world_size": 1}
+    about = {"device": "cpu", "fingerprint": "f", "world_size": 1}
     write_facts(RUN, config=SHORT, **about)
     mark("facts")
     durable.replace(RUN / "result.json", json.dumps({"steps": 18}))

@@ -226,7 +226,7 @@ def _open(run: Run) -> None:
     import yaml
 
     from vit_train.report.summary import summary
-    from vit_train.runs.record import driver_version, open_run_dir, write_facts
+    from vit_train.runs.record import open_run_dir, write_facts
 
     trainer, run_dir, strategy = run.trainer, run.run_dir, run.trainer.strategy
     checkpointer = trainer.parts.checkpointer
@@ -241,7 +241,6 @@ def _open(run: Run) -> None:
         run_dir,
         config=run.config,
         device=strategy.describe(),
-        driver=driver_version(),
         fingerprint=trainer.parts.about["dataset_fingerprint"],
         world_size=strategy.world_size,
         teacher=run.teacher,
