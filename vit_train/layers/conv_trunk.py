@@ -21,14 +21,10 @@ from .patch_embed import GridEmbed
 
 
 class ConvGroup(nn.Module):
-    """Convolution, max pooling, norm, GELU; convolution, norm, GELU.
+    """Convolution, max pooling, norm, GELU; convolution, norm, GELU: (B, C, H, W) -> (B, C', H / 2, W / 2).
 
     Filter i of a convolution starts as a copy of channel i (Zagoruyko and Komodakis 2017, "DiracNets"), those
     beyond the channels of the input as torch's default.
-
-    Args:
-        in_channels: channels C of the input.
-        channels: channels C' of the output.
     """
 
     def __init__(self, in_channels: int, channels: int) -> None:

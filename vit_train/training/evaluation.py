@@ -99,14 +99,7 @@ class Collector:
         self._since = self._after_first = time.perf_counter()
 
     def __call__(self, index: Tensor, targets: Tensor, logits: Tensor, losses: Tensor) -> None:
-        """Keeps one batch, on its device.
-
-        Args:
-            index: (B,) sample ids.
-            targets: (B,) class ids.
-            logits: (B, K) float.
-            losses: (B,).
-        """
+        """Keeps one batch, on its device: sample ids (B,), class ids (B,), logits (B, K), losses (B,)."""
         predicted = logits.argmax(1)  # not softmax's: rounding makes ties of what differs
         confidence = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
         self._batches.append((index, targets, predicted, confidence, losses))

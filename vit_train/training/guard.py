@@ -126,11 +126,7 @@ class Guard:
         return Answer(bool(bad), bool(left_out), self._stop(int(code), step))
 
     def asked(self, step: int) -> Stop | None:
-        """Whether to stop where no step is being made.
-
-        Args:
-            step: number of steps done.
-        """
+        """Whether to stop where no step is being made, after `step` of them."""
         fine = torch.zeros((), dtype=torch.bool, device=self.strategy.device)
         return self.answer(fine, step=step).stop
 

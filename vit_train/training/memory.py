@@ -85,14 +85,7 @@ def shortage(needed: int, device: torch.device) -> list[str]:
 
 
 def advice(config: Mapping[str, Any], name: str, device: torch.device, error: Exception) -> str:
-    """One line for a run that ran out of memory.
-
-    Args:
-        config: of the run.
-        name: of the model, for the message.
-        device: where it ran.
-        error: what torch said.
-    """
+    """One line for a run of the model `name` that ran out of memory."""
     batch, pieces = config["data"]["batch_size"], config["trainer"]["grad_accum_steps"]
     said = " ".join(str(error).split("\n")[0].split())
     total = ""

@@ -97,8 +97,7 @@ class Distill(CrossEntropy):
     A model with two heads learns the labels with the first; with one head it learns both with that one.
 
     Args:
-        class_names: K names, the model's own order.
-        class_counts: training images per class.
+        class_names, class_counts: as for `CrossEntropy`.
         teach: images (B, C, H, W), as the student sees them -> logits (B, K); see `teacher.Teacher`.
         teacher: where it comes from: a run or checkpoint, a file of weights, torchvision:NAME, timm:NAME.
         teacher_model: of a file of weights, the model: torchvision:NAME, timm:NAME or a config of ours.

@@ -234,15 +234,8 @@ def muon(
 ) -> Optimizer:
     """Muon for the matrices between the pixels and the head, AdamW for all else, with decay groups.
 
-    Both take the same rate and weight decay.
-
-    Args:
-        model: whose parameters are optimised.
-        lr: base learning rate; the schedule multiplies it.
-        weight_decay: decoupled, of matrices only.
-        momentum: Nesterov's, of Muon.
-        betas, eps: of AdamW.
-        layer_decay: factor of the rate from one layer to the one below it; for fine-tuning.
+    Both take the same rate and weight decay; `betas` and `eps` are AdamW's, see `adamw`. `momentum` is
+    Nesterov's, of Muon.
     """
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
     hidden = {

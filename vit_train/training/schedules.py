@@ -128,8 +128,7 @@ class ReduceOnPlateau(Schedule):
     The rule of torch.optim.lr_scheduler.ReduceLROnPlateau (relative threshold 1e-4), as a multiplier.
 
     Args:
-        steps_per_epoch: optimizer steps in one epoch.
-        total_steps: the budget (the rule does not depend on it).
+        steps_per_epoch, total_steps: as for `Schedule`; the rule does not depend on them.
         monitor: a metric of the epoch, such as train/loss, val/loss or val/top1.
         mode: whether a smaller ("min") or larger ("max") value is better.
         factor: what the rate is multiplied by.

@@ -130,13 +130,7 @@ class TrainState:
 def check_listeners(
     schedule: Schedule, early_stop_patience: int | None, sizes: Mapping[str, int], *, ema: bool
 ) -> None:
-    """The schedule and early stopping can only listen to what a run measures.
-
-    Args:
-        schedule: its `monitor` is the name of a metric, or None.
-        early_stop_patience: None where early stopping is off.
-        sizes: images per split.
-        ema: whether averaged weights are evaluated beside the raw ones.
+    """The schedule and early stopping can only listen to what a run measures on its splits, of these `sizes`.
 
     Raises:
         ValueError: they could not.
