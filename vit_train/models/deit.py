@@ -56,6 +56,3 @@ class DeiT(ViT):
         if self.training:
             return logits, distill_logits
         return (logits + distill_logits) / 2
-
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
-        return self.forward_head(self.forward_features(images))
