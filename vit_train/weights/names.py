@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vit_train.errors import ConfigError
 from vit_train.layers import PatchEmbed, WindowAttention
+from vit_train.layers.attention import relative_index
 from vit_train.layers.window import Axis, window_tables
 from vit_train.models import Swin, ViT
 
@@ -247,11 +248,9 @@ def _buffers(model: Swin, layout: Layout) -> dict[str, Tensor]:
     """What torchvision and microsoft/Swin-Transformer store beside the parameters."""
     made = {}
     for name, attn, rows, cols in _maps(model):
-        one = Axis(attn.window_size, attn.window_size, 0, 0)
         window, cpu = attn.window_size, torch.device("cpu")
-        index, _ = window_tables(one, one, table_window=window, mask_padding=False, device=cpu)
-        square = (window**2, window**2) if layout == "swin" else (-1,)
-        made[f"{name}.attn.relative_position_index"] = index.view(square).clone()
+        index = relative_index(window, window, window, cpu)
+        made[f"{name}.attn.relative_position_index"] = index if layout == "swin" else index.flatten()
         if layout == "swin" and (rows.shift or cols.shift):
             _, mask = window_tables(rows, cols, table_window=window, mask_padding=False, device=cpu)
             assert mask is not None
