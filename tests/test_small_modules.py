@@ -19,7 +19,7 @@ from conftest import TINY, build, load_trained
 from torch import nn
 
 from vit_train import errors, text
-from vit_train.checkpoint import Checkpointer, Snapshot, load_run
+from vit_train.checkpoint import Checkpointer, Snapshot, load_run, resolve_link
 from vit_train.checkpoint import load as load_checkpoint
 from vit_train.inference.trained import without_download
 from vit_train.rng import mix, seed_cpu, seed_device
@@ -257,7 +257,7 @@ def changed(trainer, tmp_path):
     """Saves the trained checkpoint again, with an intact manifest, after something changed its contents."""
 
     def save(change):
-        stored = load_checkpoint(trainer.parts.checkpointer.best_path())
+        stored = load_checkpoint(resolve_link(trainer.parts.checkpointer.root / "best"))
         tensors, state = dict(stored.tensors), copy.deepcopy(stored.state)
         change(tensors, state)
         state.pop("format")

@@ -329,7 +329,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, monkeypatch, keep, relative)
         checkpointer.save(Snapshot(tensors(size=8), STATE, step=step, best=step == 2, keep=keep))
     newest = [f"step_{step:08d}" for step in (6, 5)[:keep]]
     assert names(tmp_path / "run") == [*newest, "step_00000002"]
-    assert checkpointer.best_path() == tmp_path / "run/checkpoints/step_00000002"
+    assert resolve_link(checkpointer.root / "best") == tmp_path / "run/checkpoints/step_00000002"
     checkpointer.save(Snapshot(tensors(size=8), STATE, step=7, best=True, keep=1))
     assert names(tmp_path / "run") == ["step_00000007"]
 

@@ -88,7 +88,7 @@ class Checkpointer:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             faults.point("save.made")
-            now_best = target if snapshot.best else self.best_path()
+            now_best = target if snapshot.best else resolve_link(self.root / "best")
             state = {**snapshot.state, "best": now_best and now_best.name}
             _write_checkpoint(aside, snapshot.tensors, state)
             self._rename(aside, target)
@@ -174,10 +174,6 @@ class Checkpointer:
                 "type run_dir=... on another disk"
             )
 
-    def best_path(self) -> Path | None:
-        """Where `best` points, or None."""
-        return resolve_link(self.root / "best")
-
     def _rename(self, aside: Path, target: Path) -> None:
         """Into place. The same step may be there: damaged, or saved again because its epoch is now closed."""
         replaced = self.root / f"{PARTIAL}replaced_{target.name}_{os.getpid()}"
@@ -239,7 +235,7 @@ class Checkpointer:
             self._remove(path)
 
     def _removable(self, saved: list[Path], kept: Collection[int]) -> list[Path]:
-        best = self.best_path()
+        best = resolve_link(self.root / "best")
         # names, because the link is resolved and the run directory may not be
         names = {best.name if best is not None else "", *map(directory_name, kept)}
         return [path for path in saved if path.name not in names]
