@@ -205,13 +205,7 @@ class WindowAttention(nn.Module):
         # Unbound before the windows are cut: the gradients then return in one copy, else in two.
         shape = (B, G[0] * G[1] * H, rows.window * cols.window, C // H)
         q, k, v = (part.permute(0, 1, 3, 5, 2, 4, 6).reshape(shape) for part in qkv.unbind(5))
-        out = attend(
-            q,
-            k,
-            v,
-            bias=self.bias(rows, cols),
-            dropout=self.attn_drop if self.training else 0.0,
-        )
+        out = attend(q, k, v, bias=self.bias(rows, cols), dropout=self.attn_drop if self.training else 0.0)
         out = out.view(B, *G, H, rows.window, cols.window, C // H).permute(0, 1, 4, 2, 5, 3, 6)
         out = out.reshape(B, rows.padded, cols.padded, C)
 
