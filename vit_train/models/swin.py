@@ -8,8 +8,6 @@ Shapes: B batch, C H W image, h w map of tokens (halved from stage to stage), D 
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -99,10 +97,9 @@ class Swin(nn.Module):
 
         self.patch_embed = patch_embed
         self.pos_drop = nn.Dropout(drop_rate)
-        rates = drop_path_schedule(drop_path_rate, sum(depths))
-        first_blocks = accumulate(depths, initial=0)
+        rates = iter(drop_path_schedule(drop_path_rate, sum(depths)))
         stages = []
-        for i, (depth, heads, first) in enumerate(zip(depths, num_heads, first_blocks)):
+        for i, (depth, heads) in enumerate(zip(depths, num_heads)):
             dim = embed_dim * 2**i
             blocks = [
                 Block(
@@ -119,7 +116,7 @@ class Swin(nn.Module):
                     ),
                     mlp_ratio=mlp_ratio,
                     drop=drop_rate,
-                    drop_path=rates[first + j],
+                    drop_path=next(rates),
                     norm_eps=1e-5,
                 )
                 for j in range(depth)
