@@ -104,11 +104,8 @@ def layers_of(
         ValueError: the model does not take such images.
     """
     own = [name for name, _ in model.named_parameters(recurse=False)]
-    rows = {"": Layer(", ".join(own) or "(between)")}
-    rows[""].parameters, rows[""].frozen = _numbers(model.parameters(recurse=False))
-    for name, module in _parts(model):
-        rows[name] = Layer(name)
-        rows[name].parameters, rows[name].frozen = _numbers(module.parameters())
+    rows = {"": _row(", ".join(own) or "(between)", model.parameters(recurse=False))}
+    rows |= {name: _row(name, module.parameters()) for name, module in _parts(model)}
     _count_multiply_adds(model, rows, torch.empty(1, *batch_shape[1:], device="meta"))
     kept = kept_for_backward(model, batch_shape, precision=precision, device=device)
     for name, nbytes in kept.items():
@@ -259,6 +256,7 @@ def _shape(values: Any) -> Shape | None:
     return tuple(first.shape[1:]) if isinstance(first, Tensor) else None
 
 
-def _numbers(parameters: Iterator[nn.Parameter]) -> tuple[int, int]:
+def _row(name: str, parameters: Iterator[nn.Parameter]) -> Layer:
     counted = [(p.numel(), p.requires_grad) for p in parameters]
-    return sum(n for n, _ in counted), sum(n for n, trains in counted if not trains)
+    frozen = sum(n for n, trains in counted if not trains)
+    return Layer(name, parameters=sum(n for n, _ in counted), frozen=frozen)
