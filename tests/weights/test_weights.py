@@ -209,6 +209,7 @@ def test_half_precision_files(tmp_path):
     ("model", "layout", "says"),
     [
         (vit(pool="mean"), "torchvision", "plain patches"),
+        (vit(rel_pos=True), "torchvision", "absolute positions"),
         (vit(head="mlp"), "torchvision", "one linear head"),
         (vit(norm_first=False), "torchvision", "norms first"),
         (vit(qkv_bias=False), "torchvision", "bias"),

@@ -85,6 +85,7 @@ _NO_PART = ("decoder", "mask_token", "embeddings.mask_token", "pooler.")  # of a
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _MAX_MODELS = 16  # a hostile file may hold a million
 _BUFFERS = ("relative_position_index", "attn_mask")
+_TABLE = "relative_position_bias_table"
 _MASKED = -100.0  # what microsoft/Swin-Transformer adds to the score of a pair that must not see each other
 
 
@@ -141,7 +142,7 @@ def to_ours(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
 
 def recognise(names: Collection[str]) -> tuple[str | None, _Pairs]:
     """Whose names they are (None: no layout's), and the pairs that make them ours."""
-    is_swin = any(name.endswith("relative_position_bias_table") for name in names)
+    is_swin = any(name.endswith(_TABLE) for name in names)
     if "encoder.pos_embedding" in names:
         return "torchvision", _TORCHVISION_VIT + _TORCHVISION_VIT_OLD
     if "features.0.0.weight" in names and is_swin:
@@ -199,10 +200,12 @@ def _check_torchvision(model: nn.Module, layout: Layout) -> None:
         assert isinstance(model, ViT)
         fits = isinstance(model.head, nn.Linear) and bool(model.blocks[0].norm_first)
         fits = fits and all(f"blocks.{i}.attn.qkv.bias" in names for i in range(len(model.blocks)))
+        fits = fits and "pos_embed" in names and not any(name.endswith(_TABLE) for name in names)
     if not fits:
         raise ConfigError(
             f"torchvision has no such {type(model).__name__}: its vision transformers have plain patches, a "
-            "class token, a bias everywhere, norms first and one linear head; use timm's names"
+            "class token, absolute positions, a bias everywhere, norms first and one linear head; use timm's "
+            "names"
         )
 
 
