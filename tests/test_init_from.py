@@ -195,7 +195,8 @@ def test_swin_weights_from_elsewhere_bring_their_padding(in_tmp):
     # our own weights say themselves how they were trained, and what is typed wins
     done = vit_train_here(*SWIN, "init_from=run", "model.mask_padding=true", "run_dir=b", cwd=in_tmp)
     assert done.code == 0, done.err
-    assert "the weights were trained with model.mask_padding=false" in said(done)
+    told = "the weights were trained with model.mask_padding=false, not with the value you typed"
+    assert told in said(done)
 
 
 # ------------------------------------------------------------------------------------- freezing, layer decay

@@ -82,7 +82,7 @@ def test_the_command(typed, in_tmp):
     assert rows["patch_embed"][1:3] == ["3x224x224", "14x14x192"]
     assert rows["total"][1] == "5,717,416"
     assert "16 images, one of 4 micro-batches" in done.out
-    assert "assumed, because only the images know: data.num_classes=1000, data.img_size=224" in done.out
+    assert "assumed, because only the images can tell: data.num_classes=1000, data.img_size=224" in done.out
     assert max(len(line.rstrip()) for line in done.out.splitlines()) <= 110
     assert everything_in(in_tmp) == {}
 
@@ -105,7 +105,7 @@ def test_what_the_data_would_say(in_tmp):
     assert found.layers[-1].output == (5,)
     found = described("data=imagefolder", "data.num_classes=5", "model.depth=1")
     assert found.notes == [
-        "assumed, because only the images know: data.img_size=224; type others to see theirs",
+        "assumed, because only the images can tell: data.img_size=224; type other values to see their cost",
         "augment.batch.crop_scale=[0.35, 1.0] (auto): images of 224 pixels",
         auto,
     ]

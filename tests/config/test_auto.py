@@ -108,7 +108,7 @@ def test_a_typed_shift_is_taken_instead_of_crops(photos):
     assert stored(photos / "run")[1:] == (None, 0.25)
     both = vit_train_here(*typed, "augment.batch.crop_scale=[0.5,1]", "run_dir=both", cwd=photos)
     assert both.code == 2
-    assert "augment.batch.max_shift=0.25: crops stand in place of shifts; type one of the two" in both.err
+    assert "augment.batch.max_shift=0.25: crops replace shifts; type only one of the two" in both.err
     trained(*typed, "augment.batch.max_shift=0", "run_dir=still", cwd=photos)
     assert stored(photos / "still")[1:] == ([0.35, 1.0], 0)
 

@@ -251,7 +251,7 @@ def test_the_memory_of_a_teacher_is_counted(copied) -> None:
 def test_a_student_of_itself_is_told(copied) -> None:
     done = vit_train_here(*TEACHER[:-1], *TAUGHT[-3:], "run_dir=again", "init_from=teacher", cwd=copied)
     assert done.code == 0, done.err
-    assert "the student is its own teacher" in done.out
+    assert "the student starts from the weights of its own teacher" in done.out
 
 
 def test_a_hostile_teacher_is_not_built(copied) -> None:

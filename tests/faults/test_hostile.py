@@ -679,7 +679,7 @@ def test_pretrained_backbones_are_built_without_a_download(stopped, tmp_path) ->
         assert not (tmp_path / "canary").exists()
         assert not (tmp_path / "torch_home").exists()
     shutil.rmtree(run / "checkpoints")
-    assert_refused(train(run, "resume=run"), run, {4}, "nothing stored starts a download")
+    assert_refused(train(run, "resume=run"), run, {4}, "a stored configuration may not start a download")
 
 
 @pytest.mark.faults

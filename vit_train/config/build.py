@@ -77,7 +77,7 @@ def build_run(cfg: DictConfig, launch: Launch, console: Any, signals: Signals | 
     if cfg.resume is None:
         return build()
     # whatever goes wrong while a stored configuration is built is a mistake in it, whoever wrote it
-    with blame(CheckpointError, f"resume={cfg.resume}: what is stored does not make a run"):
+    with blame(CheckpointError, f"resume={cfg.resume}: the stored configuration does not describe a run"):
         return build()
 
 
@@ -113,7 +113,7 @@ def _build(cfg: DictConfig, launch: Launch, console: Any, signals: Signals) -> R
     start.notes += check_machine(start.run_dir, strategy.describe())
     teacher = None if taught is None else make_teacher(taught, cfg, data, strategy.device)
     if taught is not None and Path(taught.source).is_relative_to(str(cfg.init_from)):
-        start.notes.append("the student is its own teacher: it starts from the run it is to learn from")
+        start.notes.append("the student starts from the weights of its own teacher")
     parts = _make_parts(
         config,
         start,
@@ -191,7 +191,8 @@ def _set_up_data(cfg: DictConfig, start: Start, strategy: SingleDevice, signals:
         cfg.data.value_range = list(data.value_range)
     if cfg.data.get("sampler") == "balanced" and cfg.objective.get("class_weights") is not None:
         start.notes.append(
-            "data.sampler=balanced and objective.class_weights correct the same twice: leave one of them out"
+            "data.sampler=balanced and objective.class_weights both correct for unbalanced classes: "
+            "leave one of them out"
         )
     with as_config_error("trainer.precision"):
         cfg.trainer.precision = resolve_precision(cfg.trainer.precision, strategy.device)
@@ -245,8 +246,9 @@ def _make_model(
         if found is None and (offline != config["model"] or config["init_from"] is not None):
             full = as_typed("run_dir", start.run_dir)
             raise CheckpointError(
-                f"{start.run_dir} was to start from pretrained weights and has no checkpoint yet; type the "
-                f"full command with {full}: nothing stored starts a download or names a file"
+                f"{start.run_dir} was meant to start from pretrained weights and has no checkpoint yet; "
+                f"type the full command with {full}: a stored configuration may not start a download or "
+                "name a file"
             )
         model = make(offline, key="model", allow=start.allow["model"])
     else:

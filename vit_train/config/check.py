@@ -228,7 +228,7 @@ def as_pretrained(cfg: DictConfig, weights: Pretrained, overrides: list[str]) ->
     if weights.mask_padding is not None and masks is not None and masks != weights.mask_padding:
         was = f"model.mask_padding={str(weights.mask_padding).lower()}"
         if is_typed("model.mask_padding", overrides):
-            notes.append(f"the weights were trained with {was}")
+            notes.append(f"the weights were trained with {was}, not with the value you typed")
         else:
             cfg.model.mask_padding = weights.mask_padding
             notes.append(f"{was}, as the weights were trained")

@@ -50,7 +50,7 @@ def describe(cfg: DictConfig, launch: Launch) -> Described:
     check_values(cfg)
     notes = _assume(cfg)
     if cfg.init_from is not None:
-        notes.append("init_from is not read: the weights may set model.mask_padding")
+        notes.append("init_from is not read here, but its weights may set model.mask_padding in training")
 
     import torch
 
@@ -105,4 +105,4 @@ def _assume(cfg: DictConfig) -> list[str]:
     if not guessed:
         return []
     values = ", ".join(f"data.{key}={guesses[key]}" for key in guessed)
-    return [f"assumed, because only the images know: {values}; type others to see theirs"]
+    return [f"assumed, because only the images can tell: {values}; type other values to see their cost"]

@@ -34,7 +34,7 @@ def resolve_auto(cfg: DictConfig, overrides: list[str], model: nn.Module) -> lis
         cfg.augment.batch.crop_scale = scale
         notes.append(f"augment.batch.crop_scale={scale or 'null, a shift instead'} (auto): {reason}")
     elif scale is not None and shift:
-        raise ConfigError(f"{_SHIFT}={shift:g}: crops stand in place of shifts; type one of the two")
+        raise ConfigError(f"{_SHIFT}={shift:g}: crops replace shifts; type only one of the two")
     if cfg.optimizer.get("lr") == "auto":
         cfg.optimizer.lr, reason = auto_lr(model, fine_tuned=cfg.init_from is not None)
         notes.append(f"optimizer.lr={cfg.optimizer.lr:g} (auto): {reason}")
@@ -47,7 +47,7 @@ def doubts(precision: str, device: torch.device) -> list[str]:
 
     if precision != "bf16" or device.type != "cpu" or bf16_is_faster(device):
         return []
-    return ["trainer.precision=bf16: fp32 is probably faster on this processor, perhaps by far"]
+    return ["trainer.precision=bf16: fp32 is probably faster on this processor, perhaps much faster"]
 
 
 def make_part(
