@@ -80,7 +80,7 @@ def test_splits_from_two_systems(tmp_path, train, val):
 def test_two_folders_that_are_one_class(tmp_path):
     fill(tmp_path / "train", APART, COMPOSED, "Hund")
     line = (
-        f"{tmp_path}/train holds 'Ba\\u0308r' and 'B\\xe4r', one name in two spellings of Unicode: put the "
+        f"{tmp_path}/train holds 'Ba\\u0308r' and 'B\\xe4r', the same name in two Unicode forms: put the "
         "images of both into one of them"
     )
     for training in (True, False):

@@ -298,20 +298,21 @@ class ImageData(DataModule, abc.ABC):
                 "an epoch is one step with all of them"
             )
         elif every_image_once and 10 * (left_out := num_train % self.batch_size) >= num_train:
-            note = f"an epoch leaves out {left_out:,} of {num_train:,} training images, others each time"
+            note = f"each epoch leaves out {left_out:,} of {num_train:,} training images, "
+            note += "different ones each time"
             sizes = range(self.batch_size, self.batch_size // 2, -self._world_size)
             better = min(sizes, key=lambda size: num_train % size)
             if num_train % better < left_out:
                 note += f": data.batch_size={better} leaves out {num_train % better or 'none'}"
             self.notes.append(note)
         if "val" not in self.sources:
-            self.notes.append("no validation split: nothing is measured while training")
+            self.notes.append("there is no validation split: the run trains without validation")
         else:
             unseen = [name for name, n in zip(self.class_names, self._count("val")) if n == 0]
             if unseen:
                 self.notes.append(f"no validation image of {some(unseen)}: validation says nothing about it")
         if "test" not in self.sources:
-            self.notes.append("no test split: there is no test figure at the end")
+            self.notes.append("there is no test split: the run ends without a test result")
 
     def usable(self, sources: dict[Split, Source]) -> dict[Split, Source]:
         """The sources less the training images that cannot be used, where that was asked for.

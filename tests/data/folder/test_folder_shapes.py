@@ -241,10 +241,16 @@ ERRORS = {
         "photos/val holds 1 image but no class folders: expected photos/val/<class>/<image>, or the images "
         "elsewhere: images without labels are for vit-predict RUN photos/val\n"
     ],
-    a_class_that_is_a_link_to_its_parent: ["photos/train/loop is a link to ", "in: remove the link"],
-    a_class_that_is_a_link_to_the_root: ["photos/train/loop is a link to ", "in: remove the link"],
+    a_class_that_is_a_link_to_its_parent: [
+        "photos/train/loop is a link to ",
+        "a folder that contains the link: remove the link",
+    ],
+    a_class_that_is_a_link_to_the_root: [
+        "photos/train/loop is a link to ",
+        "a folder that contains the link: remove the link",
+    ],
     a_class_that_is_a_link_to_itself: ["photos/train/loop is a link to nothing: repair or remove it"],
-    a_class_that_is_a_link_to_another: ["photos/train/cat and photos/train/kitten are one folder"],
+    a_class_that_is_a_link_to_another: ["photos/train/cat and photos/train/kitten are the same folder"],
     a_class_that_is_a_link_into_another: ["photos/train/kitten lies in photos/train/cat", "two classes"],
     a_class_that_is_a_link_to_nothing: ["photos/train/fox is a link to nothing: repair or remove it"],
     one_class_only: ["photos/train holds one class only (cat): training needs two or more class folders"],
@@ -264,9 +270,11 @@ ERRORS = {
     a_split_beside_class_folders: ["photos holds val beside cat, dog, which would become", "into train/"],
     splits_in_capitals_beside_something: ["photos holds Test, Train beside annotations, which would become"],
     the_same_split_twice: [
-        "photos holds val and valid: keep one of them, both would be the validation split"
+        "photos holds val and valid, and both names mean the validation split: keep only one of them"
     ],
-    train_twice: ["photos holds Train and train: keep one of them, both would be the training split"],
+    train_twice: [
+        "photos holds Train and train, and both names mean the training split: keep only one of them"
+    ],
     no_train: ["photos holds test and val but no train/: put the training images there"],
     an_empty_val: ["photos/val holds no images", "fill it or remove it"],
     an_empty_test: ["photos/test holds no images", "fill it or remove it"],
@@ -398,7 +406,7 @@ def test_a_class_may_be_named_like_a_split(tmp_path):
 def test_folders_that_are_no_split_are_told(tmp_path):
     splits(tmp_path, "train", "val")
     (tmp_path / "annotations").mkdir()
-    assert note_with(made(tmp_path), "no split, ignored: annotations/")
+    assert note_with(made(tmp_path), "ignored, not the name of a split: annotations/")
 
 
 # as Synology, QNAP, Windows, ext4, macOS, image viewers and Jupyter name them
@@ -471,8 +479,8 @@ def test_a_test_folder_without_labels_is_left_out(tmp_path, names):
     data = made(root)
     assert (data.class_names, data.sizes) == (["cat", "dog"], {"train": 8, "val": 8, "test": 0})
     note = (
-        f"{root}/test holds no class of train, the test split is left out: images without labels are for "
-        f"vit-predict RUN '{root}/test'"
+        f"{root}/test has none of the classes of train, so the test split is left out: images without labels "
+        f"are for vit-predict RUN '{root}/test'"
     )
     assert note_with(data, "left out") == [note]
     report = checked(root)
@@ -502,7 +510,9 @@ def test_a_test_folder_with_the_classes_of_train_misspelt_is_no_such_folder(tmp_
 def test_a_folder_too_high_is_told(tmp_path, shape, hint):
     fill(tmp_path, *shape)
     classes = sorted({name.split("/")[0] for name in shape})
-    note = f"the classes are folders of folders ({', '.join(classes)}), their images lie deeper"
+    note = (
+        f"the class folders ({', '.join(classes)}) contain folders instead of images; the images lie deeper"
+    )
     data = made(tmp_path)
     assert data.class_names == classes
     assert note_with(data, "deeper") == [note + hint.format(tmp_path)]

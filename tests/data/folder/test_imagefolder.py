@@ -340,7 +340,9 @@ def test_an_empty_validation_folder(tmp_path):
 def test_two_validation_folders(tmp_path):
     for split in ("train", "val", "valid"):
         fill(tmp_path / split, ["a", "b"])
-    assert "holds val and valid: keep one" in line_of(tmp_path)
+    assert "holds val and valid, and both names mean the validation split: keep only one of them" in line_of(
+        tmp_path
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")

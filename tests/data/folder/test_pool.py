@@ -43,10 +43,10 @@ def test_a_file_that_kills_its_process_is_an_answer_and_no_other_is_lost(num_wor
     names[0], names[70], names[71], names[202] = "killed", "segfault", "exits", "killed too"
     found = dict(each_file(answer, names, num_workers=num_workers))
     assert {i: str(a) for i, a in found.items() if isinstance(a, Crash)} == {
-        0: "ends the process that reads it (SIGKILL: memory may have run out)",
-        70: "ends the process that reads it (SIGSEGV)",
-        71: "ends the process that reads it (exit code 7)",
-        202: "ends the process that reads it (SIGKILL: memory may have run out)",
+        0: "crashes the process that reads it (SIGKILL: memory may have run out)",
+        70: "crashes the process that reads it (SIGSEGV)",
+        71: "crashes the process that reads it (exit code 7)",
+        202: "crashes the process that reads it (SIGKILL: memory may have run out)",
     }
     assert {i: a for i, a in found.items() if not isinstance(a, Crash)} == {
         i: name.upper() for i, name in enumerate(names) if i not in (0, 70, 71, 202)

@@ -143,9 +143,8 @@ def test_auto_takes_memory_where_there_is_enough(folder, monkeypatch):
     monkeypatch.setattr(cache, "available_memory", lambda device: 4 * needed - 1)
     data = folder()
     assert isinstance(data.loader("train"), SampleLoader)
-    assert any(
-        note.startswith("data.cache=none: ") and "data.cache=ram insists" in note for note in data.notes
-    )
+    advice = "(type data.cache=ram to cache them anyway)"
+    assert any(note.startswith("data.cache=none: ") and advice in note for note in data.notes)
     assert isinstance(folder(cache="ram").loader("train"), CachedLoader)
     monkeypatch.setattr(cache, "available_memory", lambda device: needed - 1)
     with pytest.raises(DataError, match=r"data.cache=ram: .* do not fit into .*; type data.cache=auto"):
@@ -155,7 +154,7 @@ def test_auto_takes_memory_where_there_is_enough(folder, monkeypatch):
 def test_the_device_may_be_the_processor(folder):
     data = folder(cache="device")
     assert isinstance(data.loader("train"), CachedLoader)
-    assert any(note.startswith("data.cache=ram, which is the device's memory here") for note in data.notes)
+    assert any(note.startswith("data.cache=ram, because the device is the CPU: ") for note in data.notes)
 
 
 def test_memory_is_what_the_system_says():

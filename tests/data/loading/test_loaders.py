@@ -209,11 +209,16 @@ def test_fewer_images_than_a_batch_make_one_step_with_all_of_them(made):
 @pytest.mark.parametrize(
     ("size", "batch_size", "world_size", "note"),
     [
-        (127, 64, 1, "63 of 127 training images, others each time: data.batch_size=63 leaves out 1"),
-        (150, 100, 1, "50 of 150 training images, others each time: data.batch_size=75 leaves out none"),
-        (190, 100, 2, "90 of 190 training images, others each time: data.batch_size=94 leaves out 2"),
-        (3, 2, 1, "1 of 3 training images, others each time"),
-        (72, 64, 1, "8 of 72 training images, others each time: data.batch_size=36 leaves out none"),
+        (127, 64, 1, "63 of 127 training images, different ones each time: data.batch_size=63 leaves out 1"),
+        (
+            150,
+            100,
+            1,
+            "50 of 150 training images, different ones each time: data.batch_size=75 leaves out none",
+        ),
+        (190, 100, 2, "90 of 190 training images, different ones each time: data.batch_size=94 leaves out 2"),
+        (3, 2, 1, "1 of 3 training images, different ones each time"),
+        (72, 64, 1, "8 of 72 training images, different ones each time: data.batch_size=36 leaves out none"),
         (71, 64, 1, None),  # 7 of 71 is less than a tenth
         (128, 64, 1, None),
         (1000, 64, 1, None),
@@ -222,7 +227,7 @@ def test_fewer_images_than_a_batch_make_one_step_with_all_of_them(made):
 def test_a_tail_that_is_a_tenth_of_the_images_is_said(made, size, batch_size, world_size, note):
     data = made(size=size, batch_size=batch_size, world_size=world_size)
     notes = [note for note in data.notes if "leaves out" in note]
-    assert notes == ([] if note is None else [f"an epoch leaves out {note}"])
+    assert notes == ([] if note is None else [f"each epoch leaves out {note}"])
     seen = sum(len(batch.index) for batch in epoch_of(data)) * world_size
     assert note is None or size - seen == int(note.split()[0])
     if note is not None and "batch_size" in note:

@@ -392,8 +392,9 @@ def _unknown_classes(survey: _Survey) -> Finding | None:
                 alike = in_capitals.get(label.casefold())
                 detail = f"train has {alike!r}" if alike else f"not in train{suggest(label, known)}"
                 items.append(Item((place,), detail))
-    many = count(len(items), "class folder is", "class folders are")
-    return _finding("unknown_class", f"{many} unknown to train: rename or remove", items)
+    many = count(len(items), "class folder does not exist", "class folders do not exist")
+    them = "it" if len(items) == 1 else "them"
+    return _finding("unknown_class", f"{many} in train: rename or remove {them}", items)
 
 
 def _unmeasured(survey: _Survey) -> Finding | None:
@@ -432,7 +433,7 @@ def _same_files(survey: _Survey, images: _Images) -> Iterator[Finding | None]:
             copies.append(Item(files))
             surplus += len(files) - 1
     many = count(len(leaks), "picture is", "pictures are")
-    yield _finding("leak", f"{many} in more than one split: results on them are too good", leaks)
+    yield _finding("leak", f"{many} in more than one split: results on them will look too good", leaks)
     many = count(len(contradictions), "picture has", "pictures have")
     yield _finding("contradiction", f"{many} more than one label: only one can be right", contradictions)
     text = f"{count(surplus, 'file is a copy', 'files are copies')} of another one of the same class"

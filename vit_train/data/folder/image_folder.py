@@ -234,7 +234,9 @@ class ImageFolder(ImageData):
             good = np.setdiff1d(np.arange(len(source.targets)), [*bad])
             sources[split] = source.select(good)
             if len(np.setdiff1d(source.targets, sources[split].targets)):
-                raise DataError(f"{unreadable([*bad.values()])}: a class would be without images")
+                raise DataError(
+                    f"{unreadable([*bad.values()])}: without these files a class would have no images"
+                )
             self.notes.append(
                 f"data.on_bad_image=skip leaves out {count(len(bad), 'image')} of "
                 f"{len(source.targets):,}: {some([source.name(i) for i in bad])}"
@@ -309,7 +311,7 @@ class ImageFolder(ImageData):
         why = (
             "the size of the files"
             if whole
-            else "the files are larger than that, not square or of several sizes"
+            else "the files are larger than that, not square, or not all of one size"
         )
         img_size = -(-side // self.patch_size) * self.patch_size
         if img_size != side:

@@ -124,21 +124,23 @@ def split_folders(root: Path, *, training: bool, notes: list[str]) -> dict[Split
         split = _SPLITS[name.lower()]
         if split in folders:
             raise DataError(
-                f"{root} holds {folders[split].name} and {name}: keep one of them, both would be the "
-                f"{_WORDS[split]} split"
+                f"{root} holds {folders[split].name} and {name}, and both names mean the "
+                f"{_WORDS[split]} split: keep only one of them"
             )
         folders[split] = root / name
     if training and "train" not in folders:
         raise DataError(f"{root} holds {' and '.join(names)} but no train/: put the training images there")
     if others:
-        notes.append(f"no split, ignored: {some([f'{name}/' for name in others])}")
+        notes.append(f"ignored, not the name of a split: {some([f'{name}/' for name in others])}")
     if {"train", "test"} <= folders.keys():
         both = inside(folders["train"]), inside(folders["test"])
         ours, theirs = ({normalize("NFC", name).casefold() for name in each.folders} for each in both)
         alike = any(suggest(name, ours) for name in theirs)
         if ours and (theirs or both[1].num_images) and not alike:  # as Kaggle has it
             test = folders.pop("test")
-            notes.append(f"{test} holds no class of train, the test split is left out: {_unlabelled(test)}")
+            notes.append(
+                f"{test} has none of the classes of train, so the test split is left out: {_unlabelled(test)}"
+            )
     return {split: folders[split] for split in _WORDS if split in folders}
 
 
@@ -169,7 +171,7 @@ def _one_too_high(root: Path, names: Sequence[str]) -> Iterator[str]:
     meant = [name for name in names if "train" in map(str.lower, below[name].folders)]
     meant = meant or [name for name in names if len(below[name].folders) > 1]
     hint = f"; did you mean {as_argument(root / meant[0])}?" if len(meant) == 1 else ""
-    yield f"the classes are folders of folders ({some(names)}), their images lie deeper{hint}"
+    yield f"the class folders ({some(names)}) contain folders instead of images; the images lie deeper{hint}"
 
 
 def class_folders(folder: Path, *, notes: list[str]) -> list[str]:
@@ -189,7 +191,7 @@ def class_folders(folder: Path, *, notes: list[str]) -> list[str]:
     for name in here.folders:
         if (other := spelled.setdefault(normalize("NFC", name), name)) != name:
             raise DataError(
-                f"{folder} holds {other!a} and {name!a}, one name in two spellings of Unicode: put "
+                f"{folder} holds {other!a} and {name!a}, the same name in two Unicode forms: put "
                 "the images of both into one of them"
             )
     if here.num_images and not here.folders:
@@ -207,10 +209,12 @@ def _refuse_images_twice(folder: Path, here: Inside) -> None:
     for name in here.folders:
         place = (folder / name).resolve()
         if folder.resolve().is_relative_to(place):
-            raise DataError(f"{folder / name} is a link to {place}, which it lies in: remove the link")
+            raise DataError(
+                f"{folder / name} is a link to {place}, a folder that contains the link: remove the link"
+            )
         if place in places:
             raise DataError(
-                f"{folder / places[place]} and {folder / name} are one folder ({place}): remove the link"
+                f"{folder / places[place]} and {folder / name} are the same folder ({place}): remove the link"
             )
         places[place] = name
     for place, name in places.items():

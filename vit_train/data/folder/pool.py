@@ -42,7 +42,7 @@ class Crash:
         with suppress(ValueError):  # not of an exit code, nor of a real-time signal
             why = signal.Signals(-self.exit_code).name
         memory = ": memory may have run out" if why == "SIGKILL" else ""
-        return f"ends the process that reads it ({why}{memory})"
+        return f"crashes the process that reads it ({why}{memory})"
 
 
 def each_file(

@@ -200,8 +200,8 @@ def choose_place(
         if wanted == place or (wanted == "auto" and size <= free * _SHARE):
             return place, f"data.cache={place}: {needed}"
     if wanted == "device":  # there is none but the CPU
-        return "ram", f"data.cache=ram, which is the device's memory here: {needed}"
+        return "ram", f"data.cache=ram, because the device is the CPU: {needed}"
     return "none", (
-        f"data.cache=none: {needed} are more than {_SHARE:.0%} of the memory that is free "
-        "(data.cache=ram insists)"
+        f"data.cache=none: {needed} take more than {_SHARE:.0%} of the free memory "
+        "(type data.cache=ram to cache them anyway)"
     )
