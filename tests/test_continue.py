@@ -127,7 +127,7 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(in_tmp) -> None:
     for patience in (2, 3):  # nothing is left to do
         done = vit_train_here("resume=run", f"trainer.early_stop_patience={patience}", cwd=in_tmp)
         assert (done.code, done.err) == (0, "")
-        assert done.out == "run is finished: nothing to do. Its figures:  vit-eval run\n"
+        assert done.out == "run is finished: nothing to do. To see its figures, type:  vit-eval run\n"
     assert figures.read_bytes() == before
     done = vit_train_here("resume=run", "trainer.early_stop_patience=null", cwd=in_tmp)
     assert done.code == 0, done.err

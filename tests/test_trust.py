@@ -289,7 +289,8 @@ def test_a_finished_run_prints_commands_that_work(lib, scaled, copied) -> None:
     result = json.loads((copied / "run" / "result.json").read_text())
     assert (report["top1"], report["loss"]) == (result["test/top1"], pytest.approx(result["test/loss"]))
     again = lib.train("resume=run", "trust=mine", cwd=copied)
-    assert again.out.endswith(f"is finished: nothing to do. Its figures:  {said['evaluate']}\n"), again
+    told = f"is finished: nothing to do. To see its figures, type:  {said['evaluate']}\n"
+    assert again.out.endswith(told), again
     done = lib.train(*shlex.split(said["train longer"])[1:], cwd=copied)
     assert done.code == 0, done.err
     assert json.loads((copied / "run" / "result.json").read_text())["epochs"] == 6

@@ -129,7 +129,8 @@ def told(error: Exception) -> VitTrainError | None:
     if ran_out_of_memory(error):
         said = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
         return OutOfMemoryError(
-            f"out of memory ({said}); type a smaller model or batch, or end what else uses this memory"
+            f"out of memory ({said}); type a smaller model or batch size, or end other programs that "
+            "use this memory"
         )
     if isinstance(error, OSError) and error.errno is not None:
         what = error.filename or "the operating system refused something"

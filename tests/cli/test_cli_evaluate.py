@@ -213,15 +213,20 @@ def test_a_class_the_model_does_not_know(typed, folder_run, digits_folder, in_tm
     (in_tmp / "other" / "6").rename(in_tmp / "other" / "six")
     done = typed(str(folder_run), "data.root=other", "--split", "val")
     assert_refused(
-        done, 3, "class 'six' of the data", "it knows: 0, 1, 2", "rename the folder, or leave it out"
+        done,
+        3,
+        "the model does not know class 'six' of the data",
+        "the model knows: 0, 1, 2",
+        "rename the folder, or leave it out",
     )
 
 
 def test_of_many_unknown_classes_five_are_named() -> None:
     with pytest.raises(DataError) as error:
         evaluate.class_map(["Bird", "cat", "d", "e", "f", "g", "h"], ["bird", "cat"])
-    assert "classes 'Bird', 'd', 'e', 'f', 'g' and 1 more of the data" in str(error.value)
-    assert "capitals included" in str(error.value)
+    named = "'Bird', 'd', 'e', 'f', 'g' and 1 more"
+    assert f"the model does not know the classes {named} of the data" in str(error.value)
+    assert "upper and lower case included" in str(error.value)
     with pytest.raises(DataError, match="classes 'a', 'c' of the data"):
         evaluate.class_map(["a", "b", "c"], ["b"])
 
@@ -285,17 +290,17 @@ def test_other_data_that_is_no_folder(typed, digits_run):
 
 def test_images_the_run_was_trained_on_are_counted(typed, folder_run, digits_run, digits_folder, in_tmp):
     train, _ = report_of(typed, folder_run, "--split", "train")
-    known = f"{train['images']:,} of these {train['images']:,} images were trained on"
+    known = f"the model was trained on {train['images']:,} of these {train['images']:,} images"
     assert [note.split(":")[0] for note in train["notes"]] == [known]
     assert typed(str(folder_run), "--split", "all", "--out", "all").code == 0
     whole = json.loads(Path("all/report.json").read_text())
-    known = f"{train['images']:,} of these 1,797 images were trained on"
+    known = f"the model was trained on {train['images']:,} of these 1,797 images"
     assert whole["notes"][0].startswith(known)
     assert known in Path("all/report.html").read_text()
     assert known in report_of(typed, folder_run, "--split", "all")[1]
     # more than the run took: which ones they were is not said
     some, _ = report_of(typed, digits_run, "--split", "train", "data.train_fraction=1.0")
-    assert some["notes"][0].startswith("some of these 1,292 images were trained on")
+    assert some["notes"][0].startswith("the model was trained on some of these 1,292 images")
     # a copy is the same data; other images are not
     shutil.copytree(digits_folder, in_tmp / "copy")
     assert report_of(typed, folder_run, "data.root=copy", "--split", "all")[0]["notes"] == whole["notes"]

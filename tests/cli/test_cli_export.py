@@ -201,7 +201,7 @@ def test_no_image_and_no_file_of_a_run_is_replaced(typed, run):
 
 def test_what_cannot_be_meant(typed, run):
     before = everything_in(run)
-    assert_refused(typed("run", "--format", "onnx", "--names", "timm"), 2, "--names is for weights")
+    assert_refused(typed("run", "--format", "onnx", "--names", "timm"), 2, "--names is for weight files")
     assert_refused(typed("run", "--format", "pth", "--out", "run"), 2, "--out run is not a plain file")
     assert_refused(typed("run", "--format", "pth", "--names", "swin"), 2, "timm's names")
     assert_refused(typed("nowhere", "--format", "pth"), 4, "nowhere does not exist")

@@ -228,7 +228,7 @@ def test_a_finished_run_says_so(typed, run, in_tmp):
     for arguments in (["resume=run"], [*TINY, "tracker.tensorboard=true", "run_dir=run"]):
         done = typed(*arguments)
         assert (done.code, done.err) == (0, "")
-        assert done.out == "run is finished: nothing to do. Its figures:  vit-eval run\n"
+        assert done.out == "run is finished: nothing to do. To see its figures, type:  vit-eval run\n"
         assert everything_in(in_tmp) == before
 
 

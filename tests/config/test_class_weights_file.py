@@ -67,7 +67,14 @@ def test_the_run_keeps_the_weights_and_not_the_file(folder):
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("{été:2}", ["objective.class_weights={", "may need a file", "objective.class_weights=FILE.yaml"]),
+        (
+            "{été:2}",
+            [
+                "objective.class_weights={",
+                "if a class name cannot be typed, use a file",
+                "objective.class_weights=FILE.yaml",
+            ],
+        ),
         ("{x:2}", ["class_weights names 'x', which is not a class", "objective.class_weights=FILE.yaml"]),
         ("gone.yaml", ["objective.class_weights=gone.yaml is not a file of `class: weight`", "No such file"]),
         ("broken.yaml", ["objective.class_weights=broken.yaml is not a file of `class: weight`"]),

@@ -78,7 +78,8 @@ def test_weights_of_a_library_answer_as_in_the_library(tmp_path, make, name, nor
         expected = theirs(normalised(images, *norm))
     assert expected.std() > 0.05
     torch.testing.assert_close(teacher(normalised(images, MEAN, STD)), expected, rtol=1e-5, atol=1e-5)
-    assert teacher.classes == "its 5 are assumed to be the data's in this order: it names none of them"
+    assumed = "its 5 have no matching names and are assumed to be those of the data, in the same order"
+    assert teacher.classes == assumed
 
 
 def test_a_model_of_one_size_sees_images_of_that_size(tmp_path) -> None:

@@ -65,7 +65,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         "--weights",
         choices=("auto", "ema", "raw"),
         default="auto",
-        help="auto: the average where there is one",
+        help="auto: the averaged weights if the run has any",
     )
     parser.add_argument(
         "--trust", metavar="PACKAGE", action="append", default=[], help="whose code RUN may name as well"
@@ -79,7 +79,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "IMAGE is a file, a folder (searched below, sorted), a quoted pattern such as 'photos/**/*.jpg', an "
         "http or https URL, or - for a list on stdin, one per line. An image that cannot be read is named, "
-        "the rest goes on, and the exit code is 3."
+        "the others are processed, and the exit code is 3."
     )
 
 

@@ -171,8 +171,8 @@ def notes_on(data: Any, splits: list[Split], *, asked: str | None, own: bool, se
     if seen and "train" in splits:
         # with another limit, or files that came later, not all of them
         known = f"{data.sizes['train']:,}" if own else "some"
-        better = "the figures are better than those of new images"
-        notes.append(f"{known} of these {images:,} images were trained on: {better}")
+        better = "the figures are better than for new images"
+        notes.append(f"the model was trained on {known} of these {images:,} images: {better}")
     if images < _FEW:
         notes.append(f"{images} images only: a single one moves top-1 by {100 / images:.1f} points")
     return notes
@@ -290,12 +290,12 @@ def class_map(data_classes: list[str], model_classes: list[str]) -> Any:
     if unknown:
         named = some([*map(repr, unknown)])
         if len(unknown) == 1:
-            what = f"class {named} of the data is not one the model knows{suggest(unknown[0], ids)}"
+            what = f"the model does not know class {named} of the data{suggest(unknown[0], ids)}"
         else:
-            what = f"classes {named} of the data are not ones the model knows"
+            what = f"the model does not know the classes {named} of the data"
         raise DataError(
-            f"{what}: names must be equal, capitals included: rename the folder, or leave it out "
-            f"(it knows: {', '.join(model_classes)})"
+            f"{what}: names must match exactly, upper and lower case included: rename the folder, or leave "
+            f"it out (the model knows: {', '.join(model_classes)})"
             + ("; images without labels are for vit-predict" if len(unknown) == len(data_classes) else "")
         )
     return torch.tensor([ids[name] for name in data_classes])
@@ -351,7 +351,7 @@ def with_overrides(
     for text in groups:
         if text != "data=imagefolder":
             raise ConfigError(
-                f"{text}: other data is a folder of images: "
+                f"{text}: data other than the run's own must be a folder of images: "
                 "type data=imagefolder data.root=/path/to/your/folder"
             )
     if groups and config["data"].get("_target_") != _FOLDER:

@@ -99,7 +99,7 @@ def explain_image(
     from vit_train.data.transforms.decode import decode
     from vit_train.data.transforms.sample_transforms import seen_box
     from vit_train.inference import attention
-    from vit_train.inference.prediction import fetched
+    from vit_train.inference.prediction import NOT_FINITE, fetched
     from vit_train.report.overlay import Explained, shown_name
     from vit_train.system.precision import autocast
 
@@ -112,7 +112,7 @@ def explain_image(
     with torch.no_grad(), autocast(trained.precision(), device):  # as vit-predict says it
         probabilities = trained.model(images).float().softmax(1)[0].tolist()
     if any(map(math.isnan, probabilities)):
-        raise DataError(f"{file} makes the model answer NaN: it is not finite in this precision")
+        raise DataError(f"{file}: {NOT_FINITE}")
     predicted = max(range(len(probabilities)), key=probabilities.__getitem__)
     explained = predicted if target is None else target
     maps = attention.explain(trained.model, images, torch.tensor([explained], device=device), method=method)
@@ -167,7 +167,7 @@ def choose_method(trained: Trained, arguments: argparse.Namespace) -> Method:
         if family == "ResNet":
             why = "it has no attention"
         if method == "gradcam":
-            why = "every token comes to hold something of the whole image, and the map misses what decides"
+            why = "every token ends up with information from the whole image, so the map misses what decides"
         raise ConfigError(f"--method {method} has no meaning for {family}: {why}; type --method {known[0]}")
     if arguments.heads and method != "attention":
         instead = "type --method attention" if "attention" in known else f"leave it out for {family}"

@@ -43,7 +43,7 @@ def export(arguments: argparse.Namespace) -> None:
     """
     file_format = arguments.format
     if arguments.names is not None and file_format in ("onnx", "pt2"):
-        raise ConfigError(f"--names is for weights; a graph (--format {file_format}) needs none")
+        raise ConfigError(f"--names is for weight files; leave it out for a graph (--format {file_format})")
     out = None if arguments.out is None else command.output_file("--out", arguments.out)
     if out is not None:
         command.output_file("--out", f"{arguments.out}.json")  # which is written beside it
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Writes a trained model as a file that other software loads. The file is loaded again "
         "and compared with the model first. It carries class names and preprocessing, as does the .json "
         "beside it.",
-        epilog="A file that is there is replaced once the new one has passed.",
+        epilog="An existing file is replaced once the new one has passed the comparison.",
     )
     command.add_run(parser)
     parser.add_argument(
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--names",
         choices=NAMES,
-        help="whose parameter names weights have: timm (default, DeiT's too), torchvision, "
+        help="parameter names of a weight file: those of timm (default, DeiT's too), torchvision or "
         "swin (microsoft/Swin-Transformer)",
     )
     return parser

@@ -134,7 +134,7 @@ def train(cfg: DictConfig) -> float | None:
                     _draw(built)  # killed at the very last
             own = packages_of(plain(cfg)) or trusted(cfg.trust, hydra=True)
             evaluate = f"vit-eval {places.as_argument(built)}{trust_options(own)}"
-            print(f"{built} is finished: nothing to do. Its figures:  {evaluate}")
+            print(f"{built} is finished: nothing to do. To see its figures, type:  {evaluate}")
             return None
         result = execute(built)
     return None if result is None else result["best/val/top1"]
@@ -391,7 +391,10 @@ def explain(error: BaseException) -> str:
         if os.path.isdir(typed):  # noqa: PTH112 - Path.is_dir ends at a name that is too long
             hint = f"for a folder of images: data=imagefolder {places.as_typed('data.root', typed)}"
         if "class_weights=" in typed:
-            hint = "class names may need a file, `name: weight` each line: objective.class_weights=FILE.yaml"
+            hint = (
+                "if a class name cannot be typed, use a file with one `name: weight` per line: "
+                "objective.class_weights=FILE.yaml"
+            )
         return f"{typed.removeprefix('++')}: expected key=value, such as trainer.epochs=3 ({hint})"
     return " ".join(str(error).split())
 

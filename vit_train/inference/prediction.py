@@ -22,6 +22,8 @@ from vit_train.inference.download import download, is_url
 from vit_train.inference.trained import Trained
 from vit_train.system.precision import autocast
 
+NOT_FINITE = "the model predicts NaN for this image; its output is not finite in this precision"
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -145,4 +147,4 @@ def _likeliest(logits: Tensor, class_names: list[str], top_k: int) -> list[list[
 def _prediction(file: str, classes: list[tuple[str, float]]) -> Prediction:
     if all(p == p for _, p in classes):
         return Prediction(file, classes)
-    return Prediction(file, [], f"{file} makes the model answer NaN: it is not finite in this precision")
+    return Prediction(file, [], f"{file}: {NOT_FINITE}")

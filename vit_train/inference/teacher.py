@@ -266,7 +266,10 @@ def _of_ours(
     except ConfigError as error:
         raise error.reworded(advice="choose the model the weights were trained for") from error
     if anew:
-        raise ConfigError(f"{_KEY}={given.source} has other classes: {', '.join(anew)} would start anew")
+        raise ConfigError(
+            f"{_KEY}={given.source} has other classes: {', '.join(anew)} would have to be trained "
+            "from scratch"
+        )
     return model, given.mean, given.std, sizes["img_size"], sizes["in_channels"]
 
 
@@ -376,13 +379,14 @@ def match_classes(
         return picked, f"the same {count:,}, reordered"
     folders = all(_WORDNET.fullmatch(name) for name in ours) and not any(map(_WORDNET.fullmatch, place))
     if count == len(ours) and (theirs is None or folders):
-        return None, f"its {count:,} are assumed to be the data's in this order: it names none of them"
+        assumed = "assumed to be those of the data, in the same order"
+        return None, f"its {count:,} have no matching names and are {assumed}"
     if theirs is None:
         raise DataError(_not_matched(count, len(ours)))
     raise DataError(
         f"{_KEY} does not know {len(missing):,} of the {len(ours):,} classes of the data "
-        f"({some([*map(repr, missing)])}); it has {count:,}, and names must be equal, "
-        f"capitals too{suggest(missing[0], place)}"
+        f"({some([*map(repr, missing)])}); it has {count:,}, and names must match exactly, "
+        f"upper and lower case included{suggest(missing[0], place)}"
     )
 
 
