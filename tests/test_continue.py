@@ -67,7 +67,8 @@ def test_other_data_under_the_same_name_is_refused(in_tmp) -> None:
     folder = ("data=imagefolder", "data.root=photos", "data.in_channels=1", "model=vit_digits")
     done = vit_train_here(*small, *folder, "run_dir=run", "trainer.stop_at_step=1", cwd=in_tmp)
     assert done.code == 0, done.err
-    assert "not what run was trained on" in refused("resume=run", "data.root=others", cwd=in_tmp, code=3)
+    line = refused("resume=run", "data.root=others", cwd=in_tmp, code=3)
+    assert "differs from the data that run was trained on" in line
     # moved, it is the same data
     (in_tmp / "photos").rename(in_tmp / "moved")
     done = vit_train_here("resume=run", "data.root=moved", cwd=in_tmp)
@@ -271,7 +272,7 @@ def on_photos(in_tmp):
 def test_changed_data_is_taken_where_the_user_insists(on_photos, in_tmp) -> None:
     (on_photos / "dog/11.png").rename(on_photos / "dog/12.png")
     line = refused("resume=run", cwd=in_tmp, code=3)
-    assert "type resume=force run_dir=run to go on all the same" in line
+    assert "type resume=force run_dir=run to continue anyway" in line
     done = vit_train_here("resume=force", "run_dir=run", "trainer.stop_at_step=2", cwd=in_tmp)
     assert done.code == 0, done.err
     assert "the data has changed since the run was started (resume=force)" in " ".join(done.out.split())
@@ -290,7 +291,7 @@ def test_another_number_of_steps_is_never_taken(on_photos, in_tmp) -> None:
     for i in range(20):
         shutil.copy(on_photos / "dog/1.png", on_photos / f"dog/more_{i}.png")
     line = refused("resume=force", "run_dir=run", cwd=in_tmp, code=3)
-    assert "the changed data makes epochs of 2 steps instead of 1" in line
+    assert "with the changed data an epoch has 2 steps instead of 1" in line
 
 
 def test_a_continuation_goes_on_where_it_is(run, in_tmp) -> None:

@@ -255,7 +255,8 @@ SPANS = "the schedule now spans the new budget"
 def test_the_note_of_a_longer_run_says_by_how_much_the_rate_jumps(finished) -> None:
     """At step 14 (from 0) of 15 the multiplier is 0.01, of 30 half a cosine after 14 / 29 of the way."""
     new = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * 14 / 29))
-    line = f"with the larger budget the rate goes from 2.0e-05 to {0.002 * new:.1e} ({100 * new:.3g} x)"
+    jump = f"from 2.0e-05 to {0.002 * new:.1e} ({100 * new:.3g} x)"
+    line = f"with the larger budget the learning rate jumps {jump}"
     assert line in notes(*COSINE, "trainer.epochs=6", folder=finished)
     assert line in notes(*COSINE, "trainer.max_steps=30", folder=finished)
     assert (f"{0.002 * new:.1e}", f"{100 * new:.3g}") == ("1.1e-03", "53.2")
@@ -266,7 +267,7 @@ def test_a_rate_that_was_zero_has_no_factor(tmp_path) -> None:
     go(*settings, folder=tmp_path / "run")
     found = notes(*settings, "trainer.epochs=2", folder=tmp_path / "run")
     new = 0.5 * (1 + math.cos(math.pi * 4 / 9))
-    assert f"with the larger budget the rate goes from 0.0e+00 to {0.002 * new:.1e}" in found
+    assert f"with the larger budget the learning rate jumps from 0.0e+00 to {0.002 * new:.1e}" in found
 
 
 def test_a_rate_that_does_not_jump_is_not_said(tmp_path) -> None:

@@ -63,5 +63,5 @@ def test_other_errors_are(things) -> None:
     with pytest.raises(SaveError, match="torch cannot export this model as pt2: "):
         make_file(Refused(), "pt2", images=torch.zeros(2, 1, 4, 4), about={})
     (things / "w.pth").write_bytes((things / "w.pth").read_bytes()[:300])
-    with pytest.raises(CheckpointError, match="is not a file of weights, or not whole"):
+    with pytest.raises(CheckpointError, match="is not a weight file, or it is incomplete"):
         read_pretrained(str(things / "w.pth"))

@@ -119,8 +119,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     if name != MANIFEST:  # a manifest that lies about another file is noticed when that one is read
         about = said.partition("checkpoint skipped: ")[2][:200]
         # a bit of the header, which is read before the whole, may have made another name of a tensor's
-        renamed = f"{NEWEST} does not fit: {name.partition('.')[0]}/" if damage is flip else "(nothing)"
-        assert about.startswith((f"{NEWEST}/{name} {REASONS[damage]}", renamed)), about
+        kind, unfit = name.partition(".")[0], f"{NEWEST} does not fit: "
+        renamed = (f"{unfit}{kind}/", f"{unfit}it holds {kind}/") if damage is flip else ()
+        assert about.startswith((f"{NEWEST}/{name} {REASONS[damage]}", *renamed)), about
     assert "after step 8," in said
     assert whole_state(run) == eighteen
     assert stale_files(run) == []

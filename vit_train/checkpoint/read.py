@@ -183,7 +183,9 @@ def check_shapes(path: Path, shapes: Shapes, model: nn.Module, *, ema: bool | No
         if name.startswith("optimizer/"):
             owner = name.removeprefix("optimizer/").rpartition("/")[0]
             if owner not in parameters or math.prod(shape) > max(1, parameters[owner]):
-                raise CheckpointError(f"{path} does not fit: {name} with shape {shape} has no place here")
+                raise CheckpointError(
+                    f"{path} does not fit: it holds {name} with shape {shape}, which fits no parameter"
+                )
 
 
 def _listed_files(path: Path) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Checkpointer:
             shutil.rmtree(aside, ignore_errors=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT) and self._give_way(target.name, kept, error.errno):
                 return self.save(snapshot)
-            reason = f"{error.strerror or error}; the one saved before is untouched"
+            reason = f"{error.strerror or error}; the previous checkpoint is untouched"
             if self._made and not self.root.is_dir():
                 reason = f"{self.root} was moved or deleted"
             raise SaveError(f"checkpoint {target} could not be written: {reason}") from error

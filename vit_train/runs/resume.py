@@ -32,7 +32,8 @@ def checkpoint_to_continue(
         if found.path.resolve() != newest.resolve():
             raise ConfigError(
                 f"{named} is not the newest checkpoint of the run: {newest.name} is. A run has one history; "
-                f"type {places.as_typed('resume', run_dir)}, or copy the run without what came later"
+                f"type {places.as_typed('resume', run_dir)}, or copy the run and leave out the later "
+                "checkpoints"
             )
         return found, []
     newest_valid, problems = checkpoint.newest_valid(run_dir, fits)
@@ -159,7 +160,7 @@ def rate_jump(before: int, trainer: Any) -> list[str]:
     if step < 0 or old == new:
         return []
     lr, factor = trainer.optimizer.param_groups[0]["lr"], f" ({new / old:.3g} x)" if old else ""
-    return [f"with the larger budget the rate goes from {lr * old:.1e} to {lr * new:.1e}{factor}"]
+    return [f"with the larger budget the learning rate jumps from {lr * old:.1e} to {lr * new:.1e}{factor}"]
 
 
 def check_machine(run_dir: Path, device: str) -> list[str]:
@@ -191,15 +192,15 @@ def check_data(
     if not force:
         insist = f"resume=force {places.as_typed('run_dir', run_dir)}"
         raise DataError(
-            f"the data is not what {run_dir} was trained on (classes or files differ); restore it, start a "
-            f"new run with another run_dir, or type {insist} to go on all the same"
+            f"the data differs from the data that {run_dir} was trained on (classes or files); restore it, "
+            f"start a new run with another run_dir, or type {insist} to continue anyway"
         )
     if not isinstance(names, list) or [normalize("NFC", str(name)) for name in names] != data.class_names:
         raise DataError(f"the data has other classes than {run_dir} was trained on; start a new run")
     now = len(data.loader("train"))
     if steps != now:
         raise DataError(
-            f"the changed data makes epochs of {now} steps instead of {steps}, so the place where {run_dir} "
-            "stopped does not exist any more; start a new run"
+            f"with the changed data an epoch has {now} steps instead of {steps}, so {run_dir} cannot "
+            "continue where it stopped; start a new run"
         )
     return ["the data has changed since the run was started (resume=force): the continuation is not exact"]

@@ -115,6 +115,6 @@ def check_entries(run_dir: Path) -> None:
     for entry in run_dir.iterdir():
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
             raise CheckpointError(
-                f"{entry} is a link or not a plain file, and a run would write to it; put in its place "
-                "what it stands for"
+                f"{entry} is a link or not a plain file, and a run would write to it; replace a link "
+                "with the file or folder it points to"
             )

@@ -258,7 +258,7 @@ def _from_pickle(path: Path) -> Any:
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
         if ran_out(error):
             raise
-        raise CheckpointError(f"{path} is not a file of weights, or not whole") from error
+        raise CheckpointError(f"{path} is not a weight file, or it is incomplete") from error
 
 
 def _exported(source: str, tensors: dict[str, Tensor], about: str) -> Pretrained:
