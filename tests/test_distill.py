@@ -157,5 +157,5 @@ def test_equal_logits_are_not_divided_by_nothing() -> None:
 
 
 def test_two_classes_are_not_standardised() -> None:
-    with pytest.raises(ValueError, match="kind=zscore tells nothing of two classes but their order"):
+    with pytest.raises(ValueError, match="with two classes, kind=zscore keeps only their order"):
         Distill(["a", "b"], [1, 1], lambda images: images, teacher="t", kind="zscore")

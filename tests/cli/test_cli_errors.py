@@ -109,7 +109,7 @@ CONFIG_MISTAKES = {
         "type fewer, or schedule.warmup_epochs=null",
     ],
     "data.val_fraction=2": ["data.val_fraction: must be less than 1, got 2"],
-    "strategy.device=cuda:99": ["strategy: device 'cuda:99' is not there", "type strategy.device="],
+    "strategy.device=cuda:99": ["strategy: device 'cuda:99' is not available", "type strategy.device="],
 }
 
 

@@ -278,7 +278,7 @@ def test_rollback_goes_back_at_most_twice(once, tmp_path, bad, code) -> None:
         assert hashes(last(tmp_path / "run")) == once.by_hand(SMALL, left_out=bad, back_to=6)
     else:
         assert done.err.count("\n") == 1
-        assert "at step 14; the update was not made. The run went back 2 times already" in done.err
+        assert "at step 14; the update was not made. The run has already gone back 2 times" in done.err
 
 
 @slow

@@ -79,7 +79,7 @@ def test_the_rate_follows_from_the_width_of_the_paper(model):
 def test_a_model_without_blocks_tells_its_width_or_that_it_does_not():
     model = nn.Linear(3, 2)
     rate, reason = auto_lr(model, fine_tuned=False)
-    assert (rate, reason) == (5e-4, "Linear has no blocks and does not tell its width")
+    assert (rate, reason) == (5e-4, "Linear has no blocks and no embed_dim that gives its width")
     for embed_dim, expected in ((192, 1e-3), (193, 5e-4), (384, 5e-4), (385, 2e-4)):
         model.embed_dim = embed_dim
         assert auto_lr(model, fine_tuned=False) == (expected, f"a model of width {embed_dim}")

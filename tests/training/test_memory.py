@@ -161,7 +161,7 @@ def test_where_nothing_is_left_to_cut_the_advice_is_another() -> None:
     config = {"data": {"batch_size": 8}, "trainer": {"grad_accum_steps": 8}}
     line = advice(config, "ViT", torch.device("cpu"), torch.OutOfMemoryError("full"))
     assert "grad_accum_steps" not in line
-    assert "one image" in line
+    assert "each micro-batch is already a single image" in line
     assert "smaller model" in line
 
 

@@ -143,7 +143,9 @@ def test_a_good_step_does_not_give_rollbacks_back(made) -> None:
         it.bad()
         it.policy.good_step(it.state)
     assert it.state.rollbacks == 2
-    with pytest.raises(NonFiniteError, match=r"went back 2 times already \(trainer.on_nonfinite=rollback\)"):
+    with pytest.raises(
+        NonFiniteError, match=r"has already gone back 2 times \(trainer.on_nonfinite=rollback\)"
+    ):
         it.bad()
 
 

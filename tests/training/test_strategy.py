@@ -95,7 +95,7 @@ def test_compile_is_refused_with_data_parallel(in_tmp) -> None:
 def test_no_gpu_is_said() -> None:
     with pytest.raises(ValueError, match="finds no GPU; type strategy=single"):
         DataParallel()
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="is not available"):
         resolve_device("cuda:0")
 
 

@@ -76,9 +76,8 @@ class Signals:
         self.signum = signum
         name = signal.Signals(signum).name
         with suppress(OSError):  # print is not safe inside a signal handler
-            os.write(
-                2, f"\n{name}: stopping as soon as everything is saved; once more stops at once\n".encode()
-            )
+            again = "press Ctrl-C (or send the signal) again to stop at once"
+            os.write(2, f"\n{name}: stopping as soon as everything is saved; {again}\n".encode())
 
 
 class Guard:

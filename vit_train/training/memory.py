@@ -95,7 +95,7 @@ def advice(config: Mapping[str, Any], name: str, device: torch.device, error: Ex
         total = f"; {used:.1f} of {size:.1f} GiB were in use"
     finer = _next_divisor(batch, pieces)
     typed = (
-        "micro-batches hold one image already: type a smaller model or data.img_size"
+        "each micro-batch is already a single image: type a smaller model or data.img_size"
         if finer is None
         else f"type trainer.grad_accum_steps={finer} for the same batch in less memory "
         "(trainer.auto_batch=true finds the number), or a smaller data.batch_size"

@@ -126,7 +126,7 @@ class NonFinite:
                 state.rollbacks += 1
                 self._go_back(state, problem, batch)
                 return
-            tried = f"The run went back {MAX_ROLLBACKS} times already (trainer.on_nonfinite=rollback). "
+            tried = f"The run has already gone back {MAX_ROLLBACKS} times (trainer.on_nonfinite=rollback). "
         raise NonFiniteError(f"{problem}. {tried}{_ADVICE}.{batch}")
 
     def _go_back(self, state: TrainState, problem: str, batch: str) -> None:

@@ -139,9 +139,7 @@ class Distill(CrossEntropy):
         if kind == "hard" and temperature is not None:
             raise ValueError(f"kind=hard has no temperature, got {temperature:g}; leave it out")
         if kind == "zscore" and len(class_names) < 3:
-            raise ValueError(
-                "kind=zscore tells nothing of two classes but their order; type objective.kind=soft"
-            )
+            raise ValueError("with two classes, kind=zscore keeps only their order; type objective.kind=soft")
         self.teach, self.kind, self.heads = teach, kind, heads
         self.temperature = 2.0 if temperature is None else temperature
         self.alpha = (0.5 if kind == "hard" else 0.9) if alpha is None else alpha

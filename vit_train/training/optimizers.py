@@ -160,9 +160,11 @@ def auto_lr(model: nn.Module, *, fine_tuned: bool) -> tuple[float, str]:
     width = sorted(widths)[len(widths) // 2] if widths else getattr(model, "embed_dim", None)
     reason = f"{'blocks' if widths else 'a model'} of width {width}"
     if not isinstance(width, int):
-        width, reason = 384, f"{type(model).__name__} has no blocks and does not tell its width"
+        width, reason = 384, f"{type(model).__name__} has no blocks and no embed_dim that gives its width"
     lr = 1e-3 if width <= 192 else 5e-4 if width <= 384 else 2e-4
-    return (lr / 10, f"{reason}; a tenth, to keep what the weights know") if fine_tuned else (lr, reason)
+    if not fine_tuned:
+        return lr, reason
+    return lr / 10, f"{reason}; a tenth of the usual rate, to keep what the pretrained weights have learned"
 
 
 def adamw(

@@ -43,7 +43,7 @@ def resolve_device(device: str, *, advice: str = "strategy.device=auto") -> torc
         count = torch.accelerator.device_count() if found else 0
         if found is None or found.type != wanted.type or (wanted.index or 0) >= count:
             has = f"{count} x {found.type}" if found else "no accelerator"
-            raise ValueError(f"device {device!r} is not there: torch sees {has}; type {advice}")
+            raise ValueError(f"device {device!r} is not available: torch sees {has}; type {advice}")
     return wanted
 
 
