@@ -11,10 +11,7 @@ from pathlib import Path
 import torch
 
 _UNKNOWN_MEMORY = 2 * 2**30  # where the system does not say
-# Of glibc's mallopt: their numbers, and its own values
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_USUAL = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
-_KEPT = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def available_memory(device: torch.device) -> int:
@@ -36,15 +33,15 @@ def available_memory(device: torch.device) -> int:
     return max(min(free, default=_UNKNOWN_MEMORY), 0)
 
 
-def keep_freed(kept: bool = True) -> None:
-    """Memory this process frees stays with it, for the tensors of the next step; or no longer does.
+def keep_freed() -> None:
+    """Memory this process frees stays with it, for the tensors of the next step.
 
     glibc gives large pieces back to the system at once, which then zeroes and maps every page of them anew,
-    in every step. Other C libraries are left as they are.
+    in every step. Forked data workers inherit it. Other C libraries are left as they are.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, musl; Windows has no such library at all
         return
-    for number, value in (_KEPT if kept else _USUAL).items():
-        mallopt(number, value)
+    mallopt(_TRIM_THRESHOLD, -1)
+    mallopt(_MMAP_MAX, 0)

@@ -38,7 +38,6 @@ from vit_train.data.contract import Loader, Readable
 from vit_train.data.loading.epoch_order import Order, Sampling, epoch_order
 from vit_train.data.transforms.sample_transforms import SampleTransform
 from vit_train.errors import DataError, WorkerLostError, ran_out
-from vit_train.system import memory
 
 Key: TypeAlias = tuple[int, int, int]  # (epoch, index, draw)
 
@@ -472,7 +471,6 @@ def _detach_worker(worker_id: int) -> None:  # noqa: ARG001 - the DataLoader pas
         # process was killed while this one started
         if os.getppid() != parent:
             os._exit(0)
-    memory.keep_freed(False)  # a photograph takes a hundred megabytes now and then
     sys.excepthook = _report
     # A batch that cannot be handed over is gone, and the main process would wait for it
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
