@@ -542,6 +542,11 @@ CONFIG_ATTACKS = {
         at("model.mlp_ratio", float("inf")),
         at("model.patch_embed.patch_size", 10**9),
         at("model.patch_embed.img_size", 10**9),
+        at("model", {"_target_": "vit_train.layers.drop_path_schedule", "rate": 0.1, "depth": 10**10}),
+        at(
+            "model.patch_embed",
+            {"_target_": "vit_train.layers.drop_path_schedule", "rate": 0.1, "depth": 10**10},
+        ),
     ],
     "data and strategy of the wrong kind": [
         at("data._target_", "vit_train.data.Batch"),

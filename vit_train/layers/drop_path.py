@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vit_train.construct import Few
+
 
 class DropPath(nn.Module):
     """In training, zeroes a residual branch for a random part of the samples and scales up the others.
@@ -34,6 +36,6 @@ class DropPath(nn.Module):
         return f"rate={self.rate:g}"
 
 
-def drop_path_schedule(rate: float, depth: int) -> list[float]:
+def drop_path_schedule(rate: float, depth: Few) -> list[float]:
     """Rates growing linearly from 0 in the first block to `rate` in the last, as in DeiT and Swin."""
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
