@@ -202,6 +202,8 @@ def test_a_key_that_is_typed_as_a_flag(refused, flag):
         ("--batch-size 64", "data.batch_size=64"),
         ("--depth 9", "model.depth=9"),
         ("--gpus 2", "gpus=2"),
+        ("--seed 3", "seed=3"),
+        ("--num-classes 5", "data.num_classes=5"),
     ],
 )
 def test_a_flag_of_other_trainers_is_answered_with_the_whole_key(refused, flag, meant):

@@ -521,6 +521,8 @@ def test_unknown_keys(typed, digits_run, in_tmp):
     for value in ("!!bool maybe", "!!int ''", "!!timestamp abc", "[1", "1,2", "range(3)"):
         done = typed(run, f"data.batch_size={value}")
         assert_refused(done, 2, repr(f"data.batch_size={value}"), "expected key=value")
+    for override in ("+data.limit=5", "++trainer.precision=fp32", "data.limit@data=5", "~data.limit"):
+        assert_refused(typed(run, override), 2, f"{override!r}: expected key=value")
     assert_refused(typed(run, "data.rot=x"), 2, "data.rot: no such key", "choices: ", "batch_size")
     assert_refused(typed(run, "data.batchsize=4"), 2, "did you mean 'batch_size'?")
     assert_refused(typed(run, "optimizer.lr=1"), 2, "optimizer.lr: evaluation uses only")

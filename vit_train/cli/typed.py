@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from vit_train.config.check import GROUPS, config_dir
+from vit_train.config.check import GROUPS, ROOT, config_dir
 from vit_train.errors import ConfigError
 from vit_train.system.places import expanded, is_text, quoted
 
@@ -49,11 +49,12 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
 
 
 def _full_key(name: str) -> str:
-    """`trainer.epochs` of `epochs`, and the name itself where no shipped config has such a key."""
+    """`trainer.epochs` of `epochs`; the name itself at the root, or where no config has its own value."""
     for group in GROUPS:
         shared = [config_dir() / "images.yaml"] if group == "data" else []
         for file in (*shared, *sorted((config_dir() / group).glob("*.yaml"))):
-            if name in yaml.safe_load(file.read_text(encoding="utf-8")):
+            value = yaml.safe_load(file.read_text(encoding="utf-8")).get(name, "${")
+            if name not in ROOT and not str(value).startswith("${"):
                 return f"{group}.{name}"
     return name
 
@@ -64,12 +65,15 @@ def key_and_value(argument: str) -> tuple[str, Any]:
     Raises:
         ConfigError: it is not one value for one key.
     """
+    match = _OVERRIDE.fullmatch(argument)
     with suppress(HydraException):
-        parsed = OverridesParser.create().parse_override(_override(argument, raw=True, checked=False))
-        if not parsed.is_sweep_override() and not parsed.is_delete():
+        typed = _override(argument, raw=True, checked=False)
+        parsed = OverridesParser.create().parse_override(typed)
+        if match and not match["sign"] and not parsed.is_sweep_override():
             return parsed.key_or_group, parsed.value()
     raise ConfigError(
-        f"{argument!r}: expected key=value, such as data.root=other/photos (close every bracket and quote)"
+        f"{argument!r}: expected key=value, one value such as data.root=other/photos (close every bracket "
+        "and quote)"
     )
 
 

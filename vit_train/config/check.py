@@ -70,7 +70,7 @@ class Root:
     trust: str | tuple[str, ...] = ()
 
 
-_ROOT = tuple(field.name for field in fields(Root))
+ROOT = tuple(field.name for field in fields(Root))
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def check_config(cfg: DictConfig) -> None:
     tree, copies = plain(sound), _copies(sound)
     pending = {key for key in copies if OmegaConf.select(sound, key) is None} | broken.keys()
     errors = [*broken.values(), *_unknown(tree)]
-    root = {name: value for name, value in tree.items() if name in _ROOT}
+    root = {name: value for name, value in tree.items() if name in ROOT}
     if isinstance(augment := tree.get("augment"), dict):
         root["augment"] = {"_target_": "vit_train.config.check.Augmentation", **augment}
     errors += check({"_target_": "vit_train.config.check.Root", **root}, pending=frozenset(pending))
@@ -120,10 +120,10 @@ def check_config(cfg: DictConfig) -> None:
 
 def _unknown(tree: dict[str, Any]) -> list[str]:
     """A line for each key at the root that is not one: `lr` means `optimizer.lr`, `optimzer.lr` as well."""
-    lines, it_has = [], f" (it has: {', '.join(_ROOT)})"
-    for key in sorted(tree.keys() - {*_ROOT}):
+    lines, it_has = [], f" (it has: {', '.join(ROOT)})"
+    for key in sorted(tree.keys() - {*ROOT}):
         owners = [f"{group}.{key}" for group in GROUPS if key in (tree.get(group) or ())]
-        guess = f"; did you mean {' or '.join(map(repr, owners))}?" if owners else suggest(key, _ROOT)
+        guess = f"; did you mean {' or '.join(map(repr, owners))}?" if owners else suggest(key, ROOT)
         lines.append(f"{key}: the configuration has no such key{guess or it_has}")
     return lines
 
