@@ -525,7 +525,11 @@ def test_unknown_keys(typed, digits_run, in_tmp):
         assert_refused(typed(run, override), 2, f"{override!r}: expected key=value")
     assert_refused(typed(run, "data.rot=x"), 2, "data.rot: no such key", "choices: ", "batch_size")
     assert_refused(typed(run, "data.batchsize=4"), 2, "did you mean 'batch_size'?")
-    assert_refused(typed(run, "optimizer.lr=1"), 2, "optimizer.lr: evaluation uses only")
+    assert_refused(
+        typed(run, "optimizer.lr=1"),
+        2,
+        "optimizer.lr: evaluation uses only data.*, strategy.* and trainer.precision",
+    )
     assert_refused(typed(run, "photos"), 2, "'photos': expected key=value")
     assert_refused(typed(run, "data.batch_size=x"), 2, "data.batch_size: expected int, got 'x'")
     assert_refused(typed(run, "data.batch_size=0"), 2, "data.batch_size: must be at least 1, got 0", "0")

@@ -359,7 +359,7 @@ def with_overrides(
     for override in (text for text in overrides if text not in groups):
         key, value = key_and_value(override)
         if key != _OVERRIDABLE[-1] and not key.startswith(tuple(f"{group}." for group in _OVERRIDABLE)):
-            raise ConfigError(f"{key}: evaluation uses only {', '.join(f'{a}.*' for a in _OVERRIDABLE[:2])}")
+            raise ConfigError(f"{key}: evaluation uses only data.*, strategy.* and trainer.precision")
         *parents, name = key.split(".")
         node = config
         for part in parents:
