@@ -304,6 +304,14 @@ def test_a_folder_alone_is_told_how_to_be_typed(typed, in_tmp):
     assert_one_line(done.err, ["for a folder of images: data=imagefolder 'data.root=my photos'"])
 
 
+def test_a_folder_typed_as_the_data(typed, in_tmp):
+    (in_tmp / "photos").mkdir()
+    assert_one_line(
+        typed("data=photos").err, ["for a folder of images type data=imagefolder data.root=photos"]
+    )
+    assert_one_line(typed("data=digit").err, ["did you mean 'digits'?"])
+
+
 def test_cifar_without_a_network_says_where_to_put_it(typed, in_tmp):
     """A proxy on a closed port of this machine: the download fails at once."""
     closed = "http://127.0.0.1:9"

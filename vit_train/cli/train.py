@@ -372,6 +372,8 @@ def explain(error: BaseException) -> str:
         choices = sorted(str(option) for option in missing.options)
         group = group or "config"
         guess = suggest(choice, choices) or _suggest_family(choice, choices)
+        if group == "data" and os.path.isdir(choice):  # noqa: PTH112 - as below
+            guess = f"; for a folder of images type data=imagefolder {places.as_typed('data.root', choice)}"
         return f"{group}={choice}: no such {group}{guess} (choices: {', '.join(choices)})"
     if nameless := [a for a in sys.argv[1:] if a.startswith("=")]:
         return f"{nameless[0]}: expected key=value, such as trainer.epochs=3"
