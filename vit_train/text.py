@@ -42,7 +42,7 @@ def short(name: str, longest: int = 16) -> str:
 
 
 def percent(value: float | None) -> str:
-    """97.22 of 0.9722; a dash where there is no figure."""
+    """97.22 for 0.9722, a dash for None."""
     return "-" if value is None else f"{100 * value:.2f}"
 
 
