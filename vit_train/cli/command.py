@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from vit_train import checkpoint
-from vit_train.checkpoint import MANIFEST
 from vit_train.errors import ConfigError, ran_out, told
 from vit_train.runs.run_dir import OWN_FILES, holds_run
 from vit_train.system import streams
@@ -157,7 +156,8 @@ def output_file(option: str, path: str) -> Path:
     target = expanded(path)
     if is_image(path):
         raise ConfigError(f"{option} {path} names an image; type another name")
-    if (target.parent / MANIFEST).exists() or (target.name in OWN_FILES and holds_run(target.parent)):
+    in_checkpoint = (target.parent / checkpoint.MANIFEST).exists()
+    if in_checkpoint or (target.name in OWN_FILES and holds_run(target.parent)):
         raise ConfigError(f"{option} {path} is a file of a run, which would be lost; type another place")
     if path.endswith(("/", os.sep)) or target.is_symlink() or (target.exists() and not target.is_file()):
         raise ConfigError(f"{option} {path} is not a plain file; type the name of one")

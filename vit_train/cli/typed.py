@@ -50,11 +50,11 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
 
 def _full_key(name: str) -> str:
     """`trainer.epochs` of `epochs`; the name itself at the root, or where no config has its own value."""
-    for group in GROUPS:
+    for group in GROUPS if name not in ROOT else ():
         shared = [config_dir() / "images.yaml"] if group == "data" else []
         for file in (*shared, *sorted((config_dir() / group).glob("*.yaml"))):
             value = yaml.safe_load(file.read_text(encoding="utf-8")).get(name, "${")
-            if name not in ROOT and not str(value).startswith("${"):
+            if not str(value).startswith("${"):
                 return f"{group}.{name}"
     return name
 
