@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -90,31 +91,18 @@ def test_mask_padding_matters_exactly_where_there_is_padding(size, window):
     assert torch.allclose(hide(x), show(x), atol=1e-6) is not padded
 
 
-def test_masked_padding_has_no_influence(monkeypatch):
-    module = attention(3, shifted=True)
-    x = torch.randn(2, 5, 7, 8, requires_grad=True)
-    insert = window_module._insert_padding
-
-    def run():
-        x.grad = None
-        module.zero_grad()
-        out = module(x)
-        out.square().sum().backward()
-        return [out, x.grad, *(p.grad.clone() for p in module.parameters())]
-
-    before = run()
-
-    def insert_disturbed(y, dim, axis, fill):
-        return insert(y, dim, axis, torch.full((24,), 50.0))
-
-    monkeypatch.setattr(window_module, "_insert_padding", insert_disturbed)
-    after = run()
-    for a, b in zip(before, after):
-        assert torch.isfinite(a).all()
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    # The same disturbance is seen where padding is not masked.
-    module.mask_padding = False
-    assert not torch.allclose(run()[0], after[0], atol=1e-3)
+@pytest.mark.parametrize("size", range(1, 20))
+@pytest.mark.parametrize("shifted", [False, True])
+def test_spans_are_the_windows_that_a_shifted_padded_axis_has(size, shifted):
+    """Where the official code rolls and pads, and masks what the roll brought together."""
+    for window in range(1, 8):
+        padded = -(-size // window) * window
+        shift = window // 2 if shifted and padded > window else 0
+        place = [(token - shift) % padded for token in range(size)]
+        # windows on the rolled axis, a part that the roll wrapped being one of its own
+        expected = list(Counter((p // window, p >= padded - shift) for p in place).values())
+        spans = WindowAttention(4, num_heads=2, window_size=window, shifted=shifted).spans(size)
+        assert [span.window for span in spans for _ in range(span.length // span.window)] == expected
 
 
 @pytest.mark.parametrize("mask_padding", [False, True])
@@ -143,16 +131,17 @@ def test_tables_are_computed_once_and_are_no_state():
         "qkv.weight", "qkv.bias", "proj.weight", "proj.bias", "relative_position_bias_table",
     }  # fmt: skip
     assert module.relative_position_bias_table.shape == (25, 2)
-    window_module._cached_window_tables.cache_clear()
+    window_module._kept_index.cache_clear()
     x = torch.randn(1, 5, 7, 8)
     module(x)
     copy.deepcopy(module)(x)
-    info = window_module._cached_window_tables.cache_info()
-    assert (info.misses, info.hits) == (1, 1)
+    info = window_module._kept_index.cache_info()
+    # 1, 3 and 1 rows by 1 and 6 columns: six pieces, whose windows have four sizes
+    assert (info.misses, info.hits) == (4, 8)
 
 
 def test_training_after_a_first_call_in_inference_mode():
-    window_module._cached_window_tables.cache_clear()
+    window_module._kept_index.cache_clear()
     module = attention(3, shifted=True)
     x = torch.randn(1, 5, 7, 8)
     with torch.inference_mode():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -82,14 +83,16 @@ def swin(embed, side, *, width, depths, heads, window, ratio, qkv_bias, mask_pad
             side, width = math.ceil(side / 2), 2 * width
             merged = linear(2 * width, width, side**2, bias=False)
             rows[f"layers.{i}.downsample"] = together(norm(2 * width), merged)
-        seen = min(window, side) if mask_padding else window
-        windows = math.ceil(side / seen) ** 2
         for j in range(depth):
+            # pairs of tokens along one axis that share a window; padding is a token where it is not hidden
+            seen = side if mask_padding else math.ceil(side / window) * window
+            shift = window // 2 if j % 2 and seen > window else 0
+            pairs = sum(n**2 for n in Counter((token - shift) // window for token in range(seen)).values())
             rows[f"layers.{i}.blocks.{j}"] = block(
                 width,
                 hidden=int(ratio * width),
                 tokens=side**2,
-                scores=windows * seen**4,
+                scores=pairs**2,
                 qkv_bias=qkv_bias,
                 table=num_heads * (2 * window - 1) ** 2,
             )

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from vit_train.layers import PatchEmbed
-from vit_train.layers.window import _cached_window_tables
+from vit_train.layers.window import _kept_index
 from vit_train.models import DeiT, HybridEmbed, ResNet, Swin, ViT
 from vit_train.models.cost import kept_for_backward, layers_of, memory_of, multiply_adds
 from vit_train.report.model_cost import layer_table
@@ -136,7 +136,7 @@ def test_counting_leaves_nothing_behind():
     rows_of(model, 36)
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert all(p.device.type == "meta" and p.grad is None for p in model.parameters())
-    assert _cached_window_tables.cache_info().currsize == 0
+    assert _kept_index.cache_info().currsize == 0
     assert swin(True)(torch.randn(1, 3, 36, 36)).isfinite().all()
 
 

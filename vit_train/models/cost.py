@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_train.layers import Block, ConvGroup
-from vit_train.layers.window import forget_window_tables
+from vit_train.layers.window import forget_indices
 from vit_train.system.precision import Precision, autocast
 
 Shape = tuple[int, ...]
@@ -152,7 +152,7 @@ def kept_for_backward(
 
     with ExitStack() as stack:
         stack.enter_context(_watching(model, enter, leave))
-        stack.callback(forget_window_tables)  # those made here are fake
+        stack.callback(forget_indices)  # those made here are fake
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         state = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device).requires_grad_(

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from vit_train.errors import ConfigError
 from vit_train.layers import PatchEmbed, WindowAttention
 from vit_train.layers.attention import relative_index
-from vit_train.layers.window import Axis, window_tables
 from vit_train.models import Swin, ViT
 
 Layout = Literal["timm", "torchvision", "swin"]
@@ -209,24 +208,22 @@ def _check_torchvision(model: nn.Module, layout: Layout) -> None:
         )
 
 
-def _maps(model: Swin) -> Iterable[tuple[str, WindowAttention, Axis, Axis]]:
-    """Every window attention with how the map it sees is cut."""
+def _maps(model: Swin) -> Iterable[tuple[str, WindowAttention, tuple[int, int]]]:
+    """Every window attention with the size of the map it sees."""
     h, w = model.patch_embed.grid_size  # type: ignore[misc]
     for i, stage in enumerate(model.layers):
         if i:
             h, w = -(-h // 2), -(-w // 2)
         for j, block in enumerate(stage.blocks):  # type: ignore[arg-type]
-            rows, cols = block.attn.cut(h, w)
-            yield f"layers.{i}.blocks.{j}", block.attn, rows, cols
+            yield f"layers.{i}.blocks.{j}", block.attn, (h, w)
 
 
 def _check_padding(model: Swin, layout: Layout) -> None:
-    for name, attn, rows, cols in _maps(model):
-        for axis in (rows, cols):
-            whole = axis.size % attn.window_size == 0
-            if not whole and (layout == "swin" or attn.mask_padding):
+    for name, attn, sizes in _maps(model):
+        for size in sizes:
+            if size % attn.window_size and (layout == "swin" or attn.mask_padding):
                 raise ConfigError(
-                    f"{name}: a map of {axis.size} tokens is not whole windows of {attn.window_size}, and "
+                    f"{name}: a map of {size} tokens is not whole windows of {attn.window_size}, and "
                     + (
                         "microsoft/Swin-Transformer has no padding"
                         if layout == "swin"
@@ -238,24 +235,35 @@ def _check_padding(model: Swin, layout: Layout) -> None:
 def differs_in_timm(model: nn.Module) -> str | None:
     """One sentence where timm's model of these sizes loads the weights and answers otherwise, else None."""
     if isinstance(model, Swin):
-        for _, attn, rows, cols in _maps(model):
-            if rows.size % attn.window_size or cols.size % attn.window_size:
+        for _, attn, (h, w) in _maps(model):
+            if h % attn.window_size or w % attn.window_size:
                 return (
-                    f"timm pads a map of {rows.size} x {cols.size} tokens to windows of {attn.window_size} "
+                    f"timm pads a map of {h} x {w} tokens to windows of {attn.window_size} "
                     "in another way: the weights load there, but the answers differ"
                 )
     return None
 
 
+def _shift_mask(attn: WindowAttention, sizes: tuple[int, int]) -> Tensor:
+    """0 where a query (of each window, row) sees a key (column), else _MASKED: (windows, N, N)."""
+    window = attn.window_size
+    # On the rolled axis the last window holds its own tokens and those from the other end.
+    y, x = (
+        torch.arange(size) >= (size - window // 2 if len(attn.spans(size)) > 1 else size) for size in sizes
+    )
+    region = 2 * y.long()[:, None] + x.long()
+    region = region.view(sizes[0] // window, window, sizes[1] // window, window).transpose(1, 2)
+    region = region.reshape(-1, window**2)
+    return (region[:, None, :] != region[:, :, None]) * _MASKED
+
+
 def _buffers(model: Swin, layout: Layout) -> dict[str, Tensor]:
     """What torchvision and microsoft/Swin-Transformer store beside the parameters."""
     made = {}
-    for name, attn, rows, cols in _maps(model):
-        window, cpu = attn.window_size, torch.device("cpu")
-        index = relative_index(window, window, window, cpu)
+    for name, attn, sizes in _maps(model):
+        window = attn.window_size
+        index = relative_index(window, window, window)
         made[f"{name}.attn.relative_position_index"] = index if layout == "swin" else index.flatten()
-        if layout == "swin" and (rows.shift or cols.shift):
-            _, mask = window_tables(rows, cols, table_window=window, mask_padding=False, device=cpu)
-            assert mask is not None
-            made[f"{name}.attn_mask"] = mask.squeeze(1).clamp(min=_MASKED)
+        if layout == "swin" and attn.shifted and max(sizes) > window:
+            made[f"{name}.attn_mask"] = _shift_mask(attn, sizes)
     return made
