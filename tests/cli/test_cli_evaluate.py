@@ -321,6 +321,16 @@ def test_of_few_images_each_one_counts(typed, folder_run, digits_folder, in_tmp)
     assert report["notes"][-1] in out
 
 
+def test_images_that_a_limit_left_out_are_missed(typed, digits_run):
+    told = "data.limit=200 holds here too: type data.limit=null to evaluate all images"
+    report, out = report_of(typed, digits_run, "data.limit=200")
+    assert (report["images"], report["notes"]) == (200, [told])
+    assert told in out
+    # 360 test images: nothing is left out
+    report, _ = report_of(typed, digits_run, "data.limit=400")
+    assert (report["images"], report["notes"]) == (360, [])
+
+
 def test_top5_says_nothing_of_fewer_than_six_classes(digits_folder, in_tmp):
     few = in_tmp / "few"
     subset(digits_folder, few / "train", ["1", "2", "3"])

@@ -85,7 +85,14 @@ def report(arguments: argparse.Namespace) -> None:
             "split": split,
             "tta": arguments.tta,
             "overrides": arguments.overrides,
-            "notes": notes_on(data, splits, asked=arguments.split, own=own, seen=own or root is None),
+            "notes": notes_on(
+                data,
+                splits,
+                asked=arguments.split,
+                own=own,
+                seen=own or root is None,
+                limit=config["data"].get("limit"),
+            ),
             "dataset_fingerprint": fingerprint,
         }
         with blame(ConfigError, f"{stored.path} cannot be evaluated on this data"):
@@ -155,7 +162,9 @@ def _evaluate(
     return report, chosen.images(wrong) if wrong else None
 
 
-def notes_on(data: Any, splits: list[Split], *, asked: str | None, own: bool, seen: bool) -> list[str]:
+def notes_on(
+    data: Any, splits: list[Split], *, asked: str | None, own: bool, seen: bool, limit: int | None
+) -> list[str]:
     """What the reader of the figures should know.
 
     Args:
@@ -164,6 +173,7 @@ def notes_on(data: Any, splits: list[Split], *, asked: str | None, own: bool, se
         asked: --split.
         own: whether the images are exactly those of the run, wherever they are.
         seen: whether those of the data's training split were trained on.
+        limit: data.limit.
     """
     notes, images = [], sum(data.sizes[split] for split in splits)
     if asked is None and "train" in splits:
@@ -173,6 +183,8 @@ def notes_on(data: Any, splits: list[Split], *, asked: str | None, own: bool, se
         known = f"{data.sizes['train']:,}" if own else "some"
         better = "the figures are better than for new images"
         notes.append(f"the model was trained on {known} of these {images:,} images: {better}")
+    if limit in {data.sizes[split] for split in splits}:
+        notes.append(f"data.limit={limit} holds here too: type data.limit=null to evaluate all images")
     if images < _FEW:
         notes.append(f"{images} images only: a single one moves top-1 by {100 / images:.1f} points")
     return notes
