@@ -321,14 +321,15 @@ def test_of_few_images_each_one_counts(typed, folder_run, digits_folder, in_tmp)
     assert report["notes"][-1] in out
 
 
-def test_images_that_a_limit_left_out_are_missed(typed, digits_run):
-    told = "data.limit=200 holds here too: type data.limit=null to evaluate all images"
-    report, out = report_of(typed, digits_run, "data.limit=200")
-    assert (report["images"], report["notes"]) == (200, [told])
+def test_images_that_a_limit_left_out_are_missed(typed, digits_run, in_tmp):
+    told = "data.limit=80 may leave out images: type data.limit=null to evaluate all of them"
+    assert vit_train_here(*TINY, *PATCHES, "data.limit=80", "run_dir=limited", cwd=in_tmp).code == 0
+    report, out = report_of(typed, Path("limited"))
+    assert (report["images"], report["notes"][0]) == (80, told)
     assert told in out
+    assert report_of(typed, Path("limited"), "data.limit=null")[0]["notes"] == []
     # 360 test images: nothing is left out
-    report, _ = report_of(typed, digits_run, "data.limit=400")
-    assert (report["images"], report["notes"]) == (360, [])
+    assert report_of(typed, digits_run, "data.limit=400")[0]["notes"] == []
 
 
 def test_top5_says_nothing_of_fewer_than_six_classes(digits_folder, in_tmp):

@@ -184,7 +184,7 @@ def notes_on(
         better = "the figures are better than for new images"
         notes.append(f"the model was trained on {known} of these {images:,} images: {better}")
     if limit in {data.sizes[split] for split in splits}:
-        notes.append(f"data.limit={limit} holds here too: type data.limit=null to evaluate all images")
+        notes.append(f"data.limit={limit} may leave out images: type data.limit=null to evaluate all of them")
     if images < _FEW:
         notes.append(f"{images} images only: a single one moves top-1 by {100 / images:.1f} points")
     return notes
