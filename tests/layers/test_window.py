@@ -94,7 +94,7 @@ def test_mask_padding_matters_exactly_where_there_is_padding(size, window):
 @pytest.mark.parametrize("size", range(1, 20))
 @pytest.mark.parametrize("shifted", [False, True])
 def test_spans_are_the_windows_that_a_shifted_padded_axis_has(size, shifted):
-    """Where the official code rolls and pads, and masks what the roll brought together."""
+    """Those that torchvision rolls and pads, without the padding and what the roll brought together."""
     for window in range(1, 8):
         padded = -(-size // window) * window
         shift = window // 2 if shifted and padded > window else 0
@@ -125,7 +125,7 @@ def test_bf16_autocast_stays_near_fp32_with_gradients():
         assert all(torch.isfinite(p.grad).all() for p in module.parameters())
 
 
-def test_tables_are_computed_once_and_are_no_state():
+def test_indices_are_computed_once_and_are_no_state():
     module = attention(3, shifted=True)
     assert set(module.state_dict()) == {
         "qkv.weight", "qkv.bias", "proj.weight", "proj.bias", "relative_position_bias_table",

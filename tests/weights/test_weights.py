@@ -172,6 +172,8 @@ def test_official_swin_names_are_what_timm_converts(tmp_path):
     assert "microsoft/Swin-Transformer" in load_pretrained(again, str(tmp_path / "o.pth")).source
     assert difference(again, ours.eval(), 64) == 0
     assert difference(again, theirs, 64) <= 1e-5
+    # nothing is shifted where a window is one token
+    assert not any(name.endswith("attn_mask") for name in state_dict_named(swin(window_size=1), "swin"))
 
 
 def test_relative_position_indices_are_torchvisions_own():

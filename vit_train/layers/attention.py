@@ -43,7 +43,7 @@ def attend(
 
     Plain products in bf16 round the scores, which the fused kernel keeps in fp32: an error of 0.4 percent
     where scores deviate by 1, 0.8 to 0.9 by 4 (65 and 197 tokens, against float64), for 0.2. Scores in fp32
-    would take 10 percent of a training step of vit_cifar, 12 of deit_tiny, 14 of swin_cifar (one thread).
+    would take 10 percent of a training step of vit_cifar, 12 of deit_tiny (one thread).
 
     Args:
         q, k, v: (B, H, N, d).

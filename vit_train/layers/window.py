@@ -3,11 +3,11 @@
 Attention inside windows of w x w tokens, with a learned bias for each relative position. In every second
 block the windows begin w // 2 tokens later, which leaves smaller ones at both ends of an axis.
 
-The official code rolls the map, so that the two ends share a window, hides them from each other with a mask,
-and fills windows that reach beyond the map with padding. Here the map is cut into pieces with windows of one
-size, and attention is computed in each of them: the same result without roll, mask and hidden padding.
+Others roll the map, so that its two ends share a window, and hide them from each other with a mask;
+torchvision also pads maps that are not whole windows. Here the map is cut into pieces with windows of one
+size, and attention is computed in each of them: the same result without roll and mask.
 
-Shapes: B batch, h w map of tokens, C channels, H heads, d = C / H, N tokens of a window.
+Shapes: B batch, h w map of tokens, C channels, H heads, d = C / H, G windows, N tokens of a window.
 """
 
 from __future__ import annotations
@@ -120,12 +120,14 @@ class WindowAttention(nn.Module):
         B, H, C = qkv.shape[0], self.num_heads, qkv.shape[3] // 3
         # (B, rows of windows, y, columns of windows, x, 3, H, d)
         shape = (B, rows.length // rows.window, rows.window, cols.length // cols.window, cols.window)
+        # Windows become more heads rather than more images: CUDA kernels have a limit of 65,535 images.
+        G = shape[1] * shape[3]
         # Unbound before the windows are cut: the gradients then return in one copy, else in two.
         q, k, v = (
-            part.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, H, rows.window * cols.window, C // H)
+            part.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, G * H, rows.window * cols.window, C // H)
             for part in qkv.view(*shape, 3, H, C // H).unbind(5)
         )
-        bias = self.bias(rows.window, cols.window)
+        bias = self.bias(rows.window, cols.window).repeat(G, 1, 1)
         out = attend(q, k, v, bias=bias, dropout=self.attn_drop if self.training else 0.0)
         out = out.view(B, shape[1], shape[3], H, rows.window, cols.window, C // H)
         return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, rows.length, cols.length, C)

@@ -254,7 +254,8 @@ def _shift_mask(attn: WindowAttention, sizes: tuple[int, int]) -> Tensor:
     region = 2 * y.long()[:, None] + x.long()
     region = region.view(sizes[0] // window, window, sizes[1] // window, window).transpose(1, 2)
     region = region.reshape(-1, window**2)
-    return (region[:, None, :] != region[:, :, None]) * _MASKED
+    hidden = region[:, None, :] != region[:, :, None]
+    return torch.zeros(hidden.shape).masked_fill_(hidden, _MASKED)
 
 
 def _buffers(model: Swin, layout: Layout) -> dict[str, Tensor]:
@@ -264,6 +265,6 @@ def _buffers(model: Swin, layout: Layout) -> dict[str, Tensor]:
         window = attn.window_size
         index = relative_index(window, window, window)
         made[f"{name}.attn.relative_position_index"] = index if layout == "swin" else index.flatten()
-        if layout == "swin" and attn.shifted and max(sizes) > window:
+        if layout == "swin" and any(len(attn.spans(size)) > 1 for size in sizes):
             made[f"{name}.attn_mask"] = _shift_mask(attn, sizes)
     return made
