@@ -213,7 +213,7 @@ def test_a_flag_of_other_trainers_is_answered_with_the_whole_key(refused, flag, 
 @pytest.mark.parametrize(
     ("module", "arguments", "said"),
     [
-        ("evaluate", "", "vit-eval: error: the following arguments are required: RUN"),
+        ("evaluate", "", "vit-eval: error: the following arguments are required: RUN;"),
         ("predict", "run image --top-k 0", "vit-predict: error: argument --top-k: expected a whole number"),
         ("explain", "run image --method x", "vit-explain: error: argument --method: invalid choice: 'x'"),
         ("export", "run --format onnxx", "vit-export: error: argument --format: invalid choice: 'onnxx'"),

@@ -409,7 +409,9 @@ def _parser() -> argparse.ArgumentParser:
         "that was not trained on a folder: data=imagefolder data.root=other/photos",
     )
     command.add_run(parser)
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.batch_size=512")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="such as data.batch_size=512"
+    )
     parser.add_argument(
         "--split",
         choices=("train", "val", "test", "all"),
