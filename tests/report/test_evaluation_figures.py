@@ -30,6 +30,7 @@ ABOUT = {
     "overrides": [],
     "notes": [],
     "device": "cpu",
+    "precision": "bf16",
     "time": "2026-01-01T00:00:00+00:00",
     "dataset_fingerprint": "0" * 64,
 }
@@ -201,6 +202,7 @@ def test_the_page_is_whole_and_fetches_nothing() -> None:
     assert base64.b64decode(page.addresses[0].partition(",")[2]) == b"png"
     assert not {"script", "link", "iframe", "object", "base"} & {*page.tags}
     assert not re.search(r"https?://|url\(|@import", text)
+    assert "cpu, bf16" in page.text
     assert page.tags.count("details") == 2, "40 classes are not folded up"
 
 

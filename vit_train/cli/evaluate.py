@@ -155,6 +155,7 @@ def _evaluate(
             "step": trained.step,
             "weights": trained.weights,
             "device": strategy.describe(),
+            "precision": precision,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )

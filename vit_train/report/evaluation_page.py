@@ -87,7 +87,7 @@ def _facts(report: Evaluated) -> dict[str, str]:
         "split": about["split"],
         "overrides": _without_place(" ".join(about["overrides"]), about) or "none",
         "data fingerprint": about["dataset_fingerprint"],
-        "device": about["device"],
+        "device": f"{about['device']}, {about['precision']}",
         "images/s": f"{report.predictions.images_per_second:,.0f}, after the first batch, reading included",
         "evaluated": about["time"],
     }
