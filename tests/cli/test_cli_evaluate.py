@@ -321,7 +321,7 @@ def test_of_few_images_each_one_counts(typed, folder_run, digits_folder, in_tmp)
     assert report["notes"][-1] in out
 
 
-def test_images_that_a_limit_left_out_are_missed(typed, digits_run, in_tmp):
+def test_a_limit_that_may_leave_out_images_is_noted(typed, digits_run, in_tmp):
     told = "data.limit=80 may leave out images: type data.limit=null to evaluate all of them"
     assert vit_train_here(*TINY, *PATCHES, "data.limit=80", "run_dir=limited", cwd=in_tmp).code == 0
     report, out = report_of(typed, Path("limited"))
@@ -330,6 +330,9 @@ def test_images_that_a_limit_left_out_are_missed(typed, digits_run, in_tmp):
     assert report_of(typed, Path("limited"), "data.limit=null")[0]["notes"] == []
     # 360 test images: nothing is left out
     assert report_of(typed, digits_run, "data.limit=400")[0]["notes"] == []
+    report, _ = report_of(typed, digits_run, "data.limit=80", "trainer.precision=bf16")
+    assert (report["images"], report["notes"][0], report["precision"]) == (80, told, "bf16")
+    assert report_of(typed, digits_run, "trainer.precision=fp32")[0]["precision"] == "fp32"
 
 
 def test_top5_says_nothing_of_fewer_than_six_classes(digits_folder, in_tmp):
