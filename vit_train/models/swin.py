@@ -61,8 +61,8 @@ class Swin(nn.Module):
         drop_rate: dropout after the patch embedding, in the MLPs and after the attention.
         attn_drop_rate: dropout of the attention weights.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
-        mask_padding: hide padding from the other tokens; False as in the published models. See
-            `WindowAttention`.
+        mask_padding: windows that reach beyond the map have fewer tokens; False: padding takes part in the
+            attention, as in the published models. See `WindowAttention`.
         zero_start: every block begins as the identity; see `init_identity`.
         num_classes: K.
 
