@@ -76,11 +76,15 @@ CASES = [
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize(("size", "window", "shifts"), CASES)
 def test_equals_the_definition(size, window, shifts, shifted):
-    x = torch.randn(2, *size, 8)
+    x = torch.randn(2, *size, 8, requires_grad=True)
     for mask_padding in (True, False):
         module = attention(window, shifted=shifted, mask_padding=mask_padding)
         expected = reference(module, x, shifts=shifts if shifted else (0, 0), mask_padding=mask_padding)
         torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+        inputs, weight = (x, *module.parameters()), torch.randn_like(expected)
+        gradients = torch.autograd.grad(module(x), inputs, weight)
+        wanted = torch.autograd.grad(expected, inputs, weight)
+        torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "window"), [((8, 8), 4), ((5, 7), 3), ((7, 7), 6), ((3, 2), 5)])
