@@ -247,10 +247,8 @@ def differs_in_timm(model: nn.Module) -> str | None:
 def _shift_mask(attn: WindowAttention, sizes: tuple[int, int]) -> Tensor:
     """0 where a query (of each window, row) sees a key (column), else _MASKED: (windows, N, N)."""
     window = attn.window_size
-    # On the rolled axis the last window holds its own tokens and those from the other end.
-    y, x = (
-        torch.arange(size) >= (size - window // 2 if len(attn.spans(size)) > 1 else size) for size in sizes
-    )
+    # On the rolled axis the first span comes last, in one window with tokens from the other end.
+    y, x = (torch.arange(size) >= size - attn.spans(size)[0].length for size in sizes)
     region = 2 * y.long()[:, None] + x.long()
     region = region.view(sizes[0] // window, window, sizes[1] // window, window).transpose(1, 2)
     region = region.reshape(-1, window**2)
