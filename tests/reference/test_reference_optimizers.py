@@ -90,11 +90,12 @@ def test_a_step_of_muon_turns_matrices_and_leaves_the_rest_to_adamw(family) -> N
     model = FAMILIES[family][0](2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = muon(model, lr=0.01, weight_decay=0.1)
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         p.grad = torch.randn_like(p)
         if p.ndim == 2:  # singular values from 1 to 5: far from the 1 that all become, none lost in rounding
-            left, each, right = torch.linalg.svd(p.grad, full_matrices=False)
-            p.grad = left @ torch.linspace(1, 5, len(each)).diag() @ right
+            for matrix in p.grad.chunk(3 if "qkv" in name else 1):
+                left, each, right = torch.linalg.svd(matrix, full_matrices=False)
+                matrix.copy_(left @ torch.linspace(1, 5, len(each)).diag() @ right)
     optimizer.step()
     turned = set()
     for name, p in model.named_parameters():
@@ -104,12 +105,14 @@ def test_a_step_of_muon_turns_matrices_and_leaves_the_rest_to_adamw(family) -> N
             torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-6)
             continue
         turned.add(name)
-        moved = (before[name] * (1 - 0.01 * 0.1) - p.detach()) / (0.01 * 0.2 * max(p.shape) ** 0.5)
-        left, _, right = torch.linalg.svd(p.grad, full_matrices=False)
-        in_its_axes = left.T @ moved @ right.T  # of the gradient: a diagonal near 1
-        values = in_its_axes.diagonal()
-        assert ((values > 0.6) & (values < 1.3)).all(), name
-        assert (in_its_axes - values.diag()).abs().max() < 0.05, name
+        moved = (before[name] * (1 - 0.01 * 0.1) - p.detach()) / (0.01 * 0.2)
+        count = 3 if "qkv" in name else 1  # query, key and value: each has singular values of its own
+        for gradient, step in zip(p.grad.chunk(count), moved.chunk(count)):
+            left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+            in_its_axes = left.T @ step @ right.T / max(step.shape) ** 0.5  # a diagonal near 1
+            values = in_its_axes.diagonal()
+            assert ((values > 0.6) & (values < 1.3)).all(), name
+            assert (in_its_axes - values.diag()).abs().max() < 0.05, name
     inner = {n for n, p in model.named_parameters() if p.ndim == 2 and ("blocks." in n or "reduction" in n)}
     assert turned == {name for name in inner if not name.endswith("bias_table")}
 

@@ -41,27 +41,30 @@ class Muon(Optimizer):
     2502.16982), so that both take the same rate and weight decay. The average is Nesterov's.
 
     Args:
-        params: matrices, or groups of them.
+        params: matrices, or groups of them; a group may say that each of its parameters is several
+            `matrices` of equal size, one below the other, such as those of query, key and value.
         lr: learning rate.
         momentum: share of the old average that is kept.
         weight_decay: decoupled.
     """
 
     def __init__(self, params: Any, *, lr: float, momentum: float, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "matrices": 1}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
         for group in self.param_groups:
-            for matrix in group["params"]:
-                if matrix.grad is not None:
-                    self._move(matrix, matrix.grad, group)
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._move(weight, weight.grad, group)
 
-    def _move(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state, momentum, lr = self.state[matrix], group["momentum"], group["lr"]
+    def _move(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state, momentum, lr = self.state[weight], group["momentum"], group["lr"]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(matrix)
+            state["momentum_buffer"] = torch.zeros_like(weight)
         average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        step = orthogonal(gradient.lerp(average, momentum))
-        matrix.mul_(1 - lr * group["weight_decay"])
-        matrix.sub_(step, alpha=lr * 0.2 * max(matrix.shape) ** 0.5)
+        weight.mul_(1 - lr * group["weight_decay"])
+        directions = gradient.lerp(average, momentum).chunk(group["matrices"])
+        for matrix, direction in zip(weight.chunk(group["matrices"]), directions):
+            matrix.sub_(orthogonal(direction), alpha=lr * 0.2 * max(matrix.shape) ** 0.5)

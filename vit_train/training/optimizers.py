@@ -236,21 +236,21 @@ def muon(
 ) -> Optimizer:
     """Muon for the matrices between the pixels and the head, AdamW for all else, with decay groups.
 
-    Both take the same rate and weight decay; `betas` and `eps` are AdamW's, see `adamw`. `momentum` is
-    Nesterov's, of Muon.
+    Query, key and value are three matrices, though one weight holds them. Both optimizers take the same rate
+    and weight decay; `betas` and `eps` are AdamW's, see `adamw`. `momentum` is Nesterov's, of Muon.
     """
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
-    hidden = {
-        id(p)
+    matrices = {
+        id(p): 3 if name.endswith(".qkv.weight") else 1
         for name, p in model.named_parameters()
         if p.ndim == 2 and name not in exempt and not name.startswith("head")
     }
     by_muon: list[dict[str, Any]] = []
     by_adamw: list[dict[str, Any]] = []
     for group in decay_groups(model, weight_decay, lr=lr, layer_decay=layer_decay):
-        for groups, inside in ((by_muon, True), (by_adamw, False)):
-            if chosen := [p for p in group["params"] if (id(p) in hidden) is inside]:
-                groups.append(group | {"params": chosen})
+        for groups, number in ((by_adamw, 0), (by_muon, 1), (by_muon, 3)):
+            if chosen := [p for p in group["params"] if matrices.get(id(p), 0) == number]:
+                groups.append(group | {"params": chosen, "matrices": number})
     parts: list[Optimizer] = [AdamW(by_adamw, lr=lr, betas=betas, eps=eps, fused=_fused(model))]
     if by_muon:
         parts.append(Muon(by_muon, lr=lr, momentum=momentum))
