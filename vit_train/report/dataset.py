@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from rich.bar import Bar
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
+from rich.filesize import decimal
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -45,7 +46,7 @@ def check_tables(report: Report) -> Iterator[RenderableType]:
     num_classes = len(next(iter(report.counts.values()), {}))
     yield Text(
         f"{one_line(report.root)}: {count(report.num_images, 'image')} in "
-        f"{count(num_classes, 'class')}, {_bytes(report.num_bytes)}"
+        f"{count(num_classes, 'class')}, {decimal(report.num_bytes)}"
     )
     for finding in report.problems:
         yield _finding("problem", "bold red", finding)
@@ -165,10 +166,3 @@ def _extremes(report: Report) -> str:
     assert report.largest is not None
     low, high = (" x ".join(f"{side:,}" for side in size) for size in (report.smallest, report.largest))
     return f"all are {low} pixels" if low == high else f"from {low} to {high} pixels"
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= size:
-            return f"{number / size:,.1f} {unit}"
-    return f"{number} bytes"
