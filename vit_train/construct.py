@@ -102,10 +102,8 @@ def locate(path: Any, allow: tuple[str, ...] | None = None) -> Any:
     except ImportError as error:
         # A nested class: `package.module.Outer.Inner`
         try:
-            module = locate(module_path) if "." in module_path else None
+            module = locate(module_path)
         except ConfigError:
-            module = None
-        if module is None:
             raise ConfigError(f"cannot import {module_path!r}: {error}") from error
     try:
         return getattr(module, name)
