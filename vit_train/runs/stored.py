@@ -17,7 +17,7 @@ import yaml
 
 from vit_train import checkpoint
 from vit_train.construct import TARGET, foreign_code
-from vit_train.errors import UNFIT, CheckpointError, ConfigError, ran_out
+from vit_train.errors import UNFIT, CheckpointError, ConfigError, blame
 from vit_train.runs.run_dir import CONFIG, check_entries
 from vit_train.system import durable
 
@@ -54,13 +54,9 @@ def read_config(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
 
 @checkpoint.must_be_readable()
 def _parse_config(path: Path) -> dict[str, Any]:
-    try:
+    # beyond syntax, a tag may not fit what follows it, a date may not exist
+    with blame(CheckpointError, f"{path} cannot be read", (yaml.YAMLError, *UNFIT)):
         stored = yaml.safe_load(durable.read(path, _MAX_CONFIG_BYTES))
-    except (yaml.YAMLError, *UNFIT) as error:  # a tag may not fit what follows it, a date may not exist
-        if ran_out(error):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} cannot be read: {reason}") from error
     check_stored(stored, path)
     return stored
 
