@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import require_heads
+from .checks import require_divides
 from .init import TOKEN_STD, init_linear
 
 PLAIN_MAX_TOKENS = 1024
@@ -114,7 +114,7 @@ class Attention(nn.Module):
         grid_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        require_heads(num_heads, dim)
+        require_divides("num_heads", num_heads, "embed_dim", dim)
         self.num_heads = num_heads
         self.attn_drop = attn_drop
         self.relative_position_bias_table: nn.Parameter | None = None

@@ -8,8 +8,3 @@ def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> N
     if divisor < 1 or value % divisor:
         choices = ", ".join(str(n) for n in range(1, value + 1) if value % n == 0)
         raise ValueError(f"{divisor_name} {divisor} does not divide {name} {value}; use one of {choices}")
-
-
-def require_heads(num_heads: int, embed_dim: int) -> None:
-    """Raises ValueError unless `num_heads` divides `embed_dim`."""
-    require_divides("num_heads", num_heads, "embed_dim", embed_dim)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import attend, relative_index
-from .checks import require_heads
+from .checks import require_divides
 from .init import TOKEN_STD, init_linear
 
 # The first caller may be an evaluation: an inference tensor could not be saved for a later backward.
@@ -70,7 +70,7 @@ class WindowAttention(nn.Module):
         mask_padding: bool = True,
     ) -> None:
         super().__init__()
-        require_heads(num_heads, dim)
+        require_divides("num_heads", num_heads, "embed_dim", dim)
         self.num_heads = num_heads
         self.window_size = window_size
         self.shifted = shifted
