@@ -414,7 +414,3 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         found.append(error)
         error = error.__cause__ or error.__context__
     return found
-
-
-if __name__ == "__main__":
-    main()
