@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import with_trained_head
+from scipy.stats import multivariate_normal
 from torch import nn
 
 from vit_train.layers import Attention, Mlp, PatchEmbed, TrunkEmbed, WindowAttention
@@ -30,7 +33,7 @@ FAMILIES = {
     "vit_mlp_head": lambda k: ViT(patch_embed=patches(), num_classes=k, head="mlp", **SIZES),
     "vit_mean": lambda k: ViT(
         patch_embed=TrunkEmbed(img_size=32, in_channels=3, widths=(24, 48)), num_classes=k,
-        pool="mean", norm_first=False, **SIZES,
+        pool="mean", norm_first=False, rel_pos=True, **SIZES,
     ),
     "deit": lambda k: DeiT(patch_embed=patches(), num_classes=k, **SIZES),
     "hybrid": lambda k: ViT(patch_embed=hybrid_trunk(), num_classes=k, **SIZES),
@@ -90,6 +93,33 @@ def test_deviations_of_attention_and_mlp(width):
     assert merging.reduction.weight.std().item() == pytest.approx(xavier(4 * width, 2 * width), rel=0.03)
 
 
+def bumps(rows, num_heads):
+    """A normal density around one place for each head, 3 at its top, over all offsets: (rows, num_heads)."""
+    reach = (math.isqrt(rows) - 1) // 2
+    offsets = np.stack(np.meshgrid(*[np.arange(-reach, reach + 1)] * 2, indexing="ij"), axis=-1)
+    heads = []
+    for head in range(num_heads):
+        place = cmath.rect(2 if num_heads > 6 and head % 2 else 1, 2 * math.pi * head / num_heads)
+        density = multivariate_normal((place.imag, place.real)).pdf(offsets)
+        heads.append(3 * 2 * math.pi * density.reshape(rows))
+    return torch.tensor(np.stack(heads, axis=1))
+
+
+@pytest.mark.parametrize("num_heads", [1, 3, 7])
+def test_each_head_starts_with_its_eye_on_a_place_beside_the_token(num_heads):
+    """Before anything is learned (no scores): where softmax puts most, from a token in the middle."""
+    torch.manual_seed(0)
+    attention = Attention(21 * num_heads, num_heads=num_heads, grid_size=(9, 7))
+    nn.init.zeros_(attention.qkv.weight)
+    weights = attention.weights(torch.randn(1, 63, 21 * num_heads))[0, :, 4 * 7 + 3].view(num_heads, 9, 7)
+    tops = {divmod(int(each.argmax()), 7) for each in weights}
+    assert len(tops) == num_heads
+    assert (4, 3) not in tops
+    assert all(abs(row - 4) <= 2 and abs(column - 3) <= 2 for row, column in tops)
+    corners = weights[:, [0, 0, -1, -1], [0, -1, 0, -1]]  # far away nothing is preferred, nothing shut out
+    assert ((corners > 0.4 / 63) & (corners < 1 / 63)).all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_of_a_family_starts_as_stated(family):
     torch.manual_seed(0)
@@ -107,7 +137,9 @@ def test_every_parameter_of_a_family_starts_as_stated(family):
         elif owner == "patch_embed.proj":  # LeCun normal, truncated at two deviations
             fan_in = parameter[0].numel()
             assert parameter.std().item() == pytest.approx(math.sqrt(1 / fan_in), rel=0.15), name
-        elif kind.endswith("_token") or kind == "relative_position_bias_table":
+        elif kind == "relative_position_bias_table":
+            assert (parameter - bumps(*parameter.shape)).std().item() == pytest.approx(0.02, rel=0.3), name
+        elif kind.endswith("_token"):
             assert parameter.std().item() == pytest.approx(0.02, rel=0.3), name
         else:
             assert kind == "pos_embed" or ("norm" in owner and (parameter == 1).all()), name

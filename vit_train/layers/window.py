@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import attend, relative_index
+from .attention import attend, relative_index, relative_table
 from .checks import require_divides
-from .init import TOKEN_STD, init_linear
+from .init import init_linear
 
 # The first caller may be an evaluation: an inference tensor could not be saved for a later backward.
 _kept_index = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(relative_index))
@@ -79,8 +79,7 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=TOKEN_STD)
+        self.relative_position_bias_table = relative_table(window_size, num_heads)
         init_linear(self.qkv, matrices=3)
         init_linear(self.proj)
 
