@@ -21,7 +21,7 @@ from vit_train.layers import PatchEmbed
 from vit_train.models import DeiT, HybridEmbed, Swin, ViT
 from vit_train.report.console import Console
 from vit_train.training.guard import Guard, Signals
-from vit_train.training.muon import Muon
+from vit_train.training.muon import Muon, orthogonal
 from vit_train.training.objective import CrossEntropy
 from vit_train.training.optimizers import adamw, muon, sgd
 from vit_train.training.tracker import NullTracker
@@ -115,6 +115,24 @@ def test_a_step_of_muon_turns_matrices_and_leaves_the_rest_to_adamw(family) -> N
             assert (in_its_axes - values.diag()).abs().max() < 0.05, name
     inner = {n for n, p in model.named_parameters() if p.ndim == 2 and ("blocks." in n or "reduction" in n)}
     assert turned == {name for name in inner if not name.endswith("bias_table")}
+
+
+@settings(max_examples=30)
+@given(
+    shape=st.sampled_from([(1, 1), (5, 33), (40, 7), (64, 64), (65, 130)]),
+    least=st.sampled_from([1.0, 0.3, 0.02]),
+    scale=st.sampled_from([1e-6, 1.0, 1e4]),
+    seed=st.integers(0, 99),
+)
+def test_orthogonal_is_near_the_polar_factor(shape, least, scale, seed) -> None:
+    """Singular vectors as they are, values near 1, whatever the matrix's size; also where all lie in one."""
+    generator = torch.Generator().manual_seed(seed)
+    left, _, right = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    values = torch.logspace(0, math.log10(least), len(right))
+    found = orthogonal(scale * (left * values) @ right).float()
+    in_its_axes = left.T @ found @ right.T
+    assert 0.65 < in_its_axes.diagonal().min() <= in_its_axes.diagonal().max() < 1.25
+    assert (in_its_axes - in_its_axes.diagonal().diag()).abs().max() < 0.05
 
 
 def test_steps_of_muon_are_those_of_torchs() -> None:
