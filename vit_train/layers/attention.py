@@ -101,7 +101,7 @@ def relative_table(side: int, num_heads: int) -> nn.Parameter:
     offset = torch.arange(1.0 - side, side)
     down, right = offset[:, None, None] - radius * angle.sin(), offset[:, None] - radius * angle.cos()
     with torch.no_grad():
-        table += 3 * torch.exp(-(down**2 + right**2) / 2).reshape(table.shape)
+        table.add_(3 * torch.exp(-(down**2 + right**2) / 2).reshape(table.shape))
     return table
 
 
