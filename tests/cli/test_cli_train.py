@@ -14,6 +14,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import TINY, command, environment, everything_in, vit_train_here
@@ -271,6 +272,39 @@ def test_a_sweep_has_a_directory_per_job(typed, in_tmp):
     results = [result_of(sweep / job) for job in ("0", "1")]
     assert [result["seed"] for result in results] == [0, 1]
     assert results[0]["test/loss"] != results[1]["test/loss"]
+
+
+def test_a_sweep_ends_with_its_jobs_side_by_side(typed, in_tmp):
+    """The best first, means over the seeds; once more when all of it is finished."""
+    sweep = (
+        "-m",
+        "optimizer.lr=1e-3,1e30,3e-3",
+        "seed=0,5,2",
+        *TINY,
+        "trainer.epochs=1",
+        "hydra.sweep.dir=all",
+    )
+    for done in (typed(*sweep), typed(*sweep)):
+        assert done.code == 6, done.err
+        table = [line.split() for line in done.out[done.out.rindex(" job ") :].splitlines()]
+        assert table[0][:3] == ["job", "optimizer.lr", "seed"]
+        assert " ".join(table[-1]) == "9 jobs, 3 without a result"
+        rows = {line[0]: line[1:] for line in table[:-1] if line and line[0].isdecimal()}
+        assert {job: row for job, row in rows.items() if "-" in row} == {
+            job: ["1e+30", seed, "-", "-", "-"] for job, seed in (("3", "0"), ("4", "5"), ("5", "2"))
+        }
+        finished = {job: result_of(in_tmp / "all" / job) for job in rows if "-" not in rows[job]}
+        keys = ("best/val/top1", "last/val/top1", "test/top1")
+        for job, result in finished.items():
+            assert rows[job][2:] == [f"{100 * result[key]:.2f}" for key in keys]
+            assert int(rows[job][1]) == result["seed"]
+        best = [finished[job]["best/val/top1"] for job in list(rows)[:6]]
+        assert best == sorted(best, reverse=True)
+        means = {line[1]: line[2:] for line in table if line[:1] == ["mean"]}
+        for rate, jobs in (("0.001", "012"), ("0.003", "678")):
+            top1 = 100 * np.array([[finished[job][key] for key in keys] for job in jobs])
+            expected = [f"{m:.2f} +- {s:.2f}" for m, s in zip(top1.mean(axis=0), top1.std(axis=0, ddof=1))]
+            assert " ".join(means[rate]) == "3 seeds " + " ".join(expected)
 
 
 def test_a_requeued_job_finds_its_run(typed, in_tmp):

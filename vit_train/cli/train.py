@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import json
 import os
 import re
 import signal
@@ -32,6 +33,7 @@ from vit_train.errors import (
     OutOfMemoryError,
     SaveError,
     VitTrainError,
+    passing_over,
     ran_out_of_memory,
     told,
 )
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vit_train.data import DataModule
+    from vit_train.report.sweep import Job
     from vit_train.system.precision import Precision
     from vit_train.training.guard import Signals, Stop
     from vit_train.training.state import Transform
@@ -59,15 +62,17 @@ def main() -> None:
     threading.excepthook = _thread_failed
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises instead of printing and exiting
     failures: list[int] = []  # codes: an error would keep the job it ended, and its memory, alive
+    jobs: list[Job] = []
     composed = False
 
     def task(cfg: DictConfig) -> float | None:
         nonlocal composed
         composed = True
         sys.argv[1:] = arguments  # as typed, for run.json
+        result = None
         # Hydra announces an exception in a line of its own, and a sweep would end with it: kept until the end
         try:
-            return train(cfg)
+            result = train(cfg)
         except Interrupted as stopped:  # said so already; ends a sweep too
             sys.exit(stopped.exit_code)
         except Exception as error:
@@ -78,14 +83,20 @@ def main() -> None:
                 raise
             streams.only_say()
             failures.append(fail(str(failure), failure.exit_code))
-            return None
+        finally:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                jobs.append(_job(result))
+        return None if result is None else result.get("best/val/top1")
 
     arguments = sys.argv[1:]
     try:
         with streams.output():
             places.require_here()
             sys.argv[1:] = for_hydra(arguments)
-            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)()
+            try:
+                hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)()
+            finally:
+                _say_sweep(jobs)
     except KeyboardInterrupt:
         sys.exit(130)
     except VitTrainError as error:  # what is typed, or --help > /dev/full
@@ -111,14 +122,30 @@ def _fail(shows_where: bool, message: str, exit_code: int) -> int:
     return exit_code
 
 
+def _job(result: dict[str, Any] | None) -> Job:
+    from vit_train.report.sweep import Job
+
+    typed = (override.lstrip("+~").partition("=") for override in _launch().overrides)
+    return Job(HydraConfig.get().job.num, {key: value for key, _, value in typed}, result)
+
+
+def _say_sweep(jobs: list[Job]) -> None:
+    """The jobs that ran in this process, if it was more than one, side by side."""
+    if len(jobs) > 1:
+        from vit_train.report.console import Console
+        from vit_train.report.sweep import sweep_table
+
+        Console().say(sweep_table(jobs))
+
+
 def _thread_failed(what: threading.ExceptHookArgs) -> None:
     """On a full disk TensorBoard's writing thread ends in a traceback; the tracker says it in a line."""
     if not isinstance(what.exc_value, OSError):
         threading.__excepthook__(what)
 
 
-def train(cfg: DictConfig) -> float | None:
-    """One job: what Hydra calls with the composed configuration. Returns the best validation top-1."""
+def train(cfg: DictConfig) -> dict[str, Any] | None:
+    """One job, with the composed configuration. Returns the closing figures, if it came to its end."""
     if cfg.get("summary"):
         _describe(cfg)
         return None
@@ -135,9 +162,10 @@ def train(cfg: DictConfig) -> float | None:
             own = packages_of(plain(cfg)) or trusted(cfg.trust, hydra=True)
             evaluate = f"vit-eval {places.as_argument(built)}{trust_options(own)}"
             print(f"{built} is finished: nothing to do. To see its figures, type:  {evaluate}")
+            with passing_over():  # damaged: the run is finished all the same
+                return json.loads((built / "result.json").read_bytes())
             return None
-        result = execute(built)
-    return None if result is None else result["best/val/top1"]
+        return execute(built)
 
 
 def _describe(cfg: DictConfig) -> None:
@@ -323,8 +351,6 @@ def _stopped(run: Run, stop: Stop) -> dict[str, Any] | None:
 
 
 def _finish(run: Run, test: dict[str, float]) -> dict[str, Any]:
-    import json
-
     from vit_train.report.pictures import sheet_of_attention, sheet_of_predictions
     from vit_train.report.summary import closing_table, hyperparameters
     from vit_train.runs.record import closing_figures
