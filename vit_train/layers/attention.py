@@ -7,8 +7,6 @@ Shapes: B batch, H heads, N tokens, C = H * d channels.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,25 +84,6 @@ def relative_index(h: int, w: int, side: int, device: torch.device | None = None
     return index.reshape(h * w, h * w)
 
 
-def relative_table(side: int, num_heads: int) -> nn.Parameter:
-    """Initial bias of the scores for each offset between two tokens, ((2 * side - 1) ** 2, H).
-
-    Each head begins with its eye on one place beside the token itself, a bump of height 3 and deviation 1;
-    more than six heads stand on two rings. So a transformer starts much as convolutions do ("Structured
-    Initialization for Attention in Vision Transformers", Zheng et al. 2024, arXiv 2404.01139, who choose
-    queries and keys to that end). docs/RECIPES.md says what Swin gains.
-    """
-    table = nn.Parameter(torch.empty((2 * side - 1) ** 2, num_heads))
-    nn.init.trunc_normal_(table, std=TOKEN_STD)
-    head = torch.arange(num_heads)
-    radius, angle = 1.0 + (head % 2) * (num_heads > 6), 2 * math.pi * head / num_heads
-    offset = torch.arange(1.0 - side, side)
-    down, right = offset[:, None, None] - radius * angle.sin(), offset[:, None] - radius * angle.cos()
-    with torch.no_grad():
-        table.add_(3 * torch.exp(-(down**2 + right**2) / 2).reshape(table.shape))
-    return table
-
-
 class Attention(nn.Module):
     """Self-attention over all tokens, (B, N, C) -> (B, N, C).
 
@@ -141,7 +120,8 @@ class Attention(nn.Module):
         self.relative_position_bias_table: nn.Parameter | None = None
         if grid_size is not None:
             side = max(grid_size)
-            self.relative_position_bias_table = relative_table(side, num_heads)
+            self.relative_position_bias_table = nn.Parameter(torch.empty((2 * side - 1) ** 2, num_heads))
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=TOKEN_STD)
             self.register_buffer("relative_index", relative_index(*grid_size, side), persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
