@@ -12,7 +12,7 @@ from conftest import with_trained_head
 from scipy.stats import multivariate_normal
 from torch import nn
 
-from vit_train.layers import Attention, Mlp, PatchEmbed, TrunkEmbed, WindowAttention
+from vit_train.layers import Attention, Mlp, PatchEmbed, TrunkEmbed, WindowAttention, init_local
 from vit_train.models import DeiT, HybridEmbed, Swin, ViT
 from vit_train.models.swin import PatchMerging
 from vit_train.training.objective import CrossEntropy
@@ -40,6 +40,10 @@ FAMILIES = {
     "swin": lambda k: Swin(
         patch_embed=patches(norm=True, any_size=True), embed_dim=48, depths=(2, 2), num_heads=(3, 6),
         window_size=4, num_classes=k,
+    ),
+    "swin_local": lambda k: Swin(
+        patch_embed=patches(norm=True, any_size=True), embed_dim=48, depths=(2, 2), num_heads=(3, 8),
+        window_size=5, local_start=True, num_classes=k,
     ),
 }  # fmt: skip
 
@@ -106,10 +110,11 @@ def bumps(rows, num_heads):
 
 
 @pytest.mark.parametrize("num_heads", [1, 3, 7])
-def test_each_head_starts_with_its_eye_on_a_place_beside_the_token(num_heads):
+def test_each_head_begins_by_attending_to_a_place_beside_the_token(num_heads):
     """Before anything is learned (no scores): where softmax puts most, from a token in the middle."""
     torch.manual_seed(0)
     attention = WindowAttention(21 * num_heads, num_heads=num_heads, window_size=9)
+    init_local(attention)
     weights = attention.bias(9, 7).softmax(dim=-1)[:, 4 * 7 + 3].view(num_heads, 9, 7)
     tops = {divmod(int(each.argmax()), 7) for each in weights}
     assert len(tops) == num_heads
@@ -136,7 +141,7 @@ def test_every_parameter_of_a_family_starts_as_stated(family):
         elif owner == "patch_embed.proj":  # LeCun normal, truncated at two deviations
             fan_in = parameter[0].numel()
             assert parameter.std().item() == pytest.approx(math.sqrt(1 / fan_in), rel=0.15), name
-        elif kind == "relative_position_bias_table" and family == "swin":
+        elif kind == "relative_position_bias_table" and family == "swin_local":
             assert (parameter - bumps(*parameter.shape)).std().item() == pytest.approx(0.02, rel=0.3), name
         elif kind.endswith("_token") or kind == "relative_position_bias_table":
             assert parameter.std().item() == pytest.approx(0.02, rel=0.3), name

@@ -7,7 +7,7 @@ from .drop_path import DropPath, drop_path_schedule
 from .init import init_linear, init_projection
 from .mlp import Mlp
 from .patch_embed import GridEmbed, PatchEmbed
-from .window import WindowAttention
+from .window import WindowAttention, init_local
 
 __all__ = [
     "Attention",
@@ -24,5 +24,6 @@ __all__ = [
     "drop_path_schedule",
     "init_identity",
     "init_linear",
+    "init_local",
     "init_projection",
 ]

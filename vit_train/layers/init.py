@@ -14,7 +14,6 @@ google-research/vision_transformer (vit_jax/models_vit.py), value by value:
 
 The deviation of 0.02 that DeiT, Swin and timm use for linear layers is Xavier's for a width of 2,500: a sixth
 of it at a width of 64, where a narrow model hardly starts to learn. Swin's are Xavier uniform here too.
-Relative positions, which that code does not have, start like class tokens, Swin's as in `window.local_table`.
 """
 
 from __future__ import annotations

@@ -39,25 +39,6 @@ class Span(NamedTuple):
     window: int
 
 
-def local_table(window_size: int, num_heads: int) -> nn.Parameter:
-    """Initial bias of the scores for each offset between two tokens, ((2 * window_size - 1) ** 2, H).
-
-    Each head begins with its eye on one place beside the token itself, a bump of height 3 and deviation 1;
-    more than six heads stand on two rings. So the model starts much as convolutions do ("Structured
-    Initialization for Attention in Vision Transformers", Zheng et al. 2024, arXiv 2404.01139, who choose
-    queries and keys to that end). Swin gains by it, a ViT after convolutions does not (docs/RECIPES.md).
-    """
-    table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
-    nn.init.trunc_normal_(table, std=TOKEN_STD)
-    head = torch.arange(num_heads)
-    radius, angle = 1.0 + (head % 2) * (num_heads > 6), 2 * math.pi * head / num_heads
-    offset = torch.arange(1.0 - window_size, window_size)
-    down, right = offset[:, None, None] - radius * angle.sin(), offset[:, None] - radius * angle.cos()
-    with torch.no_grad():
-        table.add_(3 * torch.exp(-(down**2 + right**2) / 2).reshape(table.shape))
-    return table
-
-
 class WindowAttention(nn.Module):
     """Self-attention within windows of a map of any size, (B, h, w, C) -> (B, h, w, C).
 
@@ -99,7 +80,8 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.relative_position_bias_table = local_table(window_size, num_heads)
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=TOKEN_STD)
         init_linear(self.qkv, matrices=3)
         init_linear(self.proj)
 
@@ -162,3 +144,21 @@ class WindowAttention(nn.Module):
             pieces = band.split([span.length for span in cols], 2)
             bands.append(torch.cat([self._attend(piece, row, col) for piece, col in zip(pieces, cols)], 2))
         return self.proj_drop(self.proj(torch.cat(bands, 1)[:, :h, :w]))
+
+
+def init_local(module: nn.Module) -> None:
+    """Lets each head of window attention begin by attending to one place beside the token itself.
+
+    The relative positions get a bump of height 3 and deviation 1 around that place. The places of up to six
+    heads stand on one ring, those of more on two, where many heads share places. So the model starts much as
+    convolutions do ("Structured Initialization for Attention in Vision Transformers", Zheng et al. 2024,
+    arXiv 2404.01139, who choose queries and keys to that end).
+    """
+    if isinstance(module, WindowAttention):
+        head = torch.arange(module.num_heads)
+        radius, angle = 1.0 + (head % 2) * (len(head) > 6), 2 * math.pi * head / len(head)
+        offset = torch.arange(1.0 - module.window_size, module.window_size)
+        down, right = offset[:, None, None] - radius * angle.sin(), offset[:, None] - radius * angle.cos()
+        with torch.no_grad():
+            bumps = 3 * torch.exp(-(down**2 + right**2) / 2)
+            module.relative_position_bias_table.add_(bumps.flatten(0, 1))

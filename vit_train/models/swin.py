@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_train.construct import Dim, Expansion, Few, Fraction, Positive, Window
-from vit_train.layers import Block, WindowAttention, drop_path_schedule, init_identity, init_linear
+from vit_train.layers import (
+    Block,
+    WindowAttention,
+    drop_path_schedule,
+    init_identity,
+    init_linear,
+    init_local,
+)
 
 
 class PatchMerging(nn.Module):
@@ -64,6 +71,7 @@ class Swin(nn.Module):
         mask_padding: windows that reach beyond the map have fewer tokens; False: padding takes part in the
             attention, as in the published models. See `WindowAttention`.
         zero_start: every block begins as the identity; see `init_identity`.
+        local_start: every head begins by attending to one place beside the token; see `init_local`.
         num_classes: K.
 
     Raises:
@@ -85,6 +93,7 @@ class Swin(nn.Module):
         drop_path_rate: Fraction = 0.0,
         mask_padding: bool = True,
         zero_start: bool = False,
+        local_start: bool = False,
         num_classes: Positive,
     ) -> None:
         super().__init__()
@@ -125,6 +134,8 @@ class Swin(nn.Module):
         self.layers = nn.Sequential(*stages)
         if zero_start:
             self.layers.apply(init_identity)
+        if local_start:
+            self.layers.apply(init_local)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.head = nn.Linear(dim, num_classes)
         init_linear(self.head)
