@@ -125,7 +125,7 @@ def test_a_step_of_muon_turns_matrices_and_leaves_the_rest_to_adamw(family) -> N
     seed=st.integers(0, 99),
 )
 def test_orthogonal_is_near_the_polar_factor(shape, least, scale, seed) -> None:
-    """Singular vectors as they are, values near 1, whatever the matrix's size; also where all lie in one."""
+    """Singular vectors as they are, values near 1, whatever the size of the matrix and of its entries."""
     generator = torch.Generator().manual_seed(seed)
     left, _, right = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     values = torch.logspace(0, math.log10(least), len(right))

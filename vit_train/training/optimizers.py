@@ -241,16 +241,18 @@ def muon(
     """
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
     matrices = {
-        id(p): 3 if name.endswith(".qkv.weight") else 1
+        id(p): 3 if f".{name}".endswith(".qkv.weight") and len(p) == 3 * p.shape[1] else 1
         for name, p in model.named_parameters()
         if p.ndim == 2 and name not in exempt and not name.startswith("head")
     }
     by_muon: list[dict[str, Any]] = []
     by_adamw: list[dict[str, Any]] = []
     for group in decay_groups(model, weight_decay, lr=lr, layer_decay=layer_decay):
-        for groups, number in ((by_adamw, 0), (by_muon, 1), (by_muon, 3)):
-            if chosen := [p for p in group["params"] if matrices.get(id(p), 0) == number]:
-                groups.append(group | {"params": chosen, "matrices": number})
+        if rest := [p for p in group["params"] if id(p) not in matrices]:
+            by_adamw.append(group | {"params": rest})
+        for number in (1, 3):
+            if chosen := [p for p in group["params"] if matrices.get(id(p)) == number]:
+                by_muon.append(group | {"params": chosen, "matrices": number})
     parts: list[Optimizer] = [AdamW(by_adamw, lr=lr, betas=betas, eps=eps, fused=_fused(model))]
     if by_muon:
         parts.append(Muon(by_muon, lr=lr, momentum=momentum))
