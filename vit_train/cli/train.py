@@ -33,10 +33,10 @@ from vit_train.errors import (
     OutOfMemoryError,
     SaveError,
     VitTrainError,
-    passing_over,
     ran_out_of_memory,
     told,
 )
+from vit_train.runs.record import read_result
 from vit_train.runs.stored import packages_of, trust_options, trusted
 from vit_train.system import durable, places, streams
 from vit_train.text import count, suggest
@@ -84,7 +84,7 @@ def main() -> None:
             streams.only_say()
             failures.append(fail(str(failure), failure.exit_code))
         finally:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if HydraConfig.get().mode == RunMode.MULTIRUN and not cfg.get("summary"):
                 jobs.append(_job(result))
         return None if result is None else result.get("best/val/top1")
 
@@ -130,7 +130,7 @@ def _job(result: dict[str, Any] | None) -> Job:
 
 
 def _say_sweep(jobs: list[Job]) -> None:
-    """The jobs that ran in this process, if it was more than one, side by side."""
+    """The jobs that ran in this process, if it was more than one, in a table."""
     if len(jobs) > 1:
         from vit_train.report.console import Console
         from vit_train.report.sweep import sweep_table
@@ -162,9 +162,7 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
             own = packages_of(plain(cfg)) or trusted(cfg.trust, hydra=True)
             evaluate = f"vit-eval {places.as_argument(built)}{trust_options(own)}"
             print(f"{built} is finished: nothing to do. To see its figures, type:  {evaluate}")
-            with passing_over():  # damaged: the run is finished all the same
-                return json.loads((built / "result.json").read_bytes())
-            return None
+            return read_result(built)
         return execute(built)
 
 

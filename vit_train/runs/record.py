@@ -11,11 +11,13 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from vit_train.errors import passing_over
 from vit_train.system import durable
 
 _MAX_FACTS_BYTES = 16 * 2**20
@@ -82,6 +84,14 @@ def read_facts(run_dir: Path) -> dict[str, Any]:
         isinstance(facts.get(k, kind()), kind) for k, kind in kinds.items()
     )
     return facts if usual else {}
+
+
+def read_result(run_dir: Path) -> dict[str, float] | None:
+    """The figures of result.json that are numbers, or None where it is missing or damaged."""
+    with passing_over():
+        result = json.loads(durable.read(run_dir / "result.json", _MAX_FACTS_BYTES))
+        return {k: v for k, v in result.items() if isinstance(v, int | float) and isfinite(v)}
+    return None
 
 
 def driver_version() -> str | None:
