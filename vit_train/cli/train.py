@@ -123,6 +123,7 @@ def _fail(shows_where: bool, message: str, exit_code: int) -> int:
 
 
 def _job(result: dict[str, Any] | None) -> Job:
+    """The job of a sweep that has just run, and what came of it."""
     from vit_train.report.sweep import Job
 
     typed = (override.lstrip("+~").partition("=") for override in _launch().overrides)
