@@ -374,3 +374,36 @@ def wait_for_epochs(child):
             return
         assert time.monotonic() < deadline
     raise AssertionError(f"it ended: {child.stderr.read()}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+@pytest.mark.parametrize("nth", [1, 7, 52, 151, 559])
+def test_ctrl_c_while_the_configuration_is_composed(tmp_path, nth):
+    """OmegaConf tidies up half a list then, fails at it, and raises an error of its own."""
+    program = f"""
+import os, signal, sys
+from vit_train.cli.train import main
+
+def press(frame, event, argument):
+    global calls
+    if event == "call" and frame.f_code.co_name == "_node_wrap":
+        calls += 1
+        if calls == {nth}:
+            sys.setprofile(None)
+            os.kill(os.getpid(), signal.SIGINT)
+
+calls = 0
+sys.argv = ["vit-train", "--cfg", "job"]
+sys.setprofile(press)
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

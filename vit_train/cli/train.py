@@ -95,6 +95,10 @@ def main() -> None:
             sys.argv[1:] = for_hydra(arguments)
             try:
                 hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)()
+            except Exception as error:
+                if any(isinstance(e, KeyboardInterrupt) for e in _chain(error)):  # OmegaConf trips over it
+                    raise KeyboardInterrupt from error
+                raise
             finally:
                 _say_sweep(jobs)
     except KeyboardInterrupt:
