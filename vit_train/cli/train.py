@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vit_train.cli.typed import for_hydra, is_group
+from vit_train.cli.typed import choice_of, for_hydra, is_group
 from vit_train.config.build import Run, build_run
 from vit_train.config.check import Launch, config_dir, plain
 from vit_train.config.describe import describe
@@ -419,6 +419,9 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         typed = getattr(error, "override", None) or "an argument"
         hint = "close every bracket and quote, and put a value with spaces or = in quotes"
+        if re.fullmatch(r"\w+", typed):
+            choice = choice_of(typed)
+            hint = f"did you mean {choice}?" if choice else "vit-train --help shows more"
         if os.path.isdir(typed):  # noqa: PTH112 - Path.is_dir ends at a name that is too long
             hint = f"for a folder of images: data=imagefolder {places.as_typed('data.root', typed)}"
         if "class_weights=" in typed:

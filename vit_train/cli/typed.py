@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from vit_train.config.check import GROUPS, ROOT, config_dir
+from vit_train.config.check import CHOSEN, GROUPS, ROOT, config_dir
 from vit_train.errors import ConfigError
 from vit_train.system.places import expanded, is_text, quoted
 
@@ -41,7 +41,8 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
             name, _, value = argument.lstrip("-").partition("=")
             value = value or next(iter(arguments[arguments.index(argument) + 1 :]), "...")
             key = _full_key(name.replace("-", "_"))
-            raise ConfigError(f"{argument}: there is no such flag; a value is typed as {key}={value}")
+            hint = f"a value is typed as {key}={value}" if key else "vit-train --cfg job shows every key"
+            raise ConfigError(f"{argument}: there is no such flag; {hint}")
     shown = flags.cfg or flags.info or flags.help or flags.hydra_help or flags.shell_completion
     typed = [*flags.overrides, *unknown]
     overrides = [_override(argument, raw=not flags.multirun, checked=not shown) for argument in typed]
@@ -49,14 +50,14 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
 
 
 def _full_key(name: str) -> str:
-    """`trainer.epochs` of `epochs`; the name itself at the root, or where no config has its own value."""
+    """`trainer.epochs` of `epochs`, and a whole key itself; empty where no config has its own value."""
     for group in GROUPS if name not in ROOT else ():
         shared = [config_dir() / "images.yaml"] if group == "data" else []
         for file in (*shared, *sorted((config_dir() / group).glob("*.yaml"))):
             value = yaml.safe_load(file.read_text(encoding="utf-8")).get(name, "${")
             if not str(value).startswith("${"):
                 return f"{group}.{name}"
-    return name
+    return name if "." in name or name in ROOT or is_group(name) else ""
 
 
 def key_and_value(argument: str) -> tuple[str, Any]:
@@ -95,6 +96,12 @@ def _override(argument: str, *, raw: bool, checked: bool) -> str:
     return f"{sign}{key}={value}"
 
 
+def choice_of(word: str) -> str:
+    """`model=swin_cifar` of `swin_cifar`, joined by `or` where several groups have a config of that name."""
+    files = (file for group in CHOSEN for file in (config_dir() / group).glob("*.yaml"))
+    return " or ".join(f"{file.parent.name}={word}" for file in files if file.stem == word)
+
+
 def is_group(name: str) -> bool:
     """Whether `name=...` chooses a config, and is not a value."""
-    return "." not in name and (config_dir() / name).is_dir()
+    return name in CHOSEN

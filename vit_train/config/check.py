@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vit_train.weights import Pretrained
 
 GROUPS = ("model", "data", "augment", "objective", "optimizer", "schedule", "strategy", "trainer", "tracker")
+CHOSEN = (*GROUPS, "experiment")  # by name: group=choice
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
@@ -146,7 +147,7 @@ def check_launch(launch: Launch, cfg: DictConfig) -> None:
         ConfigError: a list of choices for one group, an empty mapping for a node, which would change nothing,
             or a user's config hidden by a built-in one.
     """
-    groups = "|".join((*GROUPS, "experiment"))
+    groups = "|".join(CHOSEN)
     for override in launch.overrides:
         match = re.match(rf"^({groups})=\[(.*)\]$", override)
         if match:

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vit_train.config.check import (
-    GROUPS,
+    CHOSEN,
     Launch,
     check_config,
     check_values,
@@ -150,7 +150,7 @@ def _with_overrides(stored: dict[str, Any], overrides: list[str]) -> DictConfig:
         if key in _NOT_IN_STORE:
             continue
         added = override.is_add() and not override.is_force_add()  # the command forces, see cli/train.py
-        if key in (*GROUPS, "experiment") or added or override.is_delete():
+        if key in CHOSEN or added or override.is_delete():
             typed = str(override.input_line).removeprefix("++")
             raise ConfigError(
                 f"{typed}: resume= continues with the stored configuration; only single values such as "
