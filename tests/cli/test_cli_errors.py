@@ -78,8 +78,8 @@ CONFIG_MISTAKES = {
     "few_images": ["(did you mean experiment=few_images?)"],
     "default": ["(did you mean trainer=default or tracker=default?)"],
     "cifar10": ["(did you mean data=cifar10?)"],
-    "--gpus 2": ["--gpus: there is no such flag; vit-train --cfg job shows every key"],
-    "--output out": ["--output: there is no such flag; vit-train --cfg job shows every key"],
+    "--gpus 2": ["--gpus is not a flag of vit-train; vit-train --cfg job shows every key"],
+    "--output out": ["--output is not a flag of vit-train; vit-train --cfg job shows every key"],
     "model=3": ["model=3: a config is chosen by its name", "model=vit_tiny"],
     "trainer.epoch=3": ["trainer.epoch: Trainer has no such key; did you mean 'trainer.epochs'?"],
     "trainer.zzz=3": ["trainer.zzz: Trainer has no such key (it has: epochs, max_steps, "],
@@ -199,7 +199,7 @@ def test_a_key_that_belongs_somewhere_else(refused):
 
 @pytest.mark.parametrize("flag", [["--resume", "X"], ["--resume=X"], ["seed=1", "--resume", "X"]])
 def test_a_key_that_is_typed_as_a_flag(refused, flag):
-    refused(*flag, words=["there is no such flag; a value is typed as resume=X"])
+    refused(*flag, words=["is not a flag of vit-train; a value is typed as resume=X"])
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_key_that_is_typed_as_a_flag(refused, flag):
     ],
 )
 def test_a_flag_of_other_trainers_is_answered_with_the_whole_key(refused, flag, meant):
-    refused(*flag.split(), words=[f"there is no such flag; a value is typed as {meant}"])
+    refused(*flag.split(), words=[f"is not a flag of vit-train; a value is typed as {meant}"])
 
 
 @pytest.mark.parametrize(

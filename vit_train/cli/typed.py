@@ -42,7 +42,7 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
             value = value or next(iter(arguments[arguments.index(argument) + 1 :]), "...")
             key = _full_key(name.replace("-", "_"))
             hint = f"a value is typed as {key}={value}" if key else "vit-train --cfg job shows every key"
-            raise ConfigError(f"{argument}: there is no such flag; {hint}")
+            raise ConfigError(f"{argument} is not a flag of vit-train; {hint}")
     shown = flags.cfg or flags.info or flags.help or flags.hydra_help or flags.shell_completion
     typed = [*flags.overrides, *unknown]
     overrides = [_override(argument, raw=not flags.multirun, checked=not shown) for argument in typed]
