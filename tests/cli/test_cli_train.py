@@ -22,9 +22,9 @@ from PIL import Image
 GROUPS = ("model", "data", "augment", "objective", "optimizer", "schedule", "strategy", "trainer", "tracker")
 
 
-def process(*arguments, cwd, flags=()):
+def process(*arguments, cwd, flags=(), program=("-m", "vit_train")):
     return subprocess.run(
-        [sys.executable, *flags, "-m", "vit_train", *arguments],
+        [sys.executable, *flags, *program, *arguments],
         cwd=cwd,
         env=environment(),
         capture_output=True,
@@ -366,16 +366,6 @@ def test_signals_save_and_the_run_goes_on(typed, in_tmp):
             child.wait()
 
 
-def wait_for_epochs(child):
-    """Until the run says that its second epoch is over, so that it is in the middle of training."""
-    deadline = time.monotonic() + 120
-    for line in child.stdout:
-        if re.match(r"epoch +2/", line):
-            return
-        assert time.monotonic() < deadline
-    raise AssertionError(f"it ended: {child.stderr.read()}")
-
-
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 @pytest.mark.parametrize("half_built", ["defaults", "config_sources"])
 def test_ctrl_c_while_the_configuration_is_composed(tmp_path, half_built):
@@ -391,17 +381,18 @@ def press(frame, event, argument):
             sys.setprofile(None)
             os.kill(os.getpid(), signal.SIGINT)
 
-sys.argv = ["vit-train", "--cfg", "job"]
 sys.setprofile(press)
 main()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = process("--cfg", "job", cwd=tmp_path, program=("-c", program))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def wait_for_epochs(child):
+    """Until the run says that its second epoch is over, so that it is in the middle of training."""
+    deadline = time.monotonic() + 120
+    for line in child.stdout:
+        if re.match(r"epoch +2/", line):
+            return
+        assert time.monotonic() < deadline
+    raise AssertionError(f"it ended: {child.stderr.read()}")
