@@ -388,6 +388,24 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "explain", "export", "data_command"])
+def test_ctrl_c_while_a_command_is_imported(tmp_path, name):
+    program = f"""
+import os, signal, sys
+
+def press(frame, event, argument):
+    if event == "call" and frame.f_code.co_name == "<module>" and frame.f_globals["__name__"] == "vit_train.cli.{name}":
+        sys.setprofile(None)
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.setprofile(press)
+from vit_train.cli.{name} import main
+"""
+    done = process(cwd=tmp_path, program=("-c", program))
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 def wait_for_epochs(child):
     """Until the run says that its second epoch is over, so that it is in the middle of training."""
     deadline = time.monotonic() + 120
