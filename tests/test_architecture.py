@@ -143,7 +143,9 @@ def test_the_core_knows_little(room):
 
 
 def test_only_the_top_knows_hydra():
-    top = [*in_room("config"), *in_room("cli.train"), *in_room("cli.typed")]
+    top = [
+        path for room in ("config", "cli.train", "cli.typed", "cli.hydra_errors") for path in in_room(room)
+    ]
     others = [path for path in MODULES if path not in top]
     assert violations(others, lambda name: not inside(name, "hydra", "omegaconf")) == []
 
