@@ -430,7 +430,7 @@ CONFIG_ATTACKS = {
             "vit_train.models.vit.nn.Linear",
             "vit_train.models.hybrid.torch.hub.load",
             "vit_train.models.vit.torch.utils.cpp_extension.load",
-            "vit_train.data.loading.loaders.os.system",
+            "vit_train.data.loading.workers.os.system",
             "vit_train.data.image_data.ImageData.__init__.__globals__",
             "vit_train.models.ViT.__init__.__builtins__.exec",
             "vit_train.models./../../evil.Model",
@@ -507,7 +507,7 @@ CONFIG_ATTACKS = {
         *named("vit_train.cli.train.main")[:2],
         *named("vit_train.system.durable.write", path="canary", data="x")[:2],
         *named("vit_train.report.tracker.Tracker", run_dir="elsewhere", console=None),
-        *named("vit_train.data.loading.loaders._detach_worker", worker_id=1)[:2],
+        *named("vit_train.data.loading.workers.detach_worker", worker_id=1)[:2],
         at("model", {"_target_": "vit_train.data.Cifar10", "root": "elsewhere"}),
         *named(
             "vit_train.data.Cifar10.load",

@@ -20,7 +20,7 @@ import pytest
 from conftest import EIGHTEEN, Forked, stale_files, vit_train_forked, whole_state
 
 from vit_train.checkpoint import Checkpointer, checkpoint_directories, newest_valid
-from vit_train.data.loading.loaders import _detach_worker
+from vit_train.data.loading.workers import detach_worker
 from vit_train.report.history import read_events
 from vit_train.report.tracker import Tracker
 from vit_train.training.objective import CrossEntropy
@@ -338,10 +338,10 @@ def start_late(pipe, dies):
     os.close(pipe)
     parent = os.getppid()
     if dies == "after that":
-        _detach_worker(0)
+        detach_worker(0)
     while os.getppid() == parent:
         time.sleep(0.01)
     time.sleep(0.2)
     if dies != "after that":
-        _detach_worker(0)
+        detach_worker(0)
     time.sleep(60)

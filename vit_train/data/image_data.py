@@ -32,9 +32,9 @@ from vit_train.data.loading.loaders import (
     SampleLoader,
     Samples,
     TrainSteps,
-    worker_lost,
 )
 from vit_train.data.loading.splits import hold_out, keep, keep_share
+from vit_train.data.loading.workers import worker_lost
 from vit_train.data.transforms.sample_transforms import SampleTransform, plain
 from vit_train.errors import DataError, WorkerLostError
 from vit_train.text import some

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vit_train import rng
 from vit_train.data import ArraySource, Found, ImageData
-from vit_train.data.loading import loaders
+from vit_train.data.loading import loaders, workers
 from vit_train.data.transforms.sample_transforms import resized_crop
 from vit_train.errors import DataError, WorkerLostError
 
@@ -130,7 +130,7 @@ def test_workers_give_identical_batches(made, num_workers):
 
 
 def test_spawned_workers_give_identical_batches(made, monkeypatch):
-    monkeypatch.setattr(loaders, "_START_METHOD", "spawn")
+    monkeypatch.setattr(loaders, "START_METHOD", "spawn")
     data = made(sample_transform=AUGMENT, num_workers=1)
     assert same(epoch_of(made(sample_transform=AUGMENT)), epoch_of(data))
 
@@ -463,9 +463,9 @@ def test_examples_are_spread_over_a_split_as_evaluation_sees_them(made):
 
 
 def test_an_error_of_the_users_own_code_is_not_taken_for_a_lost_worker():
-    assert loaders.worker_lost(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
-    assert loaders.worker_lost(EOFError("Caught EOFError in DataLoader worker process 0.")) is None
-    assert isinstance(loaders.worker_lost(EOFError()), WorkerLostError)
+    assert workers.worker_lost(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
+    assert workers.worker_lost(EOFError("Caught EOFError in DataLoader worker process 0.")) is None
+    assert isinstance(workers.worker_lost(EOFError()), WorkerLostError)
 
 
 def refuse(number):

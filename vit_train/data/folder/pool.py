@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from vit_train.data.loading.workers import START_METHOD
+
 T = TypeVar("T")
 
-# As in loaders.py: fork where it is sound, and a worker is up in milliseconds
-_CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+_CONTEXT: Any = multiprocessing.get_context(START_METHOD)
 
 _CHUNK = 32  # files per message: few enough to end soon after the main process, many enough to cost nothing
 _TICK_SECONDS = 1

@@ -8,20 +8,12 @@ arithmetic in the main process: no skipped image is read.
 from __future__ import annotations
 
 import abc
-import errno
-import multiprocessing
-import multiprocessing.queues
-import os
 import re
-import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from threading import Thread
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,29 +28,23 @@ from vit_train import rng
 from vit_train.data.batch import Batch, Failure, Sample, collate
 from vit_train.data.contract import Loader, Readable
 from vit_train.data.loading.epoch_order import Order, Sampling, epoch_order
+from vit_train.data.loading.workers import (
+    DIED,
+    SHORT,
+    START_METHOD,
+    detach_worker,
+    end_if_short,
+    is_broken,
+    named_death,
+    worker_lost,
+)
 from vit_train.data.transforms.sample_transforms import SampleTransform
 from vit_train.errors import DataError, WorkerLostError, ran_out
 
 Key: TypeAlias = tuple[int, int, int]  # (epoch, index, draw)
 
-# Fork where it is sound. On Linux two workers are up in 0.05 s against 2 s for spawn, which imports torch in
-# each, and share the arrays in memory. Forking beside threads is risky in general; a worker here touches no
-# accelerator, runs torch on one thread (the DataLoader sets that, so the parent's OpenMP pool is never
-# entered), and glibc and CPython make their own locks usable after a fork: 100 pools forked beside threads
-# that log, hash and multiply started without a hang. On macOS the system's frameworks do not survive a fork.
-_START_METHOD = "fork" if sys.platform == "linux" else "spawn"
-
 _POLL_SECONDS = 1  # how soon a signal is noticed while all workers are stuck
-_ORPHAN_SECONDS = 5  # how soon a worker notices that its parent is gone
 _MAX_WORKERS = 1024
-_DIED = "DataLoader worker (pid"  # how torch's line about it begins
-_FEWER = "type data.num_workers=0 or a smaller number"
-_SHORT = {
-    errno.ENOSPC: "no space left in shared memory (/dev/shm)",
-    errno.EMFILE: "too many open files (ulimit -n)",
-    errno.ENFILE: "too many open files on this machine",
-    errno.EAGAIN: "no more processes may be started (ulimit -u)",
-}
 
 
 class Samples(Dataset[Sample | Failure]):
@@ -103,8 +89,7 @@ class Samples(Dataset[Sample | Failure]):
         except (Exception, SystemExit) as error:  # no traceback of the user's code tells which sample it was
             if ran_out(error):
                 if worker is not None and isinstance(error, OSError):  # which torch would rob of its number
-                    if (short := _short_of(error, "")) is not None:
-                        os._exit(short)
+                    end_if_short(error)
                     raise MemoryError(str(error)) from error
                 raise
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -293,8 +278,8 @@ class SampleLoader(Loader):
             num_workers=num_workers,
             collate_fn=collate,
             pin_memory=pin_memory,
-            worker_init_fn=_detach_worker,
-            multiprocessing_context=_START_METHOD if num_workers > 0 else None,
+            worker_init_fn=detach_worker,
+            multiprocessing_context=START_METHOD if num_workers > 0 else None,
             persistent_workers=persistent and num_workers > 0,
             timeout=_POLL_SECONDS if num_workers > 0 else 0,
             # The DataLoader draws a seed for its workers. Nothing uses it; keep it off the global stream.
@@ -342,11 +327,11 @@ class SampleLoader(Loader):
         try:
             lost = worker_lost(error, self.read_by(error))
             codes = {worker.exitcode for worker in getattr(self._iterator, "_workers", [])}
-            if lost is not None and (short := next(iter(codes & _SHORT.keys()), None)) is not None:
+            if lost is not None and (short := next(iter(codes & SHORT.keys()), None)) is not None:
                 lost = worker_lost(OSError(short, ""))  # the batch it was sending broke off first
             self.close()
         except RuntimeError as death:
-            if not str(death).startswith(_DIED):
+            if not str(death).startswith(DIED):
                 raise
             return self._lost(death)
         return lost
@@ -374,8 +359,8 @@ class SampleLoader(Loader):
     def read_by(self, error: BaseException) -> str:
         """What the worker that `error` names was reading; or the one whose connection broke."""
         workers = getattr(self._iterator, "_workers", [])
-        named = [int(pid) for pid in re.findall(r"\d+", str(_death(error)).partition("\n")[0])]
-        if workers and _is_broken(error):
+        named = [int(pid) for pid in re.findall(r"\d+", str(named_death(error)).partition("\n")[0])]
+        if workers and is_broken(error):
             try:
                 gone = wait([worker.sentinel for worker in workers], timeout=_POLL_SECONDS)
                 for worker in workers:
@@ -401,109 +386,9 @@ class SampleLoader(Loader):
             if workers:
                 self._iterator._shutdown_workers()
         except RuntimeError as error:
-            if not str(error).startswith(_DIED):  # one that was not needed any more
+            if not str(error).startswith(DIED):  # one that was not needed any more
                 raise
         for worker in workers:
             if worker.is_alive():  # inside a decoder that never comes back to Python
                 worker.kill()
         self._iterator = self._loader._iterator = None
-
-
-def worker_lost(error: BaseException, reading: str = "") -> WorkerLostError | None:
-    """The one line for an exception that means a worker died, None for any other.
-
-    torch raises it from a signal handler, so it may surface anywhere in the main thread, not only in a
-    loader: whoever reports errors asks here. A batch on its way from a dying worker ends in EOFError instead.
-    `reading` is what the worker was doing, where that is known.
-    """
-    text = str(_death(error))
-    if (short := _short_of(error, text)) is not None:
-        return WorkerLostError(f"data workers: {_SHORT[short]}", advice=_FEWER)
-    if isinstance(error, RuntimeError) and text.startswith(_DIED):
-        reason = text.splitlines()[0].rstrip(". ")
-    elif _is_broken(error):
-        reason = "a DataLoader worker died"
-    else:
-        return None
-    return WorkerLostError(f"{reason}{reading}: memory may have run out", advice=_FEWER)
-
-
-def _short_of(error: BaseException, text: str) -> int | None:
-    """The number in `_SHORT` of what the processes ran out of, which torch says in several ways."""
-    if isinstance(error, OSError):
-        return error.errno if error.errno in _SHORT else None
-    ended = re.search(r"exit code (\d+)", text)
-    if text.startswith(_DIED) and ended:
-        return int(ended[1]) if int(ended[1]) in _SHORT else None
-    if "unable to allocate shared memory" in text:  # torch 2.11 gives no reason
-        return errno.ENOSPC
-    if "shared memory" not in text and "Communication with the workers" not in text:
-        return None  # somebody else's
-    return next((number for number in _SHORT if os.strerror(number) in text), None)
-
-
-def _death(error: BaseException) -> BaseException:
-    """What the signal handler said, where the DataLoader caught it and said less: not how the worker died."""
-    cause = error.__cause__
-    return cause if cause is not None and str(cause).startswith(_DIED) else error
-
-
-def _is_broken(error: BaseException) -> bool:
-    """Whether a batch was on its way from a worker that died; not: whether a worker reports such an error."""
-    first = str(error).partition("\n")[0]
-    reported = first.startswith("Caught ") and "in pin memory thread" not in first
-    return isinstance(error, EOFError | ConnectionError) and not reported
-
-
-def _detach_worker(worker_id: int) -> None:  # noqa: ARG001 - the DataLoader passes it
-    """Leaves the terminal's process group, so Ctrl-C and a scheduler's signal reach the main process only.
-
-    It then stops at a step boundary with its workers still serving. The DataLoader ends the workers, and they
-    notice by themselves when the main process is gone. Where a scheduler signals every process of a job, a
-    worker obeys its parent only.
-    """
-    started_by = multiprocessing.parent_process()
-    assert started_by is not None, "a worker is a process that another one started"
-    parent = started_by.pid
-    if hasattr(os, "setsid"):
-        os.setsid()
-        # The DataLoader's own watch compares with whoever is the parent when it begins: too late, if the main
-        # process was killed while this one started
-        if os.getppid() != parent:
-            os._exit(0)
-    sys.excepthook = _report
-    # A batch that cannot be handed over is gone, and the main process would wait for it
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM ends a worker whoever sends it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_obey, args=(parent,), name="obey", daemon=True).start()
-
-
-def _end(error: Exception, _: object) -> None:
-    """Ends this process with a code that tells the main one why; not where that one breaks it off."""
-    _report(type(error), error, error.__traceback__)
-    if not isinstance(error, EOFError | ConnectionError):
-        os._exit(1)
-
-
-def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As usual; but a thread that hands batches over ends the process where something ran out, like `_end`,
-    and says nothing where the main process breaks it off.
-    """
-    short = _short_of(error, str(error))
-    if short is not None:
-        os._exit(short)
-    if not isinstance(error, EOFError | ConnectionError):
-        sys.__excepthook__(kind, error, trace)
-
-
-def _obey(parent: int | None) -> None:
-    """Waits until the parent sends SIGTERM or is gone, then ends this process: it is not an error."""
-    while os.getppid() == parent:
-        told = signal.sigtimedwait({signal.SIGTERM}, _ORPHAN_SECONDS)
-        if told is not None and told.si_pid == parent:
-            break
-    os._exit(0)
