@@ -81,6 +81,7 @@ CONFIG_MISTAKES = {
     "--gpus 2": ["--gpus is not a flag of vit-train; vit-train --cfg job shows every key"],
     "--output out": ["--output is not a flag of vit-train; vit-train --cfg job shows every key"],
     "model=3": ["model=3: a config is chosen by its name", "model=vit_tiny"],
+    "hydra.run.dri=x": ["hydra.run.dri is not a key; did you mean 'hydra.run.dir'?"],
     "trainer.epoch=3": ["trainer.epoch: Trainer has no such key; did you mean 'trainer.epochs'?"],
     "trainer.zzz=3": ["trainer.zzz: Trainer has no such key (it has: epochs, max_steps, "],
     "+trainer.epoch=3": ["trainer.epoch: ", "no such key", "did you mean 'trainer.epochs'?"],

@@ -39,7 +39,7 @@ def explain(error: BaseException) -> str:
         at: Any = next((e for e in chain(error) if isinstance(e, OmegaConfBaseException)), None)
         node = str(at and at.full_key).rpartition(".")[0]
         keys = map(str, at.parent_node) if at and isinstance(at.parent_node, DictConfig) else ()
-        return f"{match[1]}: there is no such key{suggest(str(at and at.key), keys, inside=node)}"
+        return f"{match[1]} is not a key{suggest(str(at and at.key), keys, inside=node)}"
     if isinstance(error, OverrideParseException):
         typed = getattr(error, "override", None) or "an argument"
         hint = "close every bracket and quote, and put a value with spaces or = in quotes"
