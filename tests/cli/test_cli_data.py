@@ -57,7 +57,7 @@ def test_the_verdict_comes_first_then_problems_then_warnings(root, tmp_path):
     assert (done.code, done.err) == (3, "")
     assert done.out.startswith("2 problems would break training, 1 warning\n")
     assert "train/a/bad.jpg  is not an image Pillow can read" in done.out
-    assert "train/notes.txt  no image by name" in done.out
+    assert "train/notes.txt  not an image by its name" in done.out
     assert done.out.index("problem") < done.out.index("warning  ") < done.out.index("shorter side")
 
 

@@ -217,7 +217,7 @@ def test_what_is_not_used(root):
         "train/loose.png": "in no class folder",
         "more.jpg": "in no class folder",
         "train/a/photo.heic": "is HEIC, which is not read: convert it to JPEG",
-        "readme.txt": "no image by name",
+        "readme.txt": "not an image by its name",
         "train/a/up/": "linked folder, not followed",
     }
     for name in others:
@@ -238,7 +238,7 @@ def test_a_linked_class_is_searched_for_what_is_not_used(root):
     (root / "else" / "d" / "notes.txt").write_text("")
     (root / "train" / "d").symlink_to(root / "else" / "d", target_is_directory=True)
     strays = found(checked(root).warnings)["stray"]
-    assert strays["train/d/notes.txt"] == "no image by name"
+    assert strays["train/d/notes.txt"] == "not an image by its name"
 
 
 def test_classes_that_differ_in_case_only(root):

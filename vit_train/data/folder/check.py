@@ -230,7 +230,7 @@ def _stray_reason(name: str) -> str:
         return "hidden"
     if name.lower().endswith(HEIC):
         return NOT_READ
-    return "in no class folder" if is_image(name) else "no image by name"
+    return "in no class folder" if is_image(name) else "not an image by its name"
 
 
 def check_folder(
