@@ -1,0 +1,72 @@
+"""Draws a metric of several runs over each other, pass by pass.
+
+    python scripts/curves.py PICTURE NAME=RUN_DIR [NAME=RUN_DIR ...] [--metric val/top1] [--line NAME=PERCENT]
+
+The metric is one of the epochs' in metrics.jsonl, a share of 1; the picture shows it in percent. A line is
+a figure from elsewhere, to compare with.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vit_train.report.history import read_events
+
+TITLES = {
+    "val/top1": "validation top-1, percent",
+    "val_raw/top1": "validation top-1 of the raw weights, percent",
+    "train/top1": "top-1 on the training images, as augmented, percent",
+}
+
+
+def named(text: str) -> tuple[str, str]:
+    """NAME=VALUE, where the name may contain an equals sign."""
+    name, equals, value = text.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, not {text!r}")
+    return name, value
+
+
+def points(run_dir: Path, metric: str) -> list[tuple[int, float]]:
+    """(passes, percent) after each epoch that has the metric."""
+    events = read_events(run_dir / "metrics.jsonl")
+    found = [
+        (event["epoch"], 100 * event[metric])
+        for event in events
+        if event["event"] == "epoch" and event.get(metric) is not None
+    ]
+    if not found:
+        raise SystemExit(f"{run_dir / 'metrics.jsonl'} has no epoch with {metric}")
+    return found
+
+
+def main() -> None:
+    """Writes the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("runs", nargs="+", type=named, metavar="NAME=RUN_DIR")
+    parser.add_argument("--metric", default="val/top1", choices=TITLES)
+    parser.add_argument("--line", action="append", default=[], type=named, metavar="NAME=PERCENT")
+    arguments = parser.parse_args()
+    figure = Figure(figsize=(7.2, 4.4), dpi=110, layout="constrained")
+    axis = figure.subplots()
+    for name, run_dir in arguments.runs:
+        curve = points(Path(run_dir), arguments.metric)
+        axis.plot(*zip(*curve), marker="o", markersize=4, linewidth=1.6, label=f"{name}: {curve[-1][1]:.2f}")
+    for name, percent in arguments.line:
+        axis.axhline(float(percent), color="grey", linewidth=1, linestyle="--", label=f"{name}: {percent}")
+    axis.set_ylabel(TITLES[arguments.metric])
+    axis.set_xlabel("passes over the training images")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper left", frameon=False, fontsize=9)
+    figure.savefig(arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
