@@ -14,7 +14,8 @@ def attention(window_size, **overrides):
     module = WindowAttention(8, num_heads=2, window_size=window_size, **overrides)
     # Bias and table far from zero, so that a wrong index or a forgotten bias shows.
     torch.nn.init.normal_(module.relative_position_bias_table)
-    torch.nn.init.normal_(module.qkv.bias)
+    if module.qkv.bias is not None:
+        torch.nn.init.normal_(module.qkv.bias)
     return module
 
 
@@ -77,8 +78,8 @@ CASES = [
 @pytest.mark.parametrize(("size", "window", "shifts"), CASES)
 def test_equals_the_definition(size, window, shifts, shifted):
     x = torch.randn(2, *size, 8, requires_grad=True)
-    for mask_padding in (True, False):
-        module = attention(window, shifted=shifted, mask_padding=mask_padding)
+    for mask_padding, qkv_bias in ((True, True), (False, True), (False, False)):
+        module = attention(window, shifted=shifted, mask_padding=mask_padding, qkv_bias=qkv_bias)
         expected = reference(module, x, shifts=shifts if shifted else (0, 0), mask_padding=mask_padding)
         torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
         inputs, weight = (x, *module.parameters()), torch.randn_like(expected)

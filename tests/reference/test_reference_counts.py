@@ -84,15 +84,17 @@ def swin(embed, side, *, width, depths, heads, window, ratio, qkv_bias, mask_pad
             merged = linear(2 * width, width, side**2, bias=False)
             rows[f"layers.{i}.downsample"] = together(norm(2 * width), merged)
         for j in range(depth):
-            # pairs of tokens along one axis that share a window; padding is a token where it is not hidden
-            seen = side if mask_padding else math.ceil(side / window) * window
+            # tokens of each window of an axis, and whether it has padding, which is one more key where it is not hidden
+            seen = math.ceil(side / window) * window
             shift = window // 2 if j % 2 and seen > window else 0
-            pairs = sum(n**2 for n in Counter((token - shift) // window for token in range(seen)).values())
+            real, padded = (Counter((token - shift) // window for token in range(n)) for n in (side, seen))
+            axis = [(n, padded[place] > n and not mask_padding) for place, n in real.items()]
+            pairs = sum(y * x * (y * x + (down or right)) for y, down in axis for x, right in axis)
             rows[f"layers.{i}.blocks.{j}"] = block(
                 width,
                 hidden=int(ratio * width),
                 tokens=side**2,
-                scores=pairs**2,
+                scores=pairs,
                 qkv_bias=qkv_bias,
                 table=num_heads * (2 * window - 1) ** 2,
             )

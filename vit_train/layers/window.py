@@ -5,7 +5,7 @@ block the windows begin w // 2 tokens later, which leaves smaller ones at both e
 
 Others roll the map, so that its two ends share a window, and hide them from each other with a mask;
 torchvision also pads maps that are not whole windows. Here the map is cut into pieces with windows of one
-size, and attention is computed in each of them: the same result without roll and mask.
+size, and attention is computed in each of them: the same result without roll, mask and padding.
 
 Shapes: B batch, h w map of tokens, C channels, H heads, d = C / H, G windows, N tokens of a window.
 """
@@ -23,20 +23,37 @@ from .attention import attend, relative_index
 from .checks import require_divides
 from .init import TOKEN_STD, init_linear
 
+
+class Span(NamedTuple):
+    """Consecutive tokens of one axis, cut into windows of one length.
+
+    Attributes:
+        length: tokens of all its windows.
+        window: tokens of one.
+        padding: how many zero tokens the published models add to one.
+    """
+
+    length: int
+    window: int
+    padding: int = 0
+
+
+def _index(rows: Span, cols: Span, side: int, device: torch.device) -> Tensor:
+    """Which row of the table holds for each query of a window (first axis) and key; padding comes last."""
+    h, w = rows.window, cols.window
+    full_h, full_w = h + rows.padding, w + cols.padding
+    index = relative_index(full_h, full_w, side, device).view(full_h, full_w, full_h, full_w)[:h, :w]
+    parts = index[:, :, :h, :w], index[:, :, :h, w:], index[:, :, h:]
+    return torch.cat([part.reshape(h * w, -1) for part in parts], 1)
+
+
 # The first caller may be an evaluation: an inference tensor could not be saved for a later backward.
-_kept_index = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(relative_index))
+_kept_index = functools.lru_cache(maxsize=256)(torch.inference_mode(False)(_index))
 
 
 def forget_indices() -> None:
     """Drops the indices that are kept: those made under a mode of torch's are of no use outside of it."""
     _kept_index.cache_clear()
-
-
-class Span(NamedTuple):
-    """Consecutive tokens of one axis, cut into windows of one length."""
-
-    length: int
-    window: int
 
 
 class WindowAttention(nn.Module):
@@ -48,7 +65,7 @@ class WindowAttention(nn.Module):
         window_size: tokens along one side of a window.
         shifted: shift the windows by window_size // 2 along each axis that one window does not cover.
         qkv_bias: whether the query, key and value projections have a bias.
-        attn_drop: dropout of the attention weights.
+        attn_drop: dropout of the attention weights; the padding of a window has one weight.
         proj_drop: dropout of the output.
         mask_padding: True leaves a window that reaches beyond the map with fewer tokens, as if padding were
             hidden from the others. False follows the published models as torchvision has them: zero tokens
@@ -88,33 +105,40 @@ class WindowAttention(nn.Module):
     def spans(self, size: int) -> list[Span]:
         """How an axis of `size` tokens is cut into windows, in the order of the tokens."""
         window = self.window_size
+        missing = 0 if self.mask_padding else -size % window
         if size <= window:  # one window covers the axis: there is nothing to shift
-            return [Span(size, size)]
+            return [Span(size, size, missing)]
         first = window // 2 if self.shifted else 0
         whole = (size - first) // window * window
         last = size - first - whole
-        return [span for span in (Span(first, first), Span(whole, window), Span(last, last)) if span.length]
+        # The shift may leave some of the padding to a window that has nothing else.
+        spans = Span(first, first), Span(whole, window), Span(last, last, min(missing, window - last))
+        return [span for span in spans if span.length]
 
-    def bias(self, h: int, w: int) -> Tensor:
-        """Relative position bias of a window of h x w tokens, (H, N, N)."""
-        table = self.relative_position_bias_table
+    def bias(self, rows: Span, cols: Span) -> Tensor:
+        """Relative position bias of a window, (H, N, N); (H, N, N + 1) where it has padding.
+
+        All zero tokens have the same key and value, so they are one token whose bias is the logarithm of the
+        sum of what theirs would weigh.
+        """
+        table, tokens = self.relative_position_bias_table, rows.window * cols.window
         # Under torch.compile and torch.export the index is part of the graph.
-        index = (relative_index if torch.compiler.is_compiling() else _kept_index)(
-            h, w, self.window_size, table.device
+        index = (_index if torch.compiler.is_compiling() else _kept_index)(
+            rows, cols, self.window_size, table.device
         )
-        return table[index].permute(2, 0, 1)
+        bias = table[index].permute(2, 0, 1)
+        if not (rows.padding or cols.padding):
+            return bias
+        return torch.cat([bias[..., :tokens], bias[..., tokens:].logsumexp(-1, keepdim=True)], -1)
 
-    def _fill(self, qkv: Tensor) -> Tensor:
-        """Adds what the projection makes of the zero tokens that fill the last window of each axis."""
-        for dim in (1, 2):
-            missing = -qkv.shape[dim] % self.window_size
-            if missing:
-                shape = list(qkv.shape)
-                shape[dim] = missing
-                token = qkv.new_zeros(()) if self.qkv.bias is None else self.qkv.bias.to(qkv.dtype)
-                # On the CPU torch.cat is many times slower where a part is not contiguous.
-                qkv = torch.cat([qkv, token.expand(shape).contiguous()], dim)
-        return qkv
+    def _append_padding(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values (B, G H, N, d) with those that the projection makes of a zero token."""
+        B, GH, _, d = k.shape
+        token = k.new_zeros(3, self.num_heads * d) if self.qkv.bias is None else self.qkv.bias.to(k.dtype)
+        token = token.view(3, self.num_heads, 1, d).repeat(1, GH // self.num_heads, 1, 1)
+        # On the CPU torch.cat is many times slower where a part is not contiguous.
+        key, value = (part.expand(B, GH, 1, d).contiguous() for part in token[1:])
+        return torch.cat([k, key], 2), torch.cat([v, value], 2)
 
     def _attend(self, qkv: Tensor, rows: Span, cols: Span) -> Tensor:
         """Attention inside the windows of a piece of the map, (B, rows, cols, 3 C) -> (B, rows, cols, C)."""
@@ -128,22 +152,21 @@ class WindowAttention(nn.Module):
             part.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, G * H, rows.window * cols.window, C // H)
             for part in qkv.view(*shape, 3, H, C // H).unbind(5)
         )
-        bias = self.bias(rows.window, cols.window).repeat(G, 1, 1)
+        if rows.padding or cols.padding:
+            k, v = self._append_padding(k, v)
+        bias = self.bias(rows, cols).repeat(G, 1, 1)
         out = attend(q, k, v, bias=bias, dropout=self.attn_drop if self.training else 0.0)
         out = out.view(B, shape[1], shape[3], H, rows.window, cols.window, C // H)
         return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, rows.length, cols.length, C)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, h, w, _ = x.shape
         qkv = self.qkv(x)
-        if not self.mask_padding:
-            qkv = self._fill(qkv)
         rows, cols = (self.spans(size) for size in qkv.shape[1:3])
         bands = []
         for band, row in zip(qkv.split([span.length for span in rows], 1), rows):
             pieces = band.split([span.length for span in cols], 2)
             bands.append(torch.cat([self._attend(piece, row, col) for piece, col in zip(pieces, cols)], 2))
-        return self.proj_drop(self.proj(torch.cat(bands, 1)[:, :h, :w]))
+        return self.proj_drop(self.proj(torch.cat(bands, 1)))
 
 
 def init_local(module: nn.Module) -> None:
