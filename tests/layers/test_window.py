@@ -103,11 +103,16 @@ def test_spans_are_the_windows_that_a_shifted_padded_axis_has(size, shifted):
     for window in range(1, 8):
         padded = -(-size // window) * window
         shift = window // 2 if shifted and padded > window else 0
-        place = [(token - shift) % padded for token in range(size)]
+        place = [(token - shift) % padded for token in range(padded)]
         # windows on the rolled axis, a part that the roll wrapped being one of its own
-        expected = list(Counter((p // window, p >= padded - shift) for p in place).values())
-        spans = WindowAttention(4, num_heads=2, window_size=window, shifted=shifted).spans(size)
-        assert [span.window for span in spans for _ in range(span.length // span.window)] == expected
+        windows = [(p // window, p >= padded - shift) for p in place]
+        real = Counter(windows[:size])
+        for mask_padding in (True, False):
+            module = attention(window, shifted=shifted, mask_padding=mask_padding)
+            each = [span for span in module.spans(size) for _ in range(span.length // span.window)]
+            assert [span.window for span in each] == list(real.values())
+            seen = real if mask_padding else Counter(windows)
+            assert [span.window + span.padding for span in each] == [seen[key] for key in real]
 
 
 @pytest.mark.parametrize("mask_padding", [False, True])
@@ -119,9 +124,10 @@ def test_fused_attention_gives_the_same(monkeypatch, mask_padding):
     torch.testing.assert_close(module(x), plain, rtol=1e-4, atol=1e-5)
 
 
-def test_bf16_autocast_stays_near_fp32_with_gradients():
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_bf16_autocast_stays_near_fp32_with_gradients(mask_padding):
     for window in (3, 6):
-        module = attention(window, shifted=True)
+        module = attention(window, shifted=True, mask_padding=mask_padding)
         x = torch.randn(2, 7, 7, 8)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             low = module(x)
@@ -143,11 +149,14 @@ def test_indices_are_computed_once_and_are_no_state():
     info = window_module._kept_index.cache_info()
     # 1, 3 and 1 rows by 1 and 6 columns: six pieces, whose windows have four sizes
     assert (info.misses, info.hits) == (4, 8)
+    module(torch.randn(1, 8, 10, 8))  # more windows of the same sizes
+    assert window_module._kept_index.cache_info().misses == 4
 
 
-def test_training_after_a_first_call_in_inference_mode():
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_training_after_a_first_call_in_inference_mode(mask_padding):
     window_module._kept_index.cache_clear()
-    module = attention(3, shifted=True)
+    module = attention(3, shifted=True, mask_padding=mask_padding)
     x = torch.randn(1, 5, 7, 8)
     with torch.inference_mode():
         module(x)
@@ -155,14 +164,16 @@ def test_training_after_a_first_call_in_inference_mode():
     assert module.relative_position_bias_table.grad is not None
 
 
-def test_meta_device():
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_meta_device(mask_padding):
     with torch.device("meta"):
-        module = WindowAttention(8, num_heads=2, window_size=3, shifted=True)
+        module = attention(3, shifted=True, mask_padding=mask_padding)
         assert module(torch.empty(2, 5, 7, 8)).shape == (2, 5, 7, 8)
 
 
-def test_export_and_compile_capture_one_graph():
-    module = attention(3, shifted=True).eval()
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_export_and_compile_capture_one_graph(mask_padding):
+    module = attention(3, shifted=True, mask_padding=mask_padding).eval()
     x = torch.randn(2, 5, 7, 8)
     exported = torch.export.export(module, (x,), dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}})
     y = torch.randn(3, 5, 7, 8)

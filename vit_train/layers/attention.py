@@ -46,8 +46,9 @@ def attend(
     would take 10 percent of a training step of vit_cifar, 12 of deit_tiny (one thread).
 
     Args:
-        q, k, v: (B, H, N, d).
-        bias: added to the scores, broadcastable to (B, H, N, N); -inf excludes a key.
+        q: (B, H, N, d).
+        k, v: (B, H, M, d).
+        bias: added to the scores, broadcastable to (B, H, N, M); -inf excludes a key.
         dropout: probability of dropping an attention weight (0 outside training).
         fused: True for the fused kernel, False for plain matrix products, None for the faster one.
 

@@ -5,7 +5,8 @@ block the windows begin w // 2 tokens later, which leaves smaller ones at both e
 
 Others roll the map, so that its two ends share a window, and hide them from each other with a mask;
 torchvision also pads maps that are not whole windows. Here the map is cut into pieces with windows of one
-size, and attention is computed in each of them: the same result without roll, mask and padding.
+size, and attention is computed in each of them, without roll and mask. Padding that takes part in it is one
+more key of its window. The result is the same, but for dropout of the attention weights.
 
 Shapes: B batch, h w map of tokens, C channels, H heads, d = C / H, G windows, N tokens of a window.
 """
@@ -28,9 +29,9 @@ class Span(NamedTuple):
     """Consecutive tokens of one axis, cut into windows of one length.
 
     Attributes:
-        length: tokens of all its windows.
-        window: tokens of one.
-        padding: how many zero tokens the published models add to one.
+        length: tokens of all its windows together.
+        window: tokens of one window.
+        padding: zero tokens that complete a window; 0 where they are hidden.
     """
 
     length: int
@@ -38,10 +39,12 @@ class Span(NamedTuple):
     padding: int = 0
 
 
-def _index(rows: Span, cols: Span, side: int, device: torch.device) -> Tensor:
-    """Which row of the table holds for each query of a window (first axis) and key; padding comes last."""
-    h, w = rows.window, cols.window
-    full_h, full_w = h + rows.padding, w + cols.padding
+def _index(h: int, w: int, below: int, right: int, side: int, device: torch.device) -> Tensor:
+    """Rows of the table for each query and key of a window, (h w, keys).
+
+    The zero tokens that complete it, in `below` rows and `right` columns, are only keys, and come last.
+    """
+    full_h, full_w = h + below, w + right
     index = relative_index(full_h, full_w, side, device).view(full_h, full_w, full_h, full_w)[:h, :w]
     parts = index[:, :, :h, :w], index[:, :, :h, w:], index[:, :, h:]
     return torch.cat([part.reshape(h * w, -1) for part in parts], 1)
@@ -65,7 +68,7 @@ class WindowAttention(nn.Module):
         window_size: tokens along one side of a window.
         shifted: shift the windows by window_size // 2 along each axis that one window does not cover.
         qkv_bias: whether the query, key and value projections have a bias.
-        attn_drop: dropout of the attention weights; the padding of a window has one weight.
+        attn_drop: dropout of the attention weights; all padding of a window is kept or dropped together.
         proj_drop: dropout of the output.
         mask_padding: True leaves a window that reaches beyond the map with fewer tokens, as if padding were
             hidden from the others. False follows the published models as torchvision has them: zero tokens
@@ -111,34 +114,36 @@ class WindowAttention(nn.Module):
         first = window // 2 if self.shifted else 0
         whole = (size - first) // window * window
         last = size - first - whole
-        # The shift may leave some of the padding to a window that has nothing else.
+        # After a shift, some of the padding may have a window of its own, which no token sees.
         spans = Span(first, first), Span(whole, window), Span(last, last, min(missing, window - last))
         return [span for span in spans if span.length]
 
     def bias(self, rows: Span, cols: Span) -> Tensor:
         """Relative position bias of a window, (H, N, N); (H, N, N + 1) where it has padding.
 
-        All zero tokens have the same key and value, so they are one token whose bias is the logarithm of the
-        sum of what theirs would weigh.
+        All zero tokens of a window have the same key and value, so one key stands for them. Its bias is the
+        logarithm of the sum of the exponentials of theirs.
         """
-        table, tokens = self.relative_position_bias_table, rows.window * cols.window
+        table = self.relative_position_bias_table
+        sizes = rows.window, cols.window, rows.padding, cols.padding
         # Under torch.compile and torch.export the index is part of the graph.
         index = (_index if torch.compiler.is_compiling() else _kept_index)(
-            rows, cols, self.window_size, table.device
+            *sizes, self.window_size, table.device
         )
         bias = table[index].permute(2, 0, 1)
-        if not (rows.padding or cols.padding):
+        tokens = bias.shape[1]
+        if bias.shape[2] == tokens:
             return bias
         return torch.cat([bias[..., :tokens], bias[..., tokens:].logsumexp(-1, keepdim=True)], -1)
 
     def _append_padding(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values (B, G H, N, d) with those that the projection makes of a zero token."""
+        """The keys and values (B, G H, N, d) of tokens, then those of a zero token: (B, G H, N + 1, d)."""
         B, GH, _, d = k.shape
-        token = k.new_zeros(3, self.num_heads * d) if self.qkv.bias is None else self.qkv.bias.to(k.dtype)
-        token = token.view(3, self.num_heads, 1, d).repeat(1, GH // self.num_heads, 1, 1)
+        H = self.num_heads
+        zero = k.new_zeros(3 * H * d) if self.qkv.bias is None else self.qkv.bias.to(k.dtype)
         # On the CPU torch.cat is many times slower where a part is not contiguous.
-        key, value = (part.expand(B, GH, 1, d).contiguous() for part in token[1:])
-        return torch.cat([k, key], 2), torch.cat([v, value], 2)
+        parts = zero.view(3, 1, 1, H, 1, d).expand(3, B, GH // H, H, 1, d).reshape(3, B, GH, 1, d)
+        return torch.cat([k, parts[1]], 2), torch.cat([v, parts[2]], 2)
 
     def _attend(self, qkv: Tensor, rows: Span, cols: Span) -> Tensor:
         """Attention inside the windows of a piece of the map, (B, rows, cols, 3 C) -> (B, rows, cols, C)."""
@@ -152,9 +157,9 @@ class WindowAttention(nn.Module):
             part.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, G * H, rows.window * cols.window, C // H)
             for part in qkv.view(*shape, 3, H, C // H).unbind(5)
         )
-        if rows.padding or cols.padding:
-            k, v = self._append_padding(k, v)
         bias = self.bias(rows, cols).repeat(G, 1, 1)
+        if bias.shape[2] > bias.shape[1]:
+            k, v = self._append_padding(k, v)
         out = attend(q, k, v, bias=bias, dropout=self.attn_drop if self.training else 0.0)
         out = out.view(B, shape[1], shape[3], H, rows.window, cols.window, C // H)
         return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, rows.length, cols.length, C)
