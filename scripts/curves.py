@@ -2,8 +2,8 @@
 
     python scripts/curves.py PICTURE NAME=RUN_DIR [NAME=RUN_DIR ...] [--metric val/top1] [--line NAME=PERCENT]
 
-The metric is one of the epochs' in metrics.jsonl, a share of 1; the picture shows it in percent. A line is
-a figure from elsewhere, to compare with.
+The metric is one of TITLES, a fraction in metrics.jsonl; the picture shows percent. A line is a figure from
+elsewhere to compare with.
 """
 
 from __future__ import annotations
@@ -23,12 +23,20 @@ TITLES = {
 }
 
 
-def named(text: str) -> tuple[str, str]:
-    """NAME=VALUE, where the name may contain an equals sign."""
-    name, equals, value = text.rpartition("=")
+def run(text: str) -> tuple[str, Path]:
+    """NAME=RUN_DIR; the name may contain an equals sign, the folder may not."""
+    name, equals, folder = text.rpartition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, not {text!r}")
-    return name, value
+        raise argparse.ArgumentTypeError(f"expected NAME=RUN_DIR, not {text!r}")
+    if not (Path(folder) / "metrics.jsonl").exists():
+        raise argparse.ArgumentTypeError(f"{folder!r} is not a run: it has no metrics.jsonl")
+    return name, Path(folder)
+
+
+def line(text: str) -> tuple[str, float]:
+    """NAME=PERCENT."""
+    name, _, percent = text.rpartition("=")
+    return name, float(percent)
 
 
 def points(run_dir: Path, metric: str) -> list[tuple[int, float]]:
@@ -40,7 +48,7 @@ def points(run_dir: Path, metric: str) -> list[tuple[int, float]]:
         if event["event"] == "epoch" and event.get(metric) is not None
     ]
     if not found:
-        raise SystemExit(f"{run_dir / 'metrics.jsonl'} has no epoch with {metric}")
+        raise SystemExit(f"{run_dir / 'metrics.jsonl'} has no epoch with {metric}; type another --metric")
     return found
 
 
@@ -48,17 +56,17 @@ def main() -> None:
     """Writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("picture", type=Path)
-    parser.add_argument("runs", nargs="+", type=named, metavar="NAME=RUN_DIR")
+    parser.add_argument("runs", nargs="+", type=run, metavar="NAME=RUN_DIR")
     parser.add_argument("--metric", default="val/top1", choices=TITLES)
-    parser.add_argument("--line", action="append", default=[], type=named, metavar="NAME=PERCENT")
+    parser.add_argument("--line", action="append", default=[], type=line, metavar="NAME=PERCENT")
     arguments = parser.parse_args()
     figure = Figure(figsize=(7.2, 4.4), dpi=110, layout="constrained")
     axis = figure.subplots()
     for name, run_dir in arguments.runs:
-        curve = points(Path(run_dir), arguments.metric)
+        curve = points(run_dir, arguments.metric)
         axis.plot(*zip(*curve), marker="o", markersize=4, linewidth=1.6, label=f"{name}: {curve[-1][1]:.2f}")
     for name, percent in arguments.line:
-        axis.axhline(float(percent), color="grey", linewidth=1, linestyle="--", label=f"{name}: {percent}")
+        axis.axhline(percent, color="grey", linewidth=1, linestyle="--", label=f"{name}: {percent}")
     axis.set_ylabel(TITLES[arguments.metric])
     axis.set_xlabel("passes over the training images")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
