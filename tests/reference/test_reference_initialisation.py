@@ -13,6 +13,7 @@ from scipy.stats import multivariate_normal
 from torch import nn
 
 from vit_train.layers import Attention, Mlp, PatchEmbed, TrunkEmbed, WindowAttention, init_local
+from vit_train.layers.window import Span
 from vit_train.models import DeiT, HybridEmbed, Swin, ViT
 from vit_train.models.swin import PatchMerging
 from vit_train.training.objective import CrossEntropy
@@ -115,7 +116,7 @@ def test_each_head_begins_by_attending_to_a_place_beside_the_token(num_heads):
     torch.manual_seed(0)
     attention = WindowAttention(21 * num_heads, num_heads=num_heads, window_size=9)
     init_local(attention)
-    weights = attention.bias(9, 7).softmax(dim=-1)[:, 4 * 7 + 3].view(num_heads, 9, 7)
+    weights = attention.bias(Span(9, 9), Span(7, 7)).softmax(dim=-1)[:, 4 * 7 + 3].view(num_heads, 9, 7)
     tops = {divmod(int(each.argmax()), 7) for each in weights}
     assert len(tops) == num_heads
     assert (4, 3) not in tops
