@@ -182,6 +182,16 @@ def test_export_and_compile_capture_one_graph(mask_padding):
     torch.testing.assert_close(compiled(x), module(x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_the_trace_of_tensorboards_graph_does_not_depend_on_what_ran_before(mask_padding):
+    """It traces twice, and refuses a model whose second graph differs."""
+    window_module._kept_index.cache_clear()
+    module = attention(3, shifted=True, mask_padding=mask_padding).eval()
+    x = torch.randn(1, 5, 7, 8)
+    torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
+
+
 def test_errors():
     with pytest.raises(ValueError, match="num_heads 3 does not divide embed_dim 8; use one of 1, 2, 4, 8"):
         WindowAttention(8, num_heads=3, window_size=2)

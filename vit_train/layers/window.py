@@ -126,10 +126,9 @@ class WindowAttention(nn.Module):
         """
         table = self.relative_position_bias_table
         sizes = rows.window, cols.window, rows.padding, cols.padding
-        # Under torch.compile and torch.export the index is part of the graph.
-        index = (_index if torch.compiler.is_compiling() else _kept_index)(
-            *sizes, self.window_size, table.device
-        )
+        # Under torch.compile, torch.export and torch.jit.trace the index is part of the graph.
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        index = (_index if traced else _kept_index)(*sizes, self.window_size, table.device)
         bias = table[index].permute(2, 0, 1)
         tokens = bias.shape[1]
         if bias.shape[2] == tokens:
