@@ -18,8 +18,8 @@ from vit_train.report.history import read_events
 
 TITLES = {
     "val/top1": "validation top-1, percent",
-    "val_raw/top1": "validation top-1 of the raw weights, percent",
-    "train/top1": "top-1 on the training images, as augmented, percent",
+    "val_raw/top1": "validation top-1, raw weights, percent",
+    "train/top1": "training top-1 (augmented), percent",
 }
 
 
@@ -48,7 +48,10 @@ def points(run_dir: Path, metric: str) -> list[tuple[int, float]]:
         if event["event"] == "epoch" and event.get(metric) is not None
     ]
     if not found:
-        raise SystemExit(f"{run_dir / 'metrics.jsonl'} has no epoch with {metric}; type another --metric")
+        raise SystemExit(
+            f"{run_dir} has no {metric}: no epoch has ended, or it trained without validation images "
+            "(data.val_fraction=0); type --metric train/top1"
+        )
     return found
 
 
@@ -60,6 +63,8 @@ def main() -> None:
     parser.add_argument("--metric", default="val/top1", choices=TITLES)
     parser.add_argument("--line", action="append", default=[], type=line, metavar="NAME=PERCENT")
     arguments = parser.parse_args()
+    if not arguments.picture.parent.is_dir():
+        parser.error(f"the folder {arguments.picture.parent} does not exist")
     figure = Figure(figsize=(7.2, 4.4), dpi=110, layout="constrained")
     axis = figure.subplots()
     for name, run_dir in arguments.runs:
@@ -69,7 +74,7 @@ def main() -> None:
         axis.axhline(percent, color="grey", linewidth=1, linestyle="--", label=f"{name}: {percent}")
     axis.set_ylabel(TITLES[arguments.metric])
     axis.set_xlabel("passes over the training images")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper left", frameon=False, fontsize=9)
