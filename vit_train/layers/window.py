@@ -141,8 +141,9 @@ class WindowAttention(nn.Module):
         H = self.num_heads
         zero = k.new_zeros(3 * H * d) if self.qkv.bias is None else self.qkv.bias.to(k.dtype)
         # On the CPU torch.cat is many times slower where a part is not contiguous.
-        parts = zero.view(3, 1, 1, H, 1, d).expand(3, B, GH // H, H, 1, d).reshape(3, B, GH, 1, d)
-        return torch.cat([k, parts[1]], 2), torch.cat([v, parts[2]], 2)
+        both = zero.view(3, 1, 1, H, 1, d)[1:].expand(2, B, GH // H, H, 1, d)
+        key, value = both.reshape(2, B, GH, 1, d).unbind()
+        return torch.cat([k, key], 2), torch.cat([v, value], 2)
 
     def _attend(self, qkv: Tensor, rows: Span, cols: Span) -> Tensor:
         """Attention inside the windows of a piece of the map, (B, rows, cols, 3 C) -> (B, rows, cols, C)."""
